@@ -1,0 +1,64 @@
+# Needs Python 3.11 or newer, make and pip; everything else goes into .venv.
+#   make quickstart                     train a tiny model, evaluate it, export it, check the export
+#   make test                           the test suite
+#   make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# constraints.txt pins every package, so that what is installed today is what was tested.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+RUN ?= runs/nano-needle
+EXPORT ?= exports/nano-needle
+
+.PHONY: help quickstart test integration lint format clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export it, check the export (minutes, on a CPU)
+	$(BIN)/python -m experiments.sft
+	$(BIN)/python -m experiments.evaluate run=$(RUN)
+	$(BIN)/python -m tools.export_hf $(RUN) $(EXPORT) --overwrite --verify
+	@echo
+	@echo "heatmap   $(RUN)/eval/passkey.png"
+	@echo "results   $(RUN)/eval/passkey.json"
+	@echo "weights   $(EXPORT) (Hugging Face format)"
+
+test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
+	$(BIN)/python -m pytest -m "not integration" -n 2 $(ARGS)
+
+integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
+	$(BIN)/python -m pytest -m integration $(ARGS)
+
+lint: $(VENV)/.installed-dev ## formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and all caches; runs/ and exports/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# setuptools comes first and pinned, so that building our own package needs no second, unpinned download.
+$(VENV)/.installed-hf: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation -e '.[hf]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-hf
+	$(INSTALL) --no-build-isolation -e '.[hf,dev]'
+	@touch $@

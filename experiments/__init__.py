@@ -1,0 +1,1 @@
+"""Entry points: each composes a config with Hydra and calls the library."""

@@ -1,0 +1,22 @@
+"""Supervised fine-tuning: `python -m experiments.sft [KEY=VALUE ...]`."""
+
+import sys
+
+from experiments.entry import run
+from mla_jax.config import SftConfig
+from mla_jax.train import train
+
+INTERRUPTED = 130
+
+
+def main(config: SftConfig) -> None:
+    """Trains and says where the result is."""
+    result = train(config)
+    if not result.finished:
+        print(f"Interrupted: step {result.step} is saved in {result.run_dir}; the same command resumes it")
+        sys.exit(INTERRUPTED)
+    print(f"Finished at step {result.step}. Next: python -m experiments.evaluate run={result.run_dir}")
+
+
+if __name__ == "__main__":
+    run("sft", main)

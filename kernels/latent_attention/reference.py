@@ -1,0 +1,44 @@
+"""The float32 oracle: both ops written out in full, all scores in memory. For tests and for reading."""
+
+import jax
+import jax.numpy as jnp
+
+MAX_SCORE_BYTES = 4 << 30
+
+
+def why_not(batch: int, heads: int, queries: int, keys: int) -> str | None:
+    """Why the oracle cannot run at this shape, or None if it can."""
+    needed = 4 * batch * heads * queries * keys
+    if needed <= MAX_SCORE_BYTES:
+        return None
+    return f"it would hold {needed / 2**30:.1f} GiB of scores at once (at most {MAX_SCORE_BYTES >> 30}); use 'xla'"
+
+
+def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments):
+    """Softmax attention; see `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
+    q, k, v = (x.astype(jnp.float32) for x in (q_BTHK, k_BSHK, v_BSHV))
+    t, s = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None, :]
+    offset_B11 = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[:1])[:, None, None]
+    visible_BTS = s - t <= offset_B11
+    if kv_lengths is not None:
+        visible_BTS &= s < kv_lengths[:, None, None]
+        v = jnp.where((s < kv_lengths[:, None])[:, :, None, None], v, 0)  # what is not held may be NaN
+    if q_segments is not None:
+        visible_BTS &= q_segments[:, :, None] == kv_segments[:, None, :]
+    scores_BHTS = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
+    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, -jnp.inf)
+    lse_BHT = jax.nn.logsumexp(scores_BHTS, axis=-1)
+    weights_BHTS = jnp.exp(scores_BHTS - jnp.where(lse_BHT == -jnp.inf, 0, lse_BHT)[..., None])
+    out_BTHV = jnp.einsum("bhts,bshv->bthv", weights_BHTS, v, precision="highest")
+    return out_BTHV.astype(q_BTHK.dtype), lse_BHT.swapaxes(1, 2)
+
+
+def decode(q_BTHW, c_BSC, k_rope_BSR, lengths_B, *, scale):
+    """Attention in which all heads share the key [c | k_rope] and the value c; see `latent_attention.decode`."""
+    heads, queries = q_BTHW.shape[2], q_BTHW.shape[1]
+    k_BSHW = jnp.repeat(jnp.concatenate([c_BSC, k_rope_BSR], axis=-1)[:, :, None], heads, axis=2)
+    v_BSHC = jnp.repeat(c_BSC[:, :, None], heads, axis=2)
+    return attention(
+        q_BTHW, k_BSHW, v_BSHC, scale=scale, q_offset=lengths_B - queries, kv_lengths=lengths_B,
+        q_segments=None, kv_segments=None,
+    )  # fmt: skip

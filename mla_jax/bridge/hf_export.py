@@ -1,0 +1,150 @@
+"""Writes a model as a Hugging Face folder that DeepseekV3ForCausalLM loads, and vLLM too."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from mla_jax.bridge.hf_config import DTYPES, to_hf
+from mla_jax.bridge.hf_layout import HfTensor, tensors
+from mla_jax.bridge.model_card import model_card
+from mla_jax.checkpoint import check_tokenizer
+from mla_jax.config import ModelConfig, require_choice
+from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.errors import InputError
+
+
+def export(
+    config: ModelConfig,
+    params: dict,
+    tokenizer: Tokenizer,
+    out_dir: str | Path,
+    *,
+    results: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = 4 * 10**9,
+    overwrite: bool = False,
+) -> Path:
+    """Writes weights, config, generation config, tokenizer and model card; about one shard is in memory at a time.
+
+    Everything goes into a folder beside `out_dir` that is renamed at the end: whatever goes wrong, `out_dir` is as it
+    was before.
+
+    Args:
+        config: the model.
+        params: its parameters, as `init_params` lays them out.
+        tokenizer: saved along; its special ids go into the configs.
+        out_dir: the folder to create.
+        results: contents of the run's eval/passkey.json for the model card; None if it was not evaluated.
+        dtype: type of the written weights: float32, bfloat16 or float16.
+        max_shard_bytes: the most bytes of weights in one file; a tensor above it has a file of its own.
+        overwrite: replace `out_dir` if it is an export.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        UsageError: unknown dtype.
+        InputError: `out_dir` exists, the model cannot be expressed, a weight does not fit the type, or it cannot be
+            written.
+    """
+    require_choice("dtype", dtype, DTYPES)
+    out = Path(out_dir).resolve()
+    _check_free(out, overwrite)
+    check_tokenizer(tokenizer, config)
+    special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    hf_config = to_hf(config, dtype=dtype, special_ids=special_ids)
+    with _renamed_when_complete(out) as folder:
+        _write_weights(config, params, folder, dtype, max_shard_bytes)
+        _write_json(folder / "config.json", hf_config)
+        _write_json(folder / "generation_config.json", {**special_ids, "do_sample": False})
+        tokenizer.save(folder)
+        (folder / "README.md").write_text(model_card(out.name, config, dtype, results), encoding="utf-8")
+    return out
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists; choose another folder, or replace it with --overwrite")
+    if not (out / "config.json").is_file():
+        raise InputError(
+            f"{out} is not an export (it has no config.json), so it is not overwritten; choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def _renamed_when_complete(out: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `out` if the body ends well, and is removed otherwise."""
+    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        try:
+            partial.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"could not write {out} ({e}); nothing was left behind") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_weights(config: ModelConfig, params: dict, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+    """model.safetensors, or shards and their index."""
+    shards = _shards(tensors(config), jnp.dtype(dtype).itemsize, max_shard_bytes)
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        # transformers refuses files that do not say whose tensors these are.
+        save_file({t.name: _converted(t, params, dtype) for t in shard}, folder / file, metadata={"format": "pt"})
+        weight_map |= {t.name: file for t in shard}
+    if len(shards) > 1:
+        total = sum(t.size for shard in shards for t in shard) * jnp.dtype(dtype).itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(all_tensors: list[HfTensor], itemsize: int, max_shard_bytes: int) -> list[list[HfTensor]]:
+    shards, filled = [[]], 0
+    for tensor in all_tensors:
+        size = tensor.size * itemsize
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def _converted(tensor: HfTensor, params: dict, dtype: str) -> np.ndarray:
+    """The tensor as it is written. Raises InputError, naming it, if a value does not fit the type."""
+    array = tensor.take(params)
+    assert array.shape == tensor.shape, (tensor, array.shape)
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(array, dtype=jnp.dtype(dtype))
+    if not np.isfinite(converted).all():
+        if not np.isfinite(array).all():
+            raise InputError(f"{tensor.name} has values that are NaN or infinite; export an earlier checkpoint")
+        largest = np.abs(array).max()
+        raise InputError(f"{tensor.name} reaches {largest:.3g}, too large for {dtype}; export as bfloat16 or float32")
+    return converted
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

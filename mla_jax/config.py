@@ -1,0 +1,376 @@
+"""Typed dataclasses for everything Hydra composes. Values live in `conf/`, types and checks live here.
+
+Shapes that cannot work fail in `__post_init__` with a UsageError, so a bad configuration ends at composition.
+"""
+
+from dataclasses import dataclass, field
+from typing import Optional, TypeVar, dataclass_transform
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from mla_jax.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+def schema(cls: type[T]) -> type[T]:
+    """A config dataclass. Annotations stay `Optional[...]` and `list[...]`: OmegaConf reads them at run time.
+
+    Hydra refuses frozen schemas, hence unsafe_hash: configs are never mutated and serve as static jit arguments.
+    """
+    return dataclass(kw_only=True, unsafe_hash=True)(cls)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UsageError(message) unless the condition holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def require_at_least(minimum: float, **values: float | None) -> None:
+    """Raises UsageError for the first value below `minimum`; None passes."""
+    for name, value in values.items():
+        require(value is None or value >= minimum, f"{name} must be at least {minimum}, got {value}")
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises UsageError unless `value` is one of `choices`."""
+    require(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+@schema
+class YarnConfig:
+    """YaRN (arXiv 2309.00071) as DeepSeek-V3 configures it; keys are those of Hugging Face's `rope_scaling`."""
+
+    factor: float = MISSING
+    original_max_position_embeddings: int = MISSING
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: Optional[float] = None
+    mscale_all_dim: Optional[float] = None
+
+    def __post_init__(self):
+        require(self.factor >= 1.0, f"model.rope_scaling.factor must be at least 1, got {self.factor}")
+        require_at_least(
+            1, **{"model.rope_scaling.original_max_position_embeddings": self.original_max_position_embeddings}
+        )
+
+
+@schema
+class ModelConfig:
+    """A dense DeepSeek-V3 decoder. The first block of keys carries Hugging Face's DeepseekV3Config names."""
+
+    vocab_size: int = MISSING
+    hidden_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    qk_nope_head_dim: int = MISSING
+    qk_rope_head_dim: int = MISSING
+    v_head_dim: int = MISSING
+    kv_lora_rank: int = MISSING
+    q_lora_rank: Optional[int] = None
+    intermediate_size: int = MISSING
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: Optional[YarnConfig] = None
+    max_position_embeddings: int = MISSING
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    dtype: str = "bfloat16"
+    """Compute type of activations; parameters are kept in `param_dtype`, softmax, norms and loss in float32."""
+    param_dtype: str = "float32"
+    remat: str = "full"
+    """What the backward pass recomputes in each layer: `none`, `dots` (keep matmul outputs) or `full`."""
+    attention: str = "auto"
+    """Implementation the attention ops dispatch to; see `latent_attention.dispatch`."""
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads qk_nope_head_dim qk_rope_head_dim v_head_dim "
+            "kv_lora_rank q_lora_rank intermediate_size max_position_embeddings"
+        ).split():
+            require_at_least(1, **{f"model.{name}": getattr(self, name)})
+        require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"model.qk_rope_head_dim must be even (RoPE rotates pairs), got {self.qk_rope_head_dim}",
+        )
+        require(self.rope_theta > 1, f"model.rope_theta must be above 1, got {self.rope_theta}")
+        require_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        require_choice("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
+        require_choice("model.remat", self.remat, ("none", "dots", "full"))
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one head's query and key: the part without position and the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers the latent cache holds per token and layer: the latent and the shared rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def cache_bytes_per_token(self, bytes_per_number: int = 2) -> int:
+        """Bytes of latent cache per token over all layers."""
+        return self.cache_width * self.num_hidden_layers * bytes_per_number
+
+
+@schema
+class DataConfig:
+    """What every data set has in common. `seq_len` and batch size belong to the training stages."""
+
+    tokenizer: str = MISSING
+    """`bytes`, `needle-bpe` (built in, see `mla_jax.data.tokenizer`), or the path of a tokenizer.json / HF folder."""
+    workers: int = 0
+    """Grain worker processes; 0 generates in threads of the training process."""
+
+    def __post_init__(self):
+        require_at_least(0, **{"data.workers": self.workers})
+
+
+@schema
+class NeedleDataConfig(DataConfig):
+    """Synthetic needles in a haystack; weights are relative and need not sum to one."""
+
+    kind: str = "needle"
+    tasks: dict[str, float] = MISSING
+    """Weight of each task: passkey, single, multi_key, multi_value, multi_query, variable_tracking, absent_key."""
+    haystacks: dict[str, float] = MISSING
+    """Weight of each filler: noise (repeated sentences), words (random words), needles (only needles), text."""
+    text_folder: Optional[str] = None
+    """Folder of .txt / .md files for the `text` haystack."""
+    max_needles: int = 64
+    """Most needles in one sequence; as many as fit are drawn log-uniformly from 1 to this."""
+    near_duplicate_fraction: float = 0.5
+    """Share of multi_key sequences whose keys differ from another key by one word only."""
+    lm_loss_weight: float = 0.0
+    """Loss weight of tokens that are not answers (answers have weight 1)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        tasks = ("passkey", "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "absent_key")
+        for group, known in (("tasks", tasks), ("haystacks", ("noise", "words", "needles", "text"))):
+            weights = getattr(self, group)
+            for name in weights:
+                require_choice(f"data.{group} key", name, known)
+            require(
+                min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0,
+                f"data.{group} needs non-negative weights with a positive sum, got {weights}",
+            )
+        require(
+            not self.haystacks.get("text") or self.text_folder is not None,
+            "data.haystacks.text needs data.text_folder=FOLDER",
+        )
+        require_at_least(1, **{"data.max_needles": self.max_needles})
+        require(
+            0 <= self.near_duplicate_fraction <= 1,
+            f"data.near_duplicate_fraction must be in [0, 1], got {self.near_duplicate_fraction}",
+        )
+        require_at_least(0, **{"data.lm_loss_weight": self.lm_loss_weight})
+
+
+@schema
+class JsonlDataConfig(DataConfig):
+    """A JSONL file of chats ({"messages": [...]}) or completions ({"prompt": ..., "completion": ...})."""
+
+    kind: str = "jsonl"
+    path: str = MISSING
+
+
+@schema
+class OptimConfig:
+    """Optimizer and learning-rate shape; the peak rate belongs to the training stages."""
+
+    name: str = MISSING
+    """`adamw`, or `muon` (matrices by Muon, the rest by AdamW)."""
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    muon_momentum: float = 0.95
+    adam_lr_ratio: float = 1.0
+    """Under `muon`: AdamW's learning rate as a share of the stage's rate."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+    schedule: str = "wsd"
+    """`constant`, `cosine`, or `wsd` (warm-up, stable, decay)."""
+    warmup_steps: int = 0
+    decay_fraction: float = 0.2
+    """Under `wsd`: the share of all steps over which the rate falls linearly."""
+    final_ratio: float = 0.0
+    """The last step's rate as a share of the stage's rate."""
+
+    def __post_init__(self):
+        require_choice("optim.name", self.name, ("adamw", "muon"))
+        require_choice("optim.schedule", self.schedule, ("constant", "cosine", "wsd"))
+        require_at_least(0, **{"optim.weight_decay": self.weight_decay, "optim.warmup_steps": self.warmup_steps})
+        require(self.clip_norm > 0, f"optim.clip_norm must be positive, got {self.clip_norm}")
+        for name in ("decay_fraction", "final_ratio"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optim.{name} must be in [0, 1], got {value}")
+
+
+@schema
+class MeshConfig:
+    """Sizes of the device mesh; -1 (at most once) takes the devices that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp)
+        require(all(s == -1 or s >= 1 for s in sizes), f"mesh sizes must be -1 or at least 1, got {sizes}")
+        require(sizes.count(-1) <= 1, f"at most one mesh size may be -1, got {sizes}")
+
+
+@schema
+class TrackerConfig:
+    """Where metrics go besides the terminal."""
+
+    name: str = MISSING
+    """`tensorboard` or `none`."""
+
+    def __post_init__(self):
+        require_choice("tracker.name", self.name, ("tensorboard", "none"))
+
+
+@schema
+class StageConfig:
+    """One stage of the length curriculum."""
+
+    seq_len: int = MISSING
+    """Tokens per sequence."""
+    batch_size: int = MISSING
+    """Sequences per optimizer step, over all devices and accumulation steps."""
+    steps: int = MISSING
+    """The most optimizer steps in this stage."""
+    learning_rate: float = MISSING
+    accuracy: Optional[float] = None
+    """Go on to the next stage as soon as answer-token accuracy over `train.log_every` steps reaches this."""
+    previous_fraction: float = 0.0
+    """Share of steps taken at the previous stage's length and batch size."""
+    position_skip_fraction: float = 0.0
+    """Share of steps whose positions jump 1 to 3 times, to train positions beyond `seq_len`."""
+    position_skip_max: int = 0
+    """The largest total jump, log-uniform; 0 for none."""
+
+    def __post_init__(self):
+        require_at_least(2, **{"train.stages.seq_len": self.seq_len})
+        require_at_least(1, **{"train.stages.batch_size": self.batch_size, "train.stages.steps": self.steps})
+        require(self.learning_rate > 0, f"train.stages.learning_rate must be positive, got {self.learning_rate}")
+        for name in ("previous_fraction", "position_skip_fraction", "accuracy"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, f"train.stages.{name} must be in [0, 1], got {value}")
+        require_at_least(0, **{"train.stages.position_skip_max": self.position_skip_max})
+
+
+@schema
+class TrainConfig:
+    """The training loop."""
+
+    stages: list[StageConfig] = field(default_factory=list)
+    grad_accumulation: int = 1
+    """Micro-batches a step; gradients are summed in float32."""
+    loss_chunk: int = 1024
+    """Tokens of a sequence whose logits exist at one time."""
+    log_every: int = 10
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is also saved at the end and on Ctrl-C."""
+    keep_last: int = 2
+
+    def __post_init__(self):
+        require(len(self.stages) > 0, "train.stages needs at least one stage")
+        for name in ("grad_accumulation", "loss_chunk", "log_every", "checkpoint_every", "keep_last"):
+            require_at_least(1, **{f"train.{name}": getattr(self, name)})
+        for stage in self.stages:
+            require(
+                stage.batch_size % self.grad_accumulation == 0,
+                f"train.grad_accumulation={self.grad_accumulation} must divide batch_size={stage.batch_size}",
+            )
+        require(self.stages[0].previous_fraction == 0, "the first of train.stages has no previous stage to mix in")
+        require(
+            self.stages[-1].accuracy is None,
+            "the last of train.stages must not end early (accuracy): the learning rate would never decay",
+        )
+
+
+@schema
+class PasskeyConfig:
+    """The passkey grid: generation from prompts of each length, the key at each depth."""
+
+    lengths: list[int] = MISSING
+    """Prompt lengths in tokens."""
+    depths: list[float] = MISSING
+    """Where the key lies: 0 at the start, 1 at the end."""
+    samples: int = MISSING
+    """Prompts in each cell."""
+    batch_size: int = 8
+    max_new_tokens: int = 10
+    seed: int = 1_000_003
+    """Seed of the prompts; keep it apart from the training seed, so that prompts are held out."""
+
+    def __post_init__(self):
+        require(len(self.lengths) > 0, "eval.lengths needs at least one length")
+        require(len(self.depths) > 0, "eval.depths needs at least one depth")
+        require(all(0 <= d <= 1 for d in self.depths), f"eval.depths must be in [0, 1], got {self.depths}")
+        for name in ("samples", "batch_size", "max_new_tokens"):
+            require_at_least(1, **{f"eval.{name}": getattr(self, name)})
+
+
+@schema
+class SftConfig:
+    """`python -m experiments.sft`."""
+
+    name: str = MISSING
+    run_dir: str = MISSING
+    """Where everything of this run is kept: config, tokenizer, checkpoints, metrics, evaluations."""
+    seed: int = 0
+    init_from: Optional[str] = None
+    """A run whose newest parameters to start from; a checkpoint of this run itself takes precedence."""
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    mesh: MeshConfig = MISSING
+    tracker: TrackerConfig = MISSING
+    train: TrainConfig = MISSING
+
+    def __post_init__(self):
+        longest = max(stage.seq_len for stage in self.train.stages)
+        require(
+            longest <= self.model.max_position_embeddings,
+            f"train.stages has seq_len {longest}, beyond model.max_position_embeddings "
+            f"{self.model.max_position_embeddings}",
+        )
+        for stage in self.train.stages:
+            require(
+                stage.seq_len + stage.position_skip_max <= self.model.max_position_embeddings,
+                f"train.stages: seq_len {stage.seq_len} + position_skip_max {stage.position_skip_max} is beyond "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}",
+            )
+
+
+@schema
+class EvaluateConfig:
+    """`python -m experiments.evaluate run=RUN_DIR`."""
+
+    run: str = MISSING
+    eval: PasskeyConfig = MISSING
+
+
+def register_schemas() -> None:
+    """Puts the schemas where the files in `conf/` name them (idempotent)."""
+    store = ConfigStore.instance()
+    store.store(name="sft_schema", node=SftConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    for group, name, node in (
+        ("model", "schema", ModelConfig),
+        ("data", "needle_schema", NeedleDataConfig),
+        ("data", "jsonl_schema", JsonlDataConfig),
+        ("optim", "schema", OptimConfig),
+        ("mesh", "schema", MeshConfig),
+        ("tracker", "schema", TrackerConfig),
+        ("eval", "passkey_schema", PasskeyConfig),
+    ):
+        store.store(group=group, name=name, node=node)

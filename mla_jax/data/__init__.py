@@ -1,0 +1,1 @@
+"""Tokenizers and training data: synthetic needles (`needle`), JSONL chats (`text`), batches of both (`pipeline`)."""

@@ -1,0 +1,204 @@
+"""From a data config to batches: random-access sources of whole batches, read by Grain threads or worker processes.
+
+Batch i of a stage is a pure function of (config, seed, stage, i). So a position in the data is one number, the same
+for any number of workers, and a resumed run sees the batches it would have seen.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, StageConfig
+from mla_jax.data.needle import NeedleGenerator, Purpose, stream
+from mla_jax.data.text import load_documents, pack
+from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.errors import InputError, UsageError
+
+Batch = dict[str, np.ndarray]
+"""Arrays [B, T]: tokens, targets, segments, positions int32, weights float32."""
+
+ENDLESS = 2**48
+"""Batches in a source: more than any run takes."""
+
+
+class BatchSource(Protocol):
+    """Random access to batches."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+
+class Pipeline:
+    """Endless iterator over the batches of a source, made ahead by threads, or by `workers` processes."""
+
+    def __init__(self, source: BatchSource, workers: int):
+        self._source = source
+        self._workers = workers
+        self._next = 0
+        self._batches: grain.DatasetIterator | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def __iter__(self) -> "Pipeline":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._start()
+            self._end = weakref.finalize(self, self._batches.close)  # also when the program ends
+        try:
+            batch = next(self._batches)
+        except RuntimeError as e:
+            if "Worker process" not in str(e):
+                raise
+            raise InputError("a data worker process died, out of memory perhaps; lower data.workers") from e
+        self._next += 1
+        return batch
+
+    def _start(self) -> grain.DatasetIterator:
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        batches = grain.MapDataset.source(self._source).slice(slice(self._next, None)).to_iter_dataset(ahead)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts a worker
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            batches = batches.mp_prefetch(options)
+            # Shared memory is small in containers, and batches are quick to copy.
+            copied = grain.experimental.DatasetOptions(min_shm_size=2**62)
+            batches = grain.experimental.WithOptionsIterDataset(batches, copied)
+        return iter(batches)
+
+    def get_state(self) -> dict[str, int]:
+        """Position in the data, to save as JSON."""
+        return {"next_batch": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to a position that `get_state` gave, under any number of workers."""
+        self.close()
+        self._next = state["next_batch"]
+
+    def close(self) -> None:
+        """Ends threads and worker processes; the iterator starts them again if it is used again."""
+        self._end()
+        self._batches = None
+
+
+def make_pipeline(data: DataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int) -> Pipeline:
+    """Batches of `stages[stage]`.
+
+    Keys of a batch, all [B, T]: `tokens`; `targets`, the next token of each; `weights`, the loss weight of each target
+    (0 on the last position of a row or document and on padding); `segments`, the document each token is of, from 1, 0
+    on padding; `positions` for RoPE, from 0 in each document unless they skip.
+
+    Raises:
+        InputError: a data file or folder that cannot be used.
+        UsageError: a sequence length too short for any example, or stage keys that the data cannot follow.
+    """
+    if isinstance(data, NeedleDataConfig):
+        return Pipeline(NeedleBatches(data, tokenizer, stages, stage, seed), data.workers)
+    if isinstance(data, JsonlDataConfig):
+        return Pipeline(JsonlBatches(data, tokenizer, stages, stage, seed), data.workers)
+    raise TypeError(type(data))
+
+
+class NeedleBatches:
+    """Needle batches of a stage, some of them of the previous stage's shape, some with positions that skip."""
+
+    def __init__(self, data: NeedleDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int):
+        self._generator = NeedleGenerator(data, tokenizer)
+        self._stage = stages[stage]
+        self._previous = stages[stage - 1] if stage else stages[stage]
+        self._seed, self._number = seed, stage
+        self._pad_id = tokenizer.pad_id
+        self._generator.check_length(self._stage.seq_len)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = stream(self._seed, Purpose.BATCH, self._number, index)
+        previous, skips = rng.random(2) < (self._stage.previous_fraction, self._stage.position_skip_fraction)
+        shape = self._previous if previous else self._stage
+        rows, length = shape.batch_size, shape.seq_len
+        tokens = np.empty((rows, length), np.int32)
+        weights = np.empty((rows, length), np.float32)
+        for row in range(rows):
+            example = stream(self._seed, Purpose.EXAMPLE, self._number, index, row)
+            tokens[row], weights[row] = self._generator.example(example, length)
+        positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+        # The stage's longest position bounds the jumps of the previous stage's batches too.
+        most = min(self._stage.position_skip_max, self._stage.seq_len + self._stage.position_skip_max - length)
+        if skips and most > 0:
+            for row in range(rows):
+                positions[row] += position_skips(rng, length, most)
+        return {
+            "tokens": tokens,
+            "targets": shifted(tokens, self._pad_id),
+            "weights": shifted(weights, 0),
+            "segments": np.ones_like(tokens),
+            "positions": positions,
+        }
+
+
+class JsonlBatches:
+    """Packed rows of a JSONL file. Packing is done once; each epoch takes the rows in an order of its own."""
+
+    def __init__(self, data: JsonlDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int):
+        self._stage = stages[stage]
+        for name in ("previous_fraction", "position_skip_fraction"):
+            if getattr(self._stage, name) > 0:
+                raise UsageError(f"train.stages.{name} works with data=needle only; leave it at 0 with data=jsonl")
+        self._documents = load_documents(data.path, tokenizer)
+        self._rows = pack(self._documents, self._stage.seq_len, data.path)
+        self._seed, self._number = seed, stage
+        self._pad_id = tokenizer.pad_id
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return stream(self._seed, Purpose.EPOCH, self._number, epoch).permutation(len(self._rows))
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Batch:
+        size, length = self._stage.batch_size, self._stage.seq_len
+        batch: Batch = {
+            "tokens": np.full((size, length), self._pad_id, np.int32),
+            "targets": np.full((size, length), self._pad_id, np.int32),
+            "weights": np.zeros((size, length), np.float32),
+            "segments": np.zeros((size, length), np.int32),
+            "positions": np.zeros((size, length), np.int32),
+        }
+        first, last = index * size, (index + 1) * size - 1
+        epochs = range(first // len(self._rows), last // len(self._rows) + 1)
+        orders = {epoch: self._order(epoch) for epoch in epochs}
+        for row in range(size):
+            epoch, place = divmod(first + row, len(self._rows))
+            start = 0
+            for segment, document in enumerate(self._rows[orders[epoch][place]], 1):
+                ids, learned = self._documents[document]
+                here, end = slice(start, start + len(ids)), start + len(ids)
+                batch["tokens"][row, here] = ids
+                batch["targets"][row, start : end - 1] = ids[1:]
+                batch["weights"][row, start : end - 1] = learned[1:]
+                batch["segments"][row, here] = segment
+                batch["positions"][row, here] = np.arange(len(ids))
+                start = end
+        return batch
+
+
+def shifted(x: np.ndarray, last: float) -> np.ndarray:
+    """[B, T] moved one to the left, with `last` in the last column."""
+    return np.concatenate([x[:, 1:], np.full_like(x[:, :1], last)], axis=1)
+
+
+def position_skips(rng: np.random.Generator, length: int, most: int) -> np.ndarray:
+    """What to add to `length` positions: 1 to 3 jumps at random places, log-uniformly 1 to `most` in all; int32."""
+    total = int(np.exp(rng.uniform(0, np.log(most + 1))))
+    jumps = rng.multinomial(total, rng.dirichlet(np.ones(rng.integers(1, 4))))
+    skips = np.zeros(length, np.int64)
+    np.add.at(skips, rng.integers(length, size=len(jumps)), jumps)
+    return np.cumsum(skips).astype(np.int32)

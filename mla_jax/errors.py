@@ -1,0 +1,27 @@
+"""The two errors a user can cause, and the command-line edge that prints them as one line."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class InputError(Exception):
+    """Bad input (file, checkpoint, prompt): says what was wrong, what was expected, what to do. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(InputError):
+    """A wrong command line or configuration. Exit code 2."""
+
+    exit_code = 2
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with `error: <one line>` on stderr when an InputError escapes; other exceptions pass."""
+    try:
+        yield
+    except InputError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(e.exit_code)

@@ -1,0 +1,1 @@
+"""Evaluations by real generation, with the number of prompts and an interval beside every accuracy."""

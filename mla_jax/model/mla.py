@@ -1,0 +1,155 @@
+"""Multi-Head Latent Attention, in two forms that agree.
+
+Expanded (training, prefill): keys and values of every head are computed from the latents, then plain attention.
+Absorbed (decode): the up-projections move to the query and the output side, and all heads attend to the latents
+themselves. It reads 1/H of the numbers and costs about three times the products.
+
+Equations are those of DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import latent_attention
+from mla_jax import mesh
+from mla_jax.config import ModelConfig
+from mla_jax.errors import UsageError
+from mla_jax.model import cache as latent_cache
+from mla_jax.model.cache import LatentCache
+from mla_jax.model.layers import gathered, norm_scale, product, rms_norm, weight
+from mla_jax.model.rope import rotate, softmax_scale
+
+CACHE_CHUNK = 2048
+"""Cached tokens whose keys and values exist at one time during prefill."""
+
+Rotations = tuple[jax.Array, jax.Array]
+
+
+class MLA(nnx.Module):
+    """Attention of one layer; leaves carry Hugging Face's names, matrices are [in, out]."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        d, heads, c = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+        new = functools.partial(weight, config, rngs)
+        if config.q_lora_rank is None:
+            self.q_proj = new((d, heads * config.qk_head_dim), mesh.SHARD_IN)
+        else:
+            self.q_a_proj = new((d, config.q_lora_rank), mesh.SHARD_IN)
+            self.q_a_layernorm = norm_scale(config, config.q_lora_rank)
+            self.q_b_proj = new((config.q_lora_rank, heads * config.qk_head_dim), mesh.SHARD_OUT)
+        self.kv_a_proj_with_mqa = new((d, config.cache_width), mesh.SHARD_IN)
+        self.kv_a_layernorm = norm_scale(config, c)
+        self.kv_b_proj = new((c, heads * (config.qk_nope_head_dim + config.v_head_dim)), mesh.SHARD_OUT)
+        self.o_proj = new((heads * config.v_head_dim, d), mesh.SHARD_OUT)
+
+    def __call__(self, x_BTD: jax.Array, rotations: Rotations, segments_BT: jax.Array | None) -> jax.Array:
+        """Expanded form over a whole sequence; no attention across segments."""
+        c_BTC, k_rope_BTR = self._latents(x_BTD, rotations)
+        k_BTHK, v_BTHV = self._heads(product(c_BTC, self.kv_b_proj), k_rope_BTR)
+
+        def attend(q, k, v, segments):
+            return self._op(latent_attention.attention, q, k, v, q_segments=segments, kv_segments=segments)
+
+        q_BTHK = jnp.concatenate(self._queries(x_BTD, rotations), axis=-1)
+        return self._output(mesh.per_device(attend, q_BTHK, k_BTHK, v_BTHV, segments_BT))
+
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        rotations: Rotations,
+        cache: LatentCache,
+        layer: jax.Array,
+        valid_B: jax.Array,
+        absorbed: bool,
+    ) -> tuple[jax.Array, LatentCache]:
+        """Attends from T new tokens to the cache and to themselves, and writes the first `valid_B` of them."""
+        c_BTC, k_rope_BTR = self._latents(x_BTD, rotations)
+        cache = latent_cache.write(cache, layer, c_BTC, k_rope_BTR, valid_B)
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rotations)
+        if absorbed:
+            out_BTHV = self._absorbed(q_nope_BTHN, q_rope_BTHR, cache, layer)
+        else:
+            q_BTHK = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
+            out_BTHV = self._expanded(q_BTHK, c_BTC, k_rope_BTR, cache, layer)
+        return self._output(out_BTHV), cache
+
+    def _queries(self, x_BTD: jax.Array, rotations: Rotations) -> tuple[jax.Array, jax.Array]:
+        """q_BTHN and the rotated q_BTHR; equations 12 to 14."""
+        config = self.config
+        if config.q_lora_rank is None:
+            q = product(x_BTD, self.q_proj)
+        else:
+            q = product(x_BTD, self.q_a_proj)
+            q = product(rms_norm(q, self.q_a_layernorm, config.rms_norm_eps), self.q_b_proj)
+        q_BTHK = q.reshape(*q.shape[:2], config.num_attention_heads, config.qk_head_dim)
+        q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTHK, [config.qk_nope_head_dim], axis=-1)
+        cos, sin = rotations
+        return q_nope_BTHN, rotate(q_rope_BTHR, cos[:, :, None], sin[:, :, None])
+
+    def _latents(self, x_BTD: jax.Array, rotations: Rotations) -> tuple[jax.Array, jax.Array]:
+        """What the cache holds: the normalised latent c_BTC and the rotated key k_rope_BTR; equations 9 and 15."""
+        config = self.config
+        c_BTC, k_rope_BTR = jnp.split(product(x_BTD, self.kv_a_proj_with_mqa), [config.kv_lora_rank], axis=-1)
+        return rms_norm(c_BTC, self.kv_a_layernorm, config.rms_norm_eps), rotate(k_rope_BTR, *rotations)
+
+    def _heads(self, kv_BSX: jax.Array, k_rope_BSR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """k_BSHK and v_BSHV of the up-projected latents, one rotary key serving all heads; equations 10, 11, 17."""
+        kv_BSHX = kv_BSX.reshape(*kv_BSX.shape[:2], self.config.num_attention_heads, -1)
+        k_nope_BSHN, v_BSHV = jnp.split(kv_BSHX, [self.config.qk_nope_head_dim], axis=-1)
+        k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSHN.shape[:3], k_rope_BSR.shape[-1]))
+        return jnp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1), v_BSHV
+
+    def _output(self, out_BTHV: jax.Array) -> jax.Array:
+        return product(out_BTHV.reshape(*out_BTHV.shape[:2], -1), self.o_proj)
+
+    def _op(self, op: Callable, *arrays: jax.Array, **options):
+        """An op of `latent_attention` with this model's scale and choice of implementation."""
+        try:
+            return op(*arrays, scale=softmax_scale(self.config), implementation=self.config.attention, **options)
+        except latent_attention.UnavailableError as e:
+            raise UsageError(f"model.attention: {e}") from e
+
+    def _expanded(self, q_BTHK, c_BTC, k_rope_BTR, cache: LatentCache, layer: jax.Array) -> jax.Array:
+        """New tokens over themselves, then over the cache chunk by chunk: memory does not grow with the cache."""
+        size = min(CACHE_CHUNK, cache.capacity)
+
+        def attend(q, c_new, k_rope_new, c_LBSC, k_rope_LBSR, lengths, layer, kv_b_CX):
+            def chunk(i, carry):
+                start = i * size
+                c, k_rope = (latent_cache.read(x, layer, start, size).astype(q.dtype) for x in (c_LBSC, k_rope_LBSR))
+                k, v = self._heads(c @ kv_b_CX, k_rope)
+                held = jnp.clip(lengths - start, 0, size)
+                # An offset of `size` lets every query see the whole chunk.
+                part = self._op(latent_attention.attention, q, k, v, q_offset=size, kv_lengths=held, return_lse=True)
+                return latent_attention.merge(*carry, *part)
+
+            k, v = self._heads(c_new @ kv_b_CX, k_rope_new)
+            out, lse = self._op(latent_attention.attention, q, k, v, return_lse=True)
+            chunks = (jnp.max(lengths) + size - 1) // size
+            # Merged in float32: many chunks would add up many roundings.
+            return jax.lax.fori_loop(0, chunks, chunk, (out.astype(jnp.float32), lse))[0].astype(q.dtype)
+
+        return mesh.per_device(
+            attend, q_BTHK, c_BTC, k_rope_BTR, cache.c_LBSC, cache.k_rope_LBSR, cache.lengths_B, layer,
+            gathered(self.kv_b_proj, q_BTHK.dtype),
+        )  # fmt: skip
+
+    def _absorbed(self, q_nope_BTHN, q_rope_BTHR, cache: LatentCache, layer: jax.Array) -> jax.Array:
+        """New tokens, already in the cache, over all of it; end of section 2.1.2."""
+        kv_b_CX = gathered(self.kv_b_proj, q_nope_BTHN.dtype)
+        kv_b_CHX = kv_b_CX.reshape(kv_b_CX.shape[0], self.config.num_attention_heads, -1)
+        k_b_CHN, v_b_CHV = jnp.split(kv_b_CHX, [self.config.qk_nope_head_dim], axis=-1)
+
+        def attend(q_BTHW, c_LBSC, k_rope_LBSR, lengths, layer):
+            c_BSC, k_rope_BSR = (jax.lax.dynamic_index_in_dim(x, layer, 0, False) for x in (c_LBSC, k_rope_LBSR))
+            return self._op(latent_attention.decode, q_BTHW, c_BSC, k_rope_BSR, lengths + q_BTHW.shape[1])[0]
+
+        q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, k_b_CHN)
+        q_BTHW = jnp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
+        out_BTHC = mesh.per_device(attend, q_BTHW, cache.c_LBSC, cache.k_rope_LBSR, cache.lengths_B, layer)
+        return jnp.einsum("bthc,chv->bthv", out_BTHC, v_b_CHV)

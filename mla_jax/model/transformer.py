@@ -1,0 +1,173 @@
+"""The decoder: embeddings, L layers of MLA and SwiGLU, final norm, head.
+
+Parameters travel as a plain nested dict whose leaves carry Hugging Face's names (`init_params`); `bind` puts them into
+the NNX modules that compute with them. Layers are stacked on axis 0 and scanned.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mla_jax import mesh
+from mla_jax.config import ModelConfig
+from mla_jax.model.cache import LatentCache
+from mla_jax.model.layers import gathered, norm_scale, product, rms_norm, weight
+from mla_jax.model.mla import MLA, Rotations
+from mla_jax.model.rope import rotations
+
+_SAVED_DOTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("latent_attention"),
+)
+_REMAT = {
+    "none": lambda f: f,
+    "dots": functools.partial(jax.checkpoint, policy=_SAVED_DOTS),
+    "full": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
+}
+
+
+class SwiGLU(nnx.Module):
+    """Feed-forward (arXiv 2002.05202): silu(x gate) * (x up), projected down."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = weight(config, rngs, (d, f), mesh.SHARD_IN)
+        self.up_proj = weight(config, rngs, (d, f), mesh.SHARD_IN)
+        self.down_proj = weight(config, rngs, (f, d), mesh.SHARD_OUT)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        return product(jax.nn.silu(product(x_BTD, self.gate_proj)) * product(x_BTD, self.up_proj), self.down_proj)
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to its input."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.input_layernorm = norm_scale(config, config.hidden_size)
+        self.self_attn = MLA(config, rngs)
+        self.post_attention_layernorm = norm_scale(config, config.hidden_size)
+        self.mlp = SwiGLU(config, rngs)
+
+    def __call__(self, h_BTD: jax.Array, rotations: Rotations, segments_BT: jax.Array | None) -> jax.Array:
+        """Over a whole sequence."""
+        h_BTD += self.self_attn(self._attention_input(h_BTD), rotations, segments_BT)
+        return self._feed_forward(h_BTD)
+
+    def extend(self, h_BTD, rotations: Rotations, cache: LatentCache, layer, valid_B, absorbed: bool):
+        """Over new tokens behind a cache; see `MLA.extend`."""
+        x_BTD = self._attention_input(h_BTD)
+        out_BTD, cache = self.self_attn.extend(x_BTD, rotations, cache, layer, valid_B, absorbed)
+        return self._feed_forward(h_BTD + out_BTD), cache
+
+    def _attention_input(self, h_BTD: jax.Array) -> jax.Array:
+        return rms_norm(h_BTD, self.input_layernorm, self.config.rms_norm_eps)
+
+    def _feed_forward(self, h_BTD: jax.Array) -> jax.Array:
+        return h_BTD + self.mlp(rms_norm(h_BTD, self.post_attention_layernorm, self.config.rms_norm_eps))
+
+
+class Transformer(nnx.Module):
+    """The model; `bind` makes one from parameters."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = weight(config, rngs, (config.vocab_size, config.hidden_size), mesh.SHARD_OUT)
+        self.layers = jax.vmap(lambda r: Layer(config, r))(rngs.split(config.num_hidden_layers))
+        self.norm = norm_scale(config, config.hidden_size)
+        if not config.tie_word_embeddings:
+            self.lm_head = weight(config, rngs, (config.hidden_size, config.vocab_size), mesh.SHARD_IN)
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Hidden states of a whole batch, after the final norm.
+
+        Args:
+            tokens_BT: int32 token ids.
+            positions_BT: int32 rotary positions; None for 0, 1, 2, ...
+            segments_BT: int32 document of each token, which sees only its own; None for one document a row.
+
+        Returns:
+            h_BTD in the compute type; `logits` makes scores of it.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        turns = rotations(self.config, positions_BT)
+
+        @_REMAT[self.config.remat]
+        def body(h_BTD, layer):
+            return layer(h_BTD, turns, segments_BT), None
+
+        h_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), self.layers)
+        return rms_norm(h_BTD, self.norm, self.config.rms_norm_eps)
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """float32 scores [..., X] of hidden states [..., D]."""
+        if self.config.tie_word_embeddings:
+            table_XD = gathered(self.embed_tokens, h.dtype)
+            return jnp.einsum("...d,xd->...x", h, table_XD, preferred_element_type=jnp.float32)
+        head_DX = gathered(self.lm_head, h.dtype)
+        return jnp.einsum("...d,dx->...x", h, head_DX, preferred_element_type=jnp.float32)
+
+    def extend(
+        self, tokens_BT: jax.Array, cache: LatentCache, valid_B: jax.Array | None = None, *, absorbed: bool
+    ) -> tuple[jax.Array, LatentCache]:
+        """Appends T tokens to the cache: a chunk of prefill or a step of decode.
+
+        Args:
+            tokens_BT: int32 token ids, at positions `cache.lengths_B`, + 1, ...
+            cache: must have room (callers check; tokens that do not fit are dropped).
+            valid_B: how many of the T tokens of each row exist; None for all. Hidden states of the others mean nothing.
+            absorbed: the absorbed form, for few tokens; else the expanded form, for many.
+
+        Returns:
+            h_BTD as `__call__`, and the cache with the tokens in it.
+        """
+        queries = tokens_BT.shape[1]
+        valid_B = jnp.full_like(cache.lengths_B, queries) if valid_B is None else valid_B
+        turns = rotations(self.config, cache.lengths_B[:, None] + jnp.arange(queries))
+
+        def body(carry, layer_and_index):
+            layer, index = layer_and_index
+            return layer.extend(carry[0], turns, carry[1], index, valid_B, absorbed), None
+
+        indices = jnp.arange(self.config.num_hidden_layers)
+        (h_BTD, cache), _ = jax.lax.scan(body, (self._embed(tokens_BT), cache), (self.layers, indices))
+        cache = dataclasses.replace(cache, lengths_B=cache.lengths_B + valid_B)
+        return rms_norm(h_BTD, self.norm, self.config.rms_norm_eps), cache
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        # Cast after the look-up: gradients of a row that occurs often are summed in the type of the parameters.
+        table_XD = mesh.gather(self.embed_tokens[...])
+        h_BTD = mesh.per_device(lambda tokens, table: table[tokens], tokens_BT, table_XD)
+        return h_BTD.astype(self.config.dtype)
+
+
+def _initialised(config: ModelConfig, seed: int) -> dict:
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(jax.random.key(seed))), nnx.Param))
+
+
+def init_params(config: ModelConfig, seed: int) -> dict:
+    """Random parameters: nested dict of arrays in `param_dtype`, sharded where a mesh is set.
+
+    Raises:
+        UsageError: a weight does not divide over the mesh.
+    """
+    return jax.jit(_initialised, static_argnums=0)(config, seed)
+
+
+def abstract_params(config: ModelConfig) -> dict:
+    """Shapes, types and shardings of `init_params`, with nothing computed."""
+    return jax.eval_shape(functools.partial(_initialised, config), 0)
+
+
+def bind(config: ModelConfig, params: dict) -> Transformer:
+    """The model that computes with these parameters (arrays, tracers or shapes); usable inside jit."""
+    graph, state = nnx.split(jax.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)

@@ -1,0 +1,278 @@
+"""The training loop: supervised fine-tuning, from scratch or from given parameters.
+
+What a run does at a step depends only on the config and the step, and every checkpoint holds the data position, so a
+run interrupted anywhere and resumed is bit for bit the run that was not interrupted.
+"""
+
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mla_jax import checkpoint
+from mla_jax.checkpoint import Checkpoints
+from mla_jax.config import ModelConfig, SftConfig, TrainConfig
+from mla_jax.data.pipeline import make_pipeline
+from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mla_jax.errors import InputError
+from mla_jax.losses import LossSums, chunked_cross_entropy
+from mla_jax.mesh import make_mesh, place_batch
+from mla_jax.metrics import ProgressDisplay, Window
+from mla_jax.model.transformer import bind
+from mla_jax.optim import apply_updates, learning_rate, make_optimizer
+from mla_jax.state import TrainState, abstract_state, init_state, with_params
+from mla_jax.trackers import Tracker, make_tracker
+
+
+@dataclass
+class Position:
+    """Where a run is: steps finished in all and in the current stage, and the open metrics window."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    window: Window = field(default_factory=Window)
+
+    def planned(self, train: TrainConfig) -> int:
+        """Finished steps as the schedule counts them: a stage that ended early counts in full."""
+        return sum(stage.steps for stage in train.stages[: self.stage]) + self.stage_step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: `finished` is False after Ctrl-C or SIGTERM."""
+
+    run_dir: Path
+    step: int
+    finished: bool
+
+
+def make_train_step(
+    model: ModelConfig, optimizer: optax.GradientTransformation, loss_chunk: int
+) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
+    """The jitted step: (state, batch, learning_rate) -> (state, sums of LossSums' fields and grad_norm).
+
+    Batch arrays are [A, B / A, T] with A gradient accumulation steps. The loss is the weighted mean over the whole
+    batch, so A does not change it. The state is donated.
+    """
+
+    def loss(params: dict, rows: dict, weight: jax.Array) -> tuple[jax.Array, LossSums]:
+        transformer = bind(model, params)
+        h_BTD = transformer(rows["tokens"], rows["positions"], rows["segments"])
+        sums = chunked_cross_entropy(transformer, h_BTD, rows["targets"], rows["weights"], loss_chunk)
+        return sums.loss / weight, sums
+
+    grad = jax.grad(loss, has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: dict, rate: jax.Array) -> tuple[TrainState, dict]:
+        weight = jnp.maximum(batch["weights"].sum(), 1e-9)
+
+        def accumulate(total, rows):
+            new = grad(state.params, rows, weight)
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
+
+        if batch["tokens"].shape[0] == 1:
+            grads, sums = grad(state.params, jax.tree.map(lambda x: x[0], batch), weight)
+        else:
+            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
+            no_sums = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
+            (grads, sums), _ = jax.lax.scan(accumulate, (zeros, no_sums), batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = apply_updates(state.params, updates, rate)
+        return TrainState(state.step + 1, params, opt_state), {**sums._asdict(), "grad_norm": optax.global_norm(grads)}
+
+    return train_step
+
+
+def train(config: SftConfig) -> TrainResult:
+    """Trains until the last stage ends or Ctrl-C / SIGTERM, resuming what `config.run_dir` holds.
+
+    Precedence: a checkpoint of this run, then `init_from`, then random initialisation.
+
+    Raises:
+        InputError: bad data, tokenizer or checkpoint, a failed save, or a loss that is no longer finite.
+    """
+    with jax.set_mesh(make_mesh(config.mesh)):
+        return _Trainer(config).run()
+
+
+class _Trainer:
+    def __init__(self, config: SftConfig):
+        self.config = config
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        checkpoint.check_tokenizer(tokenizer, config.model)
+        self.tokenizer = tokenizer
+        optimizer = make_optimizer(config.optim)
+        self.train_step = make_train_step(config.model, optimizer, config.train.loss_chunk)
+        self.position = Position()
+        self.data = self._pipeline()  # bad data ends here, before the run folder exists
+        self.run_dir = checkpoint.start_run(config, tokenizer)
+        self.checkpoints = Checkpoints(self.run_dir, config.train.keep_last)
+        self.state = self._restore_or_init(optimizer)
+        self.pending: list[dict] = []  # metrics of steps that have not been read from the device
+
+    def _pipeline(self):
+        c = self.config
+        return make_pipeline(c.data, self.tokenizer, c.train.stages, self.position.stage, c.seed)
+
+    def _restore_or_init(self, optimizer: optax.GradientTransformation) -> TrainState:
+        step = self.checkpoints.latest_step
+        if step is None:
+            if self.config.init_from is None:
+                return init_state(self.config.model, optimizer, self.config.seed)
+            params = _params_of(self.config.init_from, self.config.model, self.tokenizer)
+            return with_params(params, optimizer)
+        state, saved = self.checkpoints.restore_state(step, abstract_state(self.config.model, optimizer))
+        self.position = Position(saved["step"], saved["stage"], saved["stage_step"], Window(**saved["window"]))
+        if self.position.stage >= len(self.config.train.stages):
+            raise InputError(f"{self.run_dir} is in stage {self.position.stage + 1}, but train.stages has fewer")
+        self.data = self._pipeline()
+        self.data.set_state(saved["data"])
+        print(f"Resuming {self.run_dir} at step {step}")
+        return state
+
+    def run(self) -> TrainResult:
+        train, position = self.config.train, self.position
+        tracker = make_tracker(self.config.tracker, self.run_dir, position.step + 1)
+        display = ProgressDisplay(sum(s.steps for s in train.stages), position.planned(train))
+        stop = _StopRequest()
+        tokens, since = 0, time.monotonic()
+        try:
+            with stop:
+                while not self._finished() and not stop.requested:
+                    tokens += self._step()
+                    if position.step % train.log_every == 0 or self._stage_over():
+                        self._read_pending()
+                        now = time.monotonic()
+                        reached = self._report(tracker, display, tokens / (now - since))
+                        tokens, since = 0, now
+                        if (reached or self._stage_over()) and not self._finished():
+                            self._next_stage()
+                    if position.step % train.checkpoint_every == 0:
+                        self._save()
+            if self.checkpoints.latest_step != position.step:
+                self._save()
+            self.checkpoints.wait()
+        finally:
+            display.close()
+            tracker.close()
+            self.checkpoints.close()
+        return TrainResult(self.run_dir, position.step, self._finished())
+
+    def _stage_over(self) -> bool:
+        return self.position.stage_step >= self.config.train.stages[self.position.stage].steps
+
+    def _finished(self) -> bool:
+        return self.position.stage == len(self.config.train.stages) - 1 and self._stage_over()
+
+    def _step(self) -> int:
+        """One optimizer step; returns its tokens."""
+        p, c = self.position, self.config
+        batch = place_batch(_micro_batches(next(self.data), c.train.grad_accumulation))
+        rate = learning_rate(c.optim, c.train.stages, p.stage, p.stage_step)
+        self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate))
+        self.pending.append(metrics)
+        p.step += 1
+        p.stage_step += 1
+        return batch["tokens"].size
+
+    def _next_stage(self) -> None:
+        self.position.stage += 1
+        self.position.stage_step = 0
+        self.data = self._pipeline()
+
+    def _read_pending(self) -> None:
+        """Moves the metrics of finished steps into the window; a loss that is not finite ends the run."""
+        first = self.position.step - len(self.pending) + 1
+        for step, metrics in enumerate(jax.device_get(self.pending), first):
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+                self.checkpoints.wait()
+                good = self.checkpoints.latest_step
+                kept = "no checkpoint was saved before" if good is None else (
+                    f"the last good checkpoint is step {good} in {self.checkpoints.folder}"
+                )
+                raise InputError(
+                    f"loss is {metrics['loss']} (gradient norm {metrics['grad_norm']}) at step {step}; {kept}; "
+                    "lower learning_rate in train.stages or optim.clip_norm and run the same command to go on from it"
+                )
+            self.position.window.add(metrics)
+        self.pending = []
+
+    def _report(self, tracker: Tracker, display: ProgressDisplay, tokens_per_second: float) -> bool:
+        """Logs the window and starts a new one; returns whether it reached the stage's accuracy threshold."""
+        p, train = self.position, self.config.train
+        stage = train.stages[p.stage]
+        means = p.window.means()
+        reached = stage.accuracy is not None and p.window.answers > 0 and p.window.accuracy >= stage.accuracy
+        rate = learning_rate(self.config.optim, train.stages, p.stage, p.stage_step)
+        tracker.log(
+            p.step,
+            {f"train/{name}": value for name, value in means.items()}
+            | {"train/tokens_per_second": tokens_per_second, "train/learning_rate": rate, "train/stage": p.stage},
+        )
+        p.window = Window()
+        display.show(
+            p.planned(train),
+            f"stage {p.stage + 1}/{len(train.stages)} ({stage.seq_len} tokens)  "
+            f"loss {means['loss']:.3f}  answers {means['answer_accuracy']:.1%}  {tokens_per_second:,.0f} tokens/s",
+        )
+        return reached
+
+    def _save(self) -> None:
+        self._read_pending()
+        position = {
+            **dataclasses.asdict(self.position),
+            "data": self.data.get_state(),
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+        self.checkpoints.save(self.position.step, self.state, position)
+
+
+def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
+    """Parameters of another run, to start from. Raises InputError if its shapes or its tokenizer are not ours."""
+    run = checkpoint.load_run(run_dir)
+    shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("remat", "attention", "dtype")]
+    differ = [key for key in shape_keys if getattr(run.model, key) != getattr(model, key)]
+    if differ:
+        raise InputError(f"init_from={run_dir} holds another model: {', '.join(differ)} differ")
+    if run.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f"init_from={run_dir} has another tokenizer; set data.tokenizer={run_dir}/tokenizer")
+    return run.params
+
+
+def _micro_batches(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, np.ndarray]:
+    """[B, T] -> [A, B / A, T]."""
+    return {name: x.reshape(accumulation, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
+class _StopRequest:
+    """Turns the first SIGINT or SIGTERM into `requested`; a second one acts as usual."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous: dict = {}
+
+    def __enter__(self) -> "_StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame) -> None:
+        self.requested = True
+        self.__exit__()
+        print("\nStopping after this step; the checkpoint is saved first", flush=True)

@@ -1,0 +1,160 @@
+"""JSONL documents: what is learned, compared with transformers; what is refused; how rows are packed."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from mla_jax.data.text import Documents, load_documents, pack
+from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mla_jax.errors import InputError
+
+BYTES = load_tokenizer("bytes")
+
+CHATML = """{{ bos_token }}{% for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|assistant|>' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- '<|' + message['role'] + '|>' + message['content'] + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+CHATS = [
+    [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}],
+    [
+        {"role": "system", "content": "Reply in German, \U0001f642."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": " Grüß Gott \n"},
+        {"role": "user", "content": "5"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "unanswered"},
+    ],
+]
+
+
+def _write(path, *records, raw: str | None = None) -> str:
+    path.write_text(raw if raw is not None else "".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def _with_template(template: str) -> Tokenizer:
+    return Tokenizer(BYTES._backend, BYTES._config | {"chat_template": template}, "templated")
+
+
+@pytest.mark.parametrize("spec", ["bytes", "needle-bpe"])
+def test_assistant_turns_are_learned_with_their_end(tmp_path, spec):
+    tokenizer = load_tokenizer(spec)
+    documents = load_documents(_write(tmp_path / "a.jsonl", *({"messages": chat} for chat in CHATS)), tokenizer)
+    text = "<|bos|><|user|>2 + 3?<|eos|><|assistant|>5<|eos|>"
+    assert documents[0][0].tolist() == tokenizer.encode(text)
+    ids, learned = documents[0]
+    assert ids[learned].tolist() == tokenizer.encode("5<|eos|>")
+    ids, learned = documents[1]
+    assert ids[learned].tolist() == tokenizer.encode(" Grüß Gott \n<|eos|><|eos|>")
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=["short", "long"])
+def test_what_is_learned_is_what_transformers_marks(tmp_path, chat):
+    tokenizer = _with_template(CHATML)
+    tokenizer.save(tmp_path / "tokenizer")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    marked = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    ids, learned = load_documents(_write(tmp_path / "a.jsonl", {"messages": chat}), tokenizer)[0]
+    assert ids.tolist() == marked["input_ids"]
+    assert learned.astype(int).tolist() == marked["assistant_masks"]
+
+
+def test_completions_are_learned_with_the_end(tmp_path):
+    path = _write(tmp_path / "a.jsonl", {"prompt": "Q: é\nA:", "completion": " 42", "id": 7})
+    ids, learned = load_documents(path, BYTES)[0]
+    assert ids.tolist() == [BYTES.bos_id, *"Q: é\nA: 42".encode(), BYTES.eos_id]
+    assert ids[learned].tolist() == [*b" 42", BYTES.eos_id]
+
+
+def test_empty_lines_and_a_byte_order_mark_are_no_trouble(tmp_path):
+    path = _write(tmp_path / "a.jsonl", raw='\ufeff\n{"prompt": "a", "completion": "b"}\n\n  \n')
+    assert len(load_documents(path, BYTES).lengths) == 1
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("", "a.jsonl is empty"),
+        ("\n \n", "a.jsonl is empty"),
+        (GOOD + "\n{oops\n", "a.jsonl, line 3: not JSON"),
+        (GOOD + '"text"\n', "line 2: a str, expected"),
+        ('{"text": "a"}', "line 1: expected"),
+        ('{"prompt": "a"}', "line 1: expected"),
+        ('{"prompt": "a", "completion": 3}', "line 1: expected"),
+        ('{"prompt": "\\ud83d", "completion": "a"}', "line 1: expected"),
+        ("[" * 100_000, "line 1: not JSON"),
+        ('{"messages": []}', "line 1: `messages` must be a list of at least one"),
+        ('{"messages": [{"role": "user"}]}', "line 1: message 1 must have `role` and `content`"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 1: .* no assistant message"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "line 1: .*unknown role robot"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, content, named):
+    with pytest.raises(InputError, match=named) as error:
+        load_documents(_write(tmp_path / "a.jsonl", raw=content), BYTES)
+    assert str(tmp_path / "a.jsonl") in str(error.value)
+
+
+def test_what_is_no_text_file_is_named(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    with pytest.raises(InputError, match=r"latin.jsonl cannot be read as UTF-8"):
+        load_documents(str(tmp_path / "latin.jsonl"), BYTES)
+    for path in (tmp_path, tmp_path / "nowhere.jsonl"):
+        with pytest.raises(InputError, match="is not a file"):
+            load_documents(str(path), BYTES)
+
+
+def test_a_template_that_rewrites_history_is_refused(tmp_path):
+    template = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{% endfor %}"
+    path = _write(tmp_path / "a.jsonl", {"messages": CHATS[1]})
+    with pytest.raises(InputError, match="line 1: .* turn 3 differently"):
+        load_documents(path, _with_template(template))
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = _write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"})
+    assert len(load_documents(path, BYTES).lengths) == 1
+    _write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"})
+    assert len(load_documents(path, BYTES).lengths) == 2
+
+
+def _documents(lengths: list[int]) -> Documents:
+    bounds = np.cumsum([0, *lengths])
+    return Documents(np.arange(bounds[-1], dtype=np.int32), np.ones(bounds[-1], bool), bounds)
+
+
+@given(lengths=st.lists(st.integers(2, 50), min_size=1, max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_packing_holds_every_document_once(lengths):
+    rows = pack(_documents(lengths), 50, "file")
+    assert sorted(document for row in rows for document in row) == list(range(len(lengths)))
+    sums = [sum(lengths[document] for document in row) for row in rows]
+    assert max(sums) <= 50
+    assert len(rows) == 1 or sorted(sums)[0] + sorted(sums)[1] > 50  # no two rows could be one
+
+
+def test_packing_is_tight_and_leaves_out_what_is_too_long(caplog):
+    with caplog.at_level(logging.WARNING):
+        rows = pack(_documents([10, 6, 11, 4, 7, 3]), 10, "chats.jsonl")
+    assert sorted(sorted(row) for row in rows) == [[0], [1, 3], [4, 5]]
+    assert [r.getMessage() for r in caplog.records] == [
+        "chats.jsonl: left out 1 of 6 documents that are too long; the longest has 11 tokens and seq_len is 10"
+    ]
+
+
+def test_nothing_that_fits_is_an_error():
+    with pytest.raises(InputError, match="none of the 2 documents fits; the longest has 12 tokens and seq_len is 10"):
+        pack(_documents([12, 11]), 10, "chats.jsonl")

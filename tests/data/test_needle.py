@@ -1,0 +1,284 @@
+"""Needle examples, checked by reading their text as a person would."""
+
+import re
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mla_jax.config import NeedleDataConfig
+from mla_jax.data import vocabulary
+from mla_jax.data.needle import NeedleGenerator, Purpose, passkey_prompt, stream
+from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from mla_jax.errors import InputError, UsageError
+
+TASKS = ("passkey", "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "absent_key")
+HAYSTACKS = ("noise", "words", "needles", "text")
+
+TEXT = (
+    "It was late. Nobody spoke!  The clock — an old one, from 1871 — struck ten…\n\n\nWas it over? "
+    "Not yet: 日本語 came first.\n\n# Title\nA line without an end\n * and another; then “quotes”."
+)
+
+
+def _foreign() -> Tokenizer:
+    """Numbers are not split, words are letters, there is no bos: nothing like the built-in tokenizers."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["</s>"],
+        show_progress=False,
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator([f" {n}" for n in range(1000, 2000)] + ["The sun. The grass"], trainer)
+    return Tokenizer(backend, {"eos_token": "</s>"}, "foreign")
+
+
+TOKENIZERS = {
+    "bytes": load_tokenizer("bytes"),
+    "needle-bpe": load_tokenizer("needle-bpe"),
+    "small": train_bpe([*vocabulary.PIECES, TEXT], 400, "small"),
+    "foreign": _foreign(),
+}
+OURS = ("bytes", "needle-bpe", "small")
+"""Tokenizers whose ids of a whole text are those of its parts."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.MD").write_text("Second file. It has two sentences")
+    (folder / "skipped.py").write_text("import this")
+    return str(folder)
+
+
+def _generator(folder, tokenizer="needle-bpe", tasks=("passkey",), haystacks=("noise",), **kwargs) -> NeedleGenerator:
+    config = NeedleDataConfig(
+        tokenizer=tokenizer,
+        tasks=dict.fromkeys(tasks, 1.0),
+        haystacks=dict.fromkeys(haystacks, 1.0),
+        text_folder=folder,
+        **kwargs,
+    )
+    return NeedleGenerator(config, TOKENIZERS[tokenizer])
+
+
+def _shortest(generator: NeedleGenerator) -> int:
+    with pytest.raises(UsageError, match="shortest possible") as error:
+        generator.check_length(2)
+    return int(str(error.value).split()[-1])
+
+
+def _answers(text: str) -> dict[str, str]:
+    """What each question of an example should be answered, from what its haystack says."""
+    numbers: dict[str, list[str]] = {}
+    for key, value in re.findall(r" One of the special magic numbers for ([a-z ]+) is: (\d{5})\.", text):
+        numbers.setdefault(key, []).append(value)
+    variables: dict[str, list[str]] = {}
+    for name, source in re.findall(r" VAR ([a-z]+) = (VAR [a-z]+|\d{5})\.", text):
+        chain = next((c for c in variables.values() if source == f"VAR {c[-1]}"), None)
+        if chain is None:
+            chain = variables[source] = []
+        chain.append(name)
+    expected = {}
+    for line in text.split("\n")[1:]:
+        if match := re.match(r"The special magic number for ([a-z ]+) is:", line):
+            (expected[match[0]],) = numbers.get(match[1], ["not found"])
+        elif match := re.match(r"The special magic numbers for ([a-z ,]+) are:", line):
+            expected[match[0]] = ", ".join(value for key in match[1].split(", ") for value in numbers[key])
+        elif match := re.match(r"The variables with value (\d+) are:", line):
+            expected[match[0]] = ", ".join(variables[match[1]])
+        elif match := re.match(r"What is the pass key\? The pass key is", line):
+            (expected[match[0]],) = re.findall(
+                r"^The pass key is (\d+)\. Remember it\. \1 is the pass key\.$", text, re.M
+            )
+    return expected
+
+
+@pytest.mark.parametrize("haystack", HAYSTACKS)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", list(TOKENIZERS))
+def test_every_example_has_its_length_and_answers_what_it_says(folder, name, task, haystack):
+    tokenizer = TOKENIZERS[name]
+    generator = _generator(folder, name, [task], [haystack])
+    shortest = _shortest(generator)
+    for i, length in enumerate([shortest, shortest + 1, shortest + 2, shortest + 13, 2 * shortest, 1500]):
+        tokens, weights = generator.example(stream(0, Purpose.EXAMPLE, i), length)
+        assert tokens.shape == weights.shape == (length,)
+        assert tokens.dtype == np.int32 and weights.dtype == np.float32
+        assert tokens[-1] == tokenizer.eos_id and (tokens[0] == tokenizer.bos_id or tokenizer.bos_id is None)
+        body = tokens[tokenizer.bos_id is not None : -1].tolist()
+        text = tokenizer.decode(body)
+        if name in OURS:
+            assert tokenizer.encode(text) == body
+        expected = _answers(text)
+        assert expected
+        for question, answer in expected.items():
+            assert text.count(f"\n{question} {answer}.") == 1
+        # Weight 1 on exactly the answers, full stops and end.
+        marked = np.split(tokens, np.flatnonzero(np.diff(weights)) + 1)
+        learned = [tokenizer.decode(run) for run in marked[1::2]]
+        assert sorted(learned) == sorted(f" {answer}." for answer in expected.values())
+        assert set(weights) == {0, 1} and weights[0] == 0 and weights[-1] == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_examples_depend_on_nothing_but_their_stream(folder, task):
+    first, again = (_generator(folder, tasks=[task], haystacks=HAYSTACKS) for _ in range(2))
+    examples = [first.example(stream(3, Purpose.EXAMPLE, i), 256)[0].tolist() for i in range(8)]
+    assert [again.example(stream(3, Purpose.EXAMPLE, i), 256)[0].tolist() for i in (7, 2)] == [examples[7], examples[2]]
+    assert len({tuple(example) for example in examples}) == 8
+    assert first.example(stream(4, Purpose.EXAMPLE, 0), 256)[0].tolist() != examples[0]
+
+
+def test_streams_do_not_meet():
+    draws = {
+        tuple(stream(seed, purpose, *index).integers(2**63, size=2))
+        for seed in (0, 1, -1)
+        for purpose in Purpose
+        for index in ((), (1,), (0, 1), (0, 0, 1), (1, 1, 1))
+    }
+    assert len(draws) == 3 * 4 * 5
+
+
+def test_as_many_questions_as_wanted_and_fit(folder):
+    generator = _generator(folder, tasks=["multi_key"], max_needles=20)
+    tokenizer = TOKENIZERS["needle-bpe"]
+    counts = {}
+    for length in (37, 100, 2000):
+        examples = [generator.example(stream(0, Purpose.EXAMPLE, i), length)[0] for i in range(60)]
+        counts[length] = [tokenizer.decode(tokens).count("\n") for tokens in examples]
+    assert set(counts[37]) == {1} and set(counts[100]) == {1, 2}
+    assert min(counts[2000]) == 1 and max(counts[2000]) >= 18
+
+
+@pytest.mark.parametrize(("fraction", "near"), [(0.0, False), (1.0, True)])
+def test_near_duplicate_keys_differ_by_one_word(folder, fraction, near):
+    generator = _generator(folder, tasks=["multi_key"], near_duplicate_fraction=fraction)
+    text = TOKENIZERS["needle-bpe"].decode(generator.example(stream(9, Purpose.EXAMPLE, 0), 200)[0])
+    keys = [tuple(key.split()) for key in re.findall(r"magic number for ([a-z ]+) is", text)]
+    assert len(keys) == len(set(keys)) > 2
+    neighbours = [sum((a == c) + (b == d) == 1 for c, d in keys) for a, b in keys]
+    assert (min(neighbours) > 0) == near
+
+
+def test_absent_keys_are_near_present_ones_and_not_everything_is_absent(folder):
+    generator = _generator(folder, tasks=["absent_key"], haystacks=["needles"])
+    answers = [
+        _answers(TOKENIZERS["needle-bpe"].decode(generator.example(stream(0, Purpose.EXAMPLE, i), 800)[0]))
+        for i in range(20)
+    ]
+    flat = [answer for expected in answers for answer in expected.values()]
+    assert 0.3 < flat.count("not found") / len(flat) < 0.9
+
+
+def test_tasks_that_do_not_fit_are_left_out_and_too_short_is_an_error(folder):
+    generator = _generator(folder, tasks=["passkey", "single"])
+    text = [TOKENIZERS["needle-bpe"].decode(generator.example(stream(0, Purpose.EXAMPLE, i), 40)[0]) for i in range(9)]
+    assert not any("pass key" in t for t in text)
+    with pytest.raises(UsageError, match=r"36 tokens are too short .* passkey, single: .* needle-bpe is 37"):
+        generator.example(stream(0, Purpose.EXAMPLE, 0), 36)
+
+
+def test_weight_of_the_language_model_loss(folder):
+    generator = _generator(folder, lm_loss_weight=0.1)
+    _, weights = generator.example(stream(0, Purpose.EXAMPLE, 0), 128)
+    assert set(weights) == {np.float32(0.1), np.float32(1)}
+
+
+def test_needles_lie_anywhere(folder):
+    generator = _generator(folder, tasks=["single"], haystacks=["words"])
+    places = []
+    for i in range(200):
+        text = TOKENIZERS["needle-bpe"].decode(generator.example(stream(0, Purpose.EXAMPLE, i), 1000)[0])
+        places.append(text.index(" One of") / text.index("\n"))
+    assert np.histogram(places, bins=4, range=(0, 1))[0].min() > 25
+
+
+def test_text_windows_come_from_all_over(folder):
+    generator = _generator(folder, tasks=["single"], haystacks=["text"])
+    texts = [
+        TOKENIZERS["needle-bpe"].decode(generator.example(stream(0, Purpose.EXAMPLE, i), 120)[0]) for i in range(50)
+    ]
+    for phrase in ("It was late.", "Nobody spoke!", "Was it over?", "日本語", "Second file."):
+        assert any(phrase in text for text in texts), phrase
+    assert not any("import this" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (None, "is not a folder"),
+        ({"a.py": b"text"}, "no .txt or .md file"),
+        ({"a.txt": b" \n"}, "no .txt or .md file"),
+        ({"a.txt": b"\xff\xfe\x00"}, "a.txt cannot be read as UTF-8"),
+    ],
+)
+def test_a_text_folder_without_text_is_named(tmp_path, files, named):
+    path = tmp_path / "texts"
+    if files is not None:
+        path.mkdir()
+        for name, content in files.items():
+            (path / name).write_bytes(content)
+    with pytest.raises(InputError, match=named):
+        _generator(str(path), haystacks=["text"])
+
+
+def _landmark(prefix_length: int, suffix_length: int, key: str) -> str:
+    """The reference prompt, as landmark-attention's run_test.py builds it."""
+    garbage = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+    garbage_inf = " ".join([garbage] * 500)
+    lines = [
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+        "I will quiz you about the important information there.",
+        garbage_inf[:prefix_length],
+        f"The pass key is {key}. Remember it. {key} is the pass key.",
+        garbage_inf[:suffix_length],
+        "What is the pass key? The pass key is",
+    ]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("depth", [0, 0.1, 0.5, 0.93, 1])
+@pytest.mark.parametrize("length", [260, 300, 777, 2048])
+@pytest.mark.parametrize("name", OURS)
+def test_passkey_prompts_are_landmark_attentions(name, length, depth):
+    tokenizer = TOKENIZERS[name]
+    ids, key = passkey_prompt(tokenizer, length, depth, seed=1, index=5)
+    assert len(ids) == length and ids[0] == tokenizer.bos_id and 1 <= int(key) <= 50_000
+    text = tokenizer.decode(ids)
+    assert ids[1:] == tokenizer.encode(text)
+    _, before, _, after, _ = text.split("\n")
+    if name == "bytes":
+        assert text == _landmark(len(before), len(after), key)
+    else:  # where no word fits, other words make up the length
+        assert text.startswith(_landmark(len(before), 0, key).rpartition("\n\n")[0])
+    # The needle's sentence begins behind the sentence that ends nearest to the depth.
+    noise = len(tokenizer.encode(before)) + len(tokenizer.encode(after))
+    sentence = len(tokenizer.encode(" There and back again."))
+    behind = noise - len(tokenizer.encode(before))
+    assert abs(noise - behind - depth * noise) <= sentence / 2 + 1 or behind < sentence
+    assert before == "" or before.endswith(".")
+
+
+def test_passkey_prompts_differ_by_index_and_are_held_out():
+    tokenizer = TOKENIZERS["needle-bpe"]
+    keys = [passkey_prompt(tokenizer, 128, 0.5, seed=1, index=i)[1] for i in range(50)]
+    assert len(set(keys)) > 45
+    assert keys[7] == passkey_prompt(tokenizer, 4000, 1.0, seed=1, index=7)[1]
+    generator = _generator(None)
+    trained = [generator.example(stream(1, Purpose.EXAMPLE, i), 128)[0] for i in range(50)]
+    assert not {tokenizer.decode(t).split()[-1].rstrip(".") for t in trained} & set(keys)
+
+
+def test_too_short_a_passkey_prompt_names_the_shortest():
+    for tokenizer in TOKENIZERS.values():
+        with pytest.raises(UsageError, match="shortest possible") as error:
+            passkey_prompt(tokenizer, 20, 0.5, seed=1, index=0)
+        shortest = int(str(error.value).split()[-1])
+        assert all(len(passkey_prompt(tokenizer, shortest, 0.5, 1, i)[0]) == shortest for i in range(20))

@@ -1,0 +1,81 @@
+"""Configuration errors end at composition, as one line that names the key."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from mla_jax.config import JsonlDataConfig, NeedleDataConfig, SftConfig, register_schemas
+from mla_jax.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
+
+
+def _compose(*overrides: str) -> SftConfig:
+    register_schemas()
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        config = OmegaConf.to_object(compose("sft", overrides=list(overrides)))
+    assert isinstance(config, SftConfig)
+    return config
+
+
+def test_the_default_trains_nano_on_needles():
+    config = _compose()
+    assert config.model.num_hidden_layers == 2 and isinstance(config.data, NeedleDataConfig)
+
+
+def test_jsonl_is_one_override_away():
+    config = _compose("data=jsonl", "data.path=chats.jsonl")
+    assert isinstance(config.data, JsonlDataConfig) and config.data.path == "chats.jsonl"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_experiment_composes(path):
+    _compose(f"experiment={path.stem}")
+
+
+@pytest.mark.parametrize("model", ["nano", "small", "infinite_1b"])
+def test_every_model_composes(model):
+    assert _compose(f"model={model}").model.qk_rope_head_dim % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.qk_rope_head_dim=31", "qk_rope_head_dim must be even"),
+        ("model.num_attention_heads=0", "num_attention_heads must be at least 1"),
+        ("model.max_position_embeddings=60", "beyond model.max_position_embeddings"),
+        ("model.rope_scaling={factor:0.5,original_max_position_embeddings:64}", "rope_scaling.factor"),
+        ("train.stages=[]", "at least one stage"),
+        ("train.grad_accumulation=7", "must divide"),
+        ("data.tasks.passkey=-1", "non-negative"),
+        ("+data.tasks.paskey=1", "paskey"),
+        ("optim.schedule=linear", "optim.schedule must be one of"),
+        ("mesh.fsdp=0", "mesh sizes"),
+    ],
+)
+def test_impossible_values_are_named(override, named):
+    with pytest.raises(UsageError, match=named):
+        _compose(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.hiden_size=64"], "hiden_size"),
+        (["model.hidden_size=wide"], "model.hidden_size"),
+        (["model=nanno"], "nanno"),
+        (["model.qk_rope_head_dim=31"], "qk_rope_head_dim must be even"),
+        (["data=jsonl"], "data.path"),
+    ],
+)
+def test_the_command_line_prints_one_line_and_exits_2(overrides, named, tmp_path):
+    command = [sys.executable, "-m", "experiments.sft", f"run_dir={tmp_path}/run", *overrides]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,57 @@
+"""A tiny model and training config that several tests share."""
+
+import dataclasses
+from pathlib import Path
+
+from mla_jax.config import (
+    MeshConfig,
+    ModelConfig,
+    NeedleDataConfig,
+    OptimConfig,
+    SftConfig,
+    StageConfig,
+    TrackerConfig,
+    TrainConfig,
+)
+
+MODEL = ModelConfig(
+    vocab_size=512,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    kv_lora_rank=16,
+    intermediate_size=32,
+    max_position_embeddings=512,
+    dtype="float32",
+    remat="none",
+)
+DATA = NeedleDataConfig(
+    tokenizer="needle-bpe", tasks={"passkey": 1.0, "single": 1.0, "multi_key": 1.0}, haystacks={"noise": 1.0, "words": 1.0}
+)
+
+
+def make_config(run_dir: Path, stages: list[dict] | None = None, **changes) -> SftConfig:
+    """Two short stages, 8 sequences a step, on all fake devices."""
+    stages = stages or [
+        {"seq_len": 96, "steps": 5},
+        {"seq_len": 128, "steps": 6, "previous_fraction": 0.5, "position_skip_fraction": 0.5, "position_skip_max": 50},
+    ]
+    train_changes = {k: changes.pop(k) for k in list(changes) if k in {f.name for f in dataclasses.fields(TrainConfig)}}
+    common = {"batch_size": 8, "learning_rate": 1e-2}
+    return SftConfig(
+        name=run_dir.name,
+        run_dir=str(run_dir),
+        model=changes.pop("model", MODEL),
+        data=changes.pop("data", DATA),
+        optim=changes.pop("optim", OptimConfig(name="adamw", warmup_steps=2)),
+        mesh=MeshConfig(),
+        tracker=TrackerConfig(name="none"),
+        train=TrainConfig(
+            **{"stages": [StageConfig(**(common | s)) for s in stages], "log_every": 3, "checkpoint_every": 4}
+            | train_changes
+        ),
+        **changes,
+    )
