@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from omegaconf import DictConfig, OmegaConf
 
@@ -62,6 +63,7 @@ class Checkpoints:
         Raises:
             InputError: this or the previous save failed, on a full disk for instance.
         """
+        self._check_space(state)
         with self._save_errors():
             self._manager.save(
                 step,
@@ -104,14 +106,24 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # a failed save was reported by `save` or `wait`
             self._manager.close()
 
+    def _check_space(self, state: Any) -> None:
+        """A disk that is too small is better noticed before anything is written to it."""
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise self._save_error(f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free; make room")
+
+    def _save_error(self, reason: str) -> InputError:
+        complete = self.complete_steps()
+        kept = f"the last complete checkpoint is step {complete[-1]}" if complete else "none was complete before"
+        return InputError(f"could not save a checkpoint in {self.folder} ({reason}); {kept}")
+
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as e:
-            complete = self.complete_steps()
-            kept = f"the last complete checkpoint is step {complete[-1]}" if complete else "none was complete before"
-            raise InputError(f"could not save a checkpoint in {self.folder} ({_reason(e)}); {kept}") from e
+            raise self._save_error(_reason(e)) from e
 
     @contextlib.contextmanager
     def _restore_errors(self, step: int) -> Iterator[None]:

@@ -366,11 +366,13 @@ def register_schemas() -> None:
     store.store(name="evaluate_schema", node=EvaluateConfig)
     for group, name, node in (
         ("model", "schema", ModelConfig),
+        ("model/rope_scaling", "schema", YarnConfig),
         ("data", "needle_schema", NeedleDataConfig),
         ("data", "jsonl_schema", JsonlDataConfig),
         ("optim", "schema", OptimConfig),
         ("mesh", "schema", MeshConfig),
         ("tracker", "schema", TrackerConfig),
+        ("train", "schema", TrainConfig),
         ("eval", "passkey_schema", PasskeyConfig),
     ):
         store.store(group=group, name=name, node=node)

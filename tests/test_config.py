@@ -42,13 +42,19 @@ def test_every_model_composes(model):
     assert _compose(f"model={model}").model.qk_rope_head_dim % 2 == 0
 
 
+def test_yarn_is_a_choice_whose_factor_is_checked():
+    yarn = _compose("+model/rope_scaling=yarn", "model.rope_scaling.factor=40").model.rope_scaling
+    assert yarn is not None and yarn.factor == 40 and yarn.mscale_all_dim == 1
+    with pytest.raises(UsageError, match=r"rope_scaling\.factor must be at least 1"):
+        _compose("+model/rope_scaling=yarn", "model.rope_scaling.factor=0.5")
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
         ("model.qk_rope_head_dim=31", "qk_rope_head_dim must be even"),
         ("model.num_attention_heads=0", "num_attention_heads must be at least 1"),
         ("model.max_position_embeddings=60", "beyond model.max_position_embeddings"),
-        ("model.rope_scaling={factor:0.5,original_max_position_embeddings:64}", "rope_scaling.factor"),
         ("train.stages=[]", "at least one stage"),
         ("train.grad_accumulation=7", "must divide"),
         ("data.tasks.passkey=-1", "non-negative"),

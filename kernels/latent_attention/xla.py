@@ -5,7 +5,6 @@ inside this file (q_BHTK), so that every product is a batch of plain matrix prod
 float32; the products read their operands in the type of the inputs.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -179,16 +178,18 @@ def _blocked_backward(q, k, v, d_out, mask: Mask, lse, delta, scale: float):
     return d_q[:, :, :queries], _unblocked(d_k)[:, :, :keys], _unblocked(d_v)[:, :, :keys]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, mask: Mask, scale: float) -> tuple[jax.Array, jax.Array]:
+def _attend(q, k, v, mask: Mask, scale: float) -> tuple[jax.Array, jax.Array]:
     """(out_BHTV, lse_BHT) of heads-first arrays."""
     out, lse = (_whole_forward if _fits_one_block(q, k) else _blocked_forward)(q, k, v, mask, scale)
     return out.astype(q.dtype), lse
 
 
+_attention = jax.custom_vjp(_attend, nondiff_argnums=(4,))
+
+
 def _attention_forward(q, k, v, mask: Mask, scale: float):
     # Named, so that a remat policy can keep them and spare the backward pass this computation.
-    out, lse = (checkpoint_name(x, "latent_attention") for x in _attention(q, k, v, mask, scale))
+    out, lse = (checkpoint_name(x, "latent_attention") for x in _attend(q, k, v, mask, scale))
     return (out, lse), (q, k, v, mask, out, lse)
 
 
