@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,21 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
     def task(composed: DictConfig) -> None:
         multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         with contextlib.nullcontext() if multirun else one_line_errors():
-            config: Any = OmegaConf.to_object(composed)
+            with _as_usage_errors():
+                config: Any = OmegaConf.to_object(composed)
             if multirun and hasattr(config, "run_dir"):
                 config = dataclasses.replace(config, run_dir=HydraConfig.get().runtime.output_dir)
             main(config)
 
-    with one_line_errors():
-        try:
-            hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(task)()
-        except (HydraException, OmegaConfBaseException) as e:
-            reasons = [str(x) for x in (e, e.__cause__) if x is not None]
-            raise UsageError(". ".join(reasons)) from e
+    with one_line_errors(), _as_usage_errors():
+        hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(task)()
+
+
+@contextlib.contextmanager
+def _as_usage_errors() -> Iterator[None]:
+    """Hydra's and OmegaConf's errors as UsageErrors, with their cause."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as e:
+        reasons = [str(x) for x in (e, e.__cause__) if x is not None]
+        raise UsageError(". ".join(reasons)) from e

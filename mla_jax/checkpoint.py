@@ -1,9 +1,9 @@
 """Run folders: the config, the tokenizer and Orbax checkpoints of one training run.
 
-    RUN/config.yaml            everything that was configured
-    RUN/tokenizer/             Hugging Face files
-    RUN/checkpoints/STEP/      state (parameters, optimizer) and position (stage, data order) at that step
-    RUN/tensorboard/, RUN/eval/
+RUN/config.yaml            everything that was configured
+RUN/tokenizer/             Hugging Face files
+RUN/checkpoints/STEP/      state (parameters, optimizer) and position (stage, data order) at that step
+RUN/tensorboard/, RUN/eval/
 """
 
 import contextlib
@@ -83,12 +83,12 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
             )
-        return restored.state, restored.position
+        return restored["state"], restored["position"]
 
     def restore_position(self, step: int) -> dict:
         """The position of `step` alone. Raises InputError if it cannot be read."""
         with self._restore_errors(step):
-            return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
+            return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
 
     def restore_params(self, step: int, model: ModelConfig) -> dict:
         """The parameters of `step` alone, on the current mesh or the first device."""
@@ -99,7 +99,7 @@ class Checkpoints:
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
                 partial_restore=True,
             )
-            return self._manager.restore(step, args=ocp.args.Composite(state=args)).state["params"]
+            return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
 
     def close(self) -> None:
         """Waits for saves and releases Orbax's threads."""
@@ -161,9 +161,13 @@ def start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
             raise InputError(f"{run_dir} holds an imported model; train in a new run with init_from={run_dir} name=NEW")
         if existing.model != wanted.model:
             keys = sorted(k for k in wanted.model if existing.model.get(k) != wanted.model.get(k))
-            raise InputError(f"{run_dir} holds another model ({', '.join(map(str, keys))} differ); choose another name=")
+            raise InputError(
+                f"{run_dir} holds another model ({', '.join(map(str, keys))} differ); choose another name="
+            )
         if load_tokenizer(str(run_dir / TOKENIZER)).fingerprint != tokenizer.fingerprint:
-            raise InputError(f"{run_dir} was trained with another tokenizer than data.tokenizer={config.data.tokenizer}")
+            raise InputError(
+                f"{run_dir} was trained with another tokenizer than data.tokenizer={config.data.tokenizer}"
+            )
     else:
         if (run_dir / CHECKPOINTS).exists():
             raise InputError(f"{run_dir} has checkpoints but no {CONFIG}; choose another name= or remove it")

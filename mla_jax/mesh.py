@@ -28,7 +28,7 @@ SHARD_OUT = P(None, "fsdp")
 REPLICATED = P()
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """Explicit mesh (data, fsdp) over `devices` (default: all).
 
     Raises:

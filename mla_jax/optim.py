@@ -5,6 +5,7 @@ optimizers therefore run at rate 1.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +16,18 @@ from mla_jax.config import OptimConfig, StageConfig
 from mla_jax.mesh import automatic
 
 
-def _layer_matrices(params: dict) -> dict:
+def _layer_matrices(params: Any) -> Any:
     """Muon's axes for each weight of the stacked layers [L, in, out]; None (AdamW) for norms, embedding and head."""
-    return {
-        name: jax.tree.map(lambda w: MuonDimensionNumbers(1, 2) if w.ndim == 3 else None, tree)
-        if name == "layers"
-        else None
-        for name, tree in params.items()
+    dimensions = {name: None for name in params}
+    return dimensions | {
+        "layers": jax.tree.map(lambda w: MuonDimensionNumbers(1, 2) if w.ndim == 3 else None, params["layers"])
     }
 
 
 def _matrices(params: dict) -> dict:
     """Which parameters decay: matrices, not norm scales."""
-    return {
-        name: jax.tree.map(lambda w: w.ndim >= (3 if name == "layers" else 2), tree) for name, tree in params.items()
-    }
+    decays = {name: name != "norm" for name in params}
+    return decays | {"layers": jax.tree.map(lambda w: w.ndim == 3, params["layers"])}
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
@@ -51,13 +49,13 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         )
     rule = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
-    def update(grads, state, params):
-        return automatic(rule.update, (grads, state))(grads, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return automatic(rule.update, (updates, state))(updates, state, params)
 
     return optax.GradientTransformation(rule.init, update)
 
 
-def apply_updates(params: dict, updates: dict, learning_rate: jax.Array) -> dict:
+def apply_updates(params: dict, updates: Any, learning_rate: jax.Array) -> dict:
     """Parameters moved by learning_rate x updates, computed in float32 and kept in each parameter's type."""
     return jax.tree.map(
         lambda p, u: (p.astype(jnp.float32) + learning_rate * u.astype(jnp.float32)).astype(p.dtype), params, updates

@@ -199,8 +199,10 @@ class _Trainer:
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
                 self.checkpoints.wait()
                 good = self.checkpoints.latest_step
-                kept = "no checkpoint was saved before" if good is None else (
-                    f"the last good checkpoint is step {good} in {self.checkpoints.folder}"
+                kept = (
+                    "no checkpoint was saved before"
+                    if good is None
+                    else (f"the last good checkpoint is step {good} in {self.checkpoints.folder}")
                 )
                 raise InputError(
                     f"loss is {metrics['loss']} (gradient norm {metrics['grad_norm']}) at step {step}; {kept}; "

@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny import MODEL, make_config
 
 from mla_jax.checkpoint import load_run, save_imported
 from mla_jax.config import MeshConfig
@@ -15,6 +14,7 @@ from mla_jax.errors import InputError
 from mla_jax.mesh import make_mesh
 from mla_jax.model.transformer import init_params
 from mla_jax.train import train
+from tiny import MODEL, make_config
 
 
 @pytest.fixture(scope="module")

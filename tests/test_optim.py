@@ -39,7 +39,9 @@ def test_wsd_is_flat_then_falls_linearly():
 def _params():
     rng = np.random.default_rng(0)
     shapes = {"embed_tokens": (6, 4), "norm": (4,), "layers": {"w": (2, 4, 8), "scale": (2, 4)}}
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: type(s) is tuple)
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: type(s) is tuple
+    )
 
 
 def test_adamw_equals_torch():
@@ -48,7 +50,9 @@ def test_adamw_equals_torch():
     params, optimizer = _params(), make_optimizer(config)
     names = ["embed_tokens", "layers/scale", "layers/w", "norm"]
     decays = {"embed_tokens", "layers/w"}
-    theirs = {n: torch.nn.Parameter(torch.tensor(np.array(x))) for n, x in zip(names, jax.tree.leaves(params), strict=True)}
+    theirs = {
+        n: torch.nn.Parameter(torch.tensor(np.array(x))) for n, x in zip(names, jax.tree.leaves(params), strict=True)
+    }
     groups = [{"params": [p], "weight_decay": 0.1 if n in decays else 0.0} for n, p in theirs.items()]
     reference = torch.optim.AdamW(groups, lr=0.01, betas=(config.b1, config.b2), eps=config.eps)
     state = optimizer.init(params)

@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import DATA, MODEL, make_config
 
 from mla_jax import train as train_module
 from mla_jax.checkpoint import Checkpoints, load_run
 from mla_jax.config import OptimConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.train import train
+from tiny import DATA, MODEL, make_config
+
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Delivers SIGINT while the batch of `step` (from 1) is being made."""

@@ -29,7 +29,9 @@ MODEL = ModelConfig(
     remat="none",
 )
 DATA = NeedleDataConfig(
-    tokenizer="needle-bpe", tasks={"passkey": 1.0, "single": 1.0, "multi_key": 1.0}, haystacks={"noise": 1.0, "words": 1.0}
+    tokenizer="needle-bpe",
+    tasks={"passkey": 1.0, "single": 1.0, "multi_key": 1.0},
+    haystacks={"noise": 1.0, "words": 1.0},
 )
 
 
