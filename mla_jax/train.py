@@ -164,6 +164,7 @@ class _Trainer:
                 self._save()
             self.checkpoints.wait()
         finally:
+            self.data.close()
             display.close()
             tracker.close()
             self.checkpoints.close()
@@ -189,6 +190,7 @@ class _Trainer:
     def _next_stage(self) -> None:
         self.position.stage += 1
         self.position.stage_step = 0
+        self.data.close()
         self.data = self._pipeline()
 
     def _read_pending(self) -> None:

@@ -30,6 +30,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
         def __init__(self, *args):
             self.data = make_pipeline(*args)
             self.get_state, self.set_state = self.data.get_state, self.data.set_state
+            self.close = self.data.close
 
         def __next__(self):
             nonlocal served

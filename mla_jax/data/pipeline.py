@@ -4,6 +4,7 @@ Batch i of a stage is a pure function of (config, seed, stage, i). So a position
 for any number of workers, and a resumed run sees the batches it would have seen.
 """
 
+import signal
 import weakref
 from collections.abc import Callable
 from typing import Protocol
@@ -66,7 +67,7 @@ class Pipeline:
             if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts a worker
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-            batches = batches.mp_prefetch(options)
+            batches = batches.mp_prefetch(options, worker_init_fn=_leave_ctrl_c_to_the_trainer)
             # Shared memory is small in containers, and batches are quick to copy.
             copied = grain.experimental.DatasetOptions(min_shm_size=2**62)
             batches = grain.experimental.WithOptionsIterDataset(batches, copied)
@@ -85,6 +86,11 @@ class Pipeline:
         """Ends threads and worker processes; the iterator starts them again if it is used again."""
         self._end()
         self._batches = None
+
+
+def _leave_ctrl_c_to_the_trainer(worker: int, workers: int) -> None:
+    """A terminal sends SIGINT to all processes; the trainer still wants batches until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_pipeline(data: DataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int) -> Pipeline:
