@@ -89,7 +89,7 @@ def make_train_step(
             (grads, sums), _ = jax.lax.scan(accumulate, (zeros, no_sums), batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, rate)
-        return TrainState(state.step + 1, params, opt_state), {**sums._asdict(), "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), {**sums._asdict(), "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
