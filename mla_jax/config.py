@@ -85,7 +85,9 @@ class ModelConfig:
     remat: str = "full"
     """What the backward pass recomputes in each layer: `none`, `dots` (keep matmul outputs) or `full`."""
     attention: str = "auto"
-    """Implementation the attention ops dispatch to; see `latent_attention.dispatch`."""
+    """Implementation of attention in training and prefill; see `latent_attention.dispatch`."""
+    decode: str = "auto"
+    """Implementation of attention over the latent cache."""
 
     def __post_init__(self):
         for name in (

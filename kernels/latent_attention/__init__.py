@@ -1,10 +1,23 @@
 """Attention ops for Multi-Head Latent Attention (MLA), usable without the rest of the project.
 
-`attention` is the expanded form (training, prefill), `decode` the absorbed form over a latent cache, `merge` combines
-partial results. Letters in names: B batch, T queries, S keys, H heads, K query/key width, V value width, C latent
-width, R rotary width, W = C + R.
+`attention` is the expanded form (training, prefill), `decode` the absorbed form over a latent cache, `merge` and
+`merge_over` combine partial results, `quantize` makes the 8-bit cache. Letters in names: B batch, T queries, S keys (or
+tokens of a page), P pages of the cache, N pages of a row, H heads, K query/key width, V value width, C latent width,
+R rotary width, W = C + R.
 """
 
-from latent_attention.dispatch import IMPLEMENTATIONS, UnavailableError, attention, decode, merge, resolve
+from latent_attention.dispatch import IMPLEMENTATIONS, UnavailableError, attention, decode, merge, merge_over, resolve
+from latent_attention.quantize import dequantize, quantize, quantize_cache
 
-__all__ = ["IMPLEMENTATIONS", "UnavailableError", "attention", "decode", "merge", "resolve"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "UnavailableError",
+    "attention",
+    "decode",
+    "dequantize",
+    "merge",
+    "merge_over",
+    "quantize",
+    "quantize_cache",
+    "resolve",
+]

@@ -1,38 +1,65 @@
 """The public ops. Which implementation runs is decided here, once per platform and shape."""
 
+import importlib
 import os
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
-from latent_attention import reference, xla
+from latent_attention.shapes import AttentionShape, DecodeShape, Gpu, local_gpu
+from latent_attention.sharding import per_shard
 
-ENVIRONMENT = "LATENT_ATTENTION_IMPLEMENTATION"
-_MODULES = {"xla": xla, "reference": reference}
-IMPLEMENTATIONS = tuple(_MODULES)
+IMPLEMENTATIONS = {
+    "attention": {"cudnn": "cudnn", "triton": "triton_attention_jax", "xla": "xla_attention", "reference": "reference"},
+    "decode": {"mosaic": "mosaic_decode", "triton": "triton_decode_jax", "xla": "xla_decode", "reference": "reference"},
+}
+"""Of each op, the module of each implementation, fastest first. It holds a function of the op's name, and
+`why_not_OP(shape, gpu)`: why it cannot run calls of this shape here, or None."""
+ENVIRONMENT = {"attention": "LATENT_ATTENTION_IMPLEMENTATION", "decode": "LATENT_DECODE_IMPLEMENTATION"}
+"""The variable that chooses the implementation of each op where the call does not."""
+_FIRST_TENSOR_CORES_OF_TRITON = (8, 0)
 
 
 class UnavailableError(ValueError):
     """The requested implementation is unknown, or cannot run here; the message says why."""
 
 
-def resolve(implementation: str, *, batch: int, heads: int, queries: int, keys: int) -> str:
-    """Name of the implementation to run: the argument, else the environment, else the fastest that can run.
+def resolve(op: str, implementation: str, shape: AttentionShape | DecodeShape) -> str:
+    """Name of the implementation of `op` to run: the argument, else the environment, else the fastest that can run.
 
     Raises:
-        UnavailableError: the name is unknown, or that implementation cannot run at this shape.
+        UnavailableError: the name is unknown, or that implementation cannot run at this shape or on this machine.
     """
     source = "implementation"
     if implementation == "auto":
-        source, implementation = ENVIRONMENT, os.environ.get(ENVIRONMENT, "auto")
+        source, implementation = ENVIRONMENT[op], os.environ.get(ENVIRONMENT[op], "auto")
+    gpu = local_gpu()
     if implementation == "auto":
-        return "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise UnavailableError(f"{source}={implementation!r} is unknown; known: auto, {', '.join(IMPLEMENTATIONS)}")
-    reason = reference.why_not(batch, heads, queries, keys) if implementation == "reference" else None
+        return next(name for name in _candidates(op, gpu) if _why_not(op, name, shape, gpu) is None)
+    if implementation not in IMPLEMENTATIONS[op]:
+        known = ", ".join(IMPLEMENTATIONS[op])
+        raise UnavailableError(f"{source}={implementation!r} is unknown for {op}; known: auto, {known}")
+    reason = _why_not(op, implementation, shape, gpu)
     if reason is not None:
-        raise UnavailableError(f"{source}={implementation!r} cannot run: {reason}")
+        raise UnavailableError(f"{source}={implementation!r} cannot run {op}: {reason}")
     return implementation
+
+
+def _candidates(op: str, gpu: Gpu | None) -> list[str]:
+    """Fastest first. Below Ampere that is XLA: Triton has no tensor cores there (since 3.3), and cuBLAS has."""
+    if gpu is None or gpu.capability < _FIRST_TENSOR_CORES_OF_TRITON:
+        return ["xla"]
+    return list(IMPLEMENTATIONS[op])
+
+
+def _module(op: str, name: str) -> ModuleType:
+    # Imported when it is first asked for: Triton and Mosaic need packages and seconds that XLA does not.
+    return importlib.import_module(f"latent_attention.{IMPLEMENTATIONS[op][name]}")
+
+
+def _why_not(op: str, name: str, shape: AttentionShape | DecodeShape, gpu: Gpu | None) -> str | None:
+    return getattr(_module(op, name), f"why_not_{op}")(shape, gpu)
 
 
 def attention(
@@ -51,7 +78,10 @@ def attention(
     """Causal multi-head attention over expanded keys and values, for training and prefill.
 
     Query t, at index `q_offset + t`, sees key s if `s <= q_offset + t`, `s < kv_lengths` and their segments are equal.
-    Softmax is float32. Differentiable in q, k and v; memory grows with T + S, not T x S.
+    Softmax is float32. Differentiable in q, k and v; memory grows with T + S, not T x S. The output and log-sum-exp
+    that the backward pass needs are named `latent_attention` for `jax.checkpoint` policies.
+
+    On an explicit mesh the batch and the heads may be sharded; each device then runs its own share.
 
     Args:
         q_BTHK: queries; K may differ from V.
@@ -62,7 +92,7 @@ def attention(
         kv_lengths: valid keys of each row, int32 [B]; None for all. What lies beyond is never read, NaN or not.
         q_segments: segment of each query, int32 [B, T]; needs `kv_segments`.
         kv_segments: segment of each key, int32 [B, S].
-        implementation: `auto`, or one of IMPLEMENTATIONS.
+        implementation: `auto`, or one of IMPLEMENTATIONS["attention"].
         return_lse: also return the log-sum-exp of the scores, to `merge` partial results.
 
     Returns:
@@ -72,54 +102,95 @@ def attention(
         UnavailableError: see `resolve`.
         ValueError: shapes do not fit together.
     """
-    (b, t, h, k), (_, s, _, v) = q_BTHK.shape, v_BSHV.shape
+    (b, _, h, k), (_, s, _, v) = q_BTHK.shape, v_BSHV.shape
     if k_BSHK.shape != (b, s, h, k) or v_BSHV.shape != (b, s, h, v):
         raise ValueError(f"shapes q {q_BTHK.shape}, k {k_BSHK.shape}, v {v_BSHV.shape} are not BTHK, BSHK, BSHV")
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("q_segments and kv_segments must be given together")
-    name = resolve(implementation, batch=b, heads=h, queries=t, keys=s)
-    out_BTHV, lse_BTH = _MODULES[name].attention(
-        q_BTHK, k_BSHK, v_BSHV, scale=scale, q_offset=q_offset, kv_lengths=kv_lengths, q_segments=q_segments,
-        kv_segments=kv_segments,
-    )  # fmt: skip
+
+    def run(q, k, v, offset, lengths, q_segments, kv_segments):
+        (batch, queries, heads, qk_width), (_, keys, _, v_width) = q.shape, v.shape
+        offset_if_known = q_offset if isinstance(q_offset, int) else None
+        shape = AttentionShape(
+            batch, queries, keys, heads, qk_width, v_width, q.dtype.name, q_segments is not None, lengths is not None,
+            offset_if_known,
+        )  # fmt: skip
+        module = _module("attention", resolve("attention", implementation, shape))
+        return module.attention(
+            q, k, v, scale=scale, q_offset=q_offset if isinstance(q_offset, int) else offset, kv_lengths=lengths,
+            q_segments=q_segments, kv_segments=kv_segments,
+        )  # fmt: skip
+
+    offset = None if isinstance(q_offset, int) else jnp.broadcast_to(q_offset, b)
+    out_BTHV, lse_BTH = per_shard(
+        run, q_BTHK, k_BSHK, v_BSHV, offset, kv_lengths, q_segments, kv_segments, out_axes=("B.H.", "B.H")
+    )
     return (out_BTHV, lse_BTH) if return_lse else out_BTHV
 
 
 def decode(
     q_BTHW: jax.Array,
-    c_BSC: jax.Array,
-    k_rope_BSR: jax.Array,
+    c_PSC: jax.Array,
+    k_rope_PSR: jax.Array,
     lengths_B: jax.Array,
     *,
     scale: float,
+    block_table_BN: jax.Array | None = None,
+    scales_P2S: jax.Array | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Absorbed MLA attention over the latent cache: every head reads the same latents (DeepSeek-V2, section 2.1.2).
 
+    The cache is a pool of P pages of S tokens. Without a block table, row b of the batch holds page b (P = B). With
+    one, token s of row b is token `s % S` of page `block_table_BN[b, s // S]`.
+
+    On an explicit mesh the batch and the heads may be sharded, and the pages with the batch: the block table then
+    counts the pages of its own device.
+
     Args:
         q_BTHW: queries [content C | rotary R], the content part already multiplied by the key up-projection.
-        c_BSC: cached latents.
-        k_rope_BSR: cached rotary keys.
+        c_PSC: cached latents, 16 or 32 bits, or int8 from `quantize`.
+        k_rope_PSR: cached rotary keys, of the type of c_PSC.
         lengths_B: valid cache entries, int32, counting the T query tokens, which are the last T entries and causal
-            among themselves. More than S counts as S keys.
+            among themselves. More than the cache holds counts as all of it. What lies beyond is never used, NaN or not.
         scale: factor of the scores before the softmax.
-        implementation: `auto`, or one of IMPLEMENTATIONS.
+        block_table_BN: pages of each row, int32; entries that no token needs may be anything.
+        scales_P2S: of an int8 cache, float32: what one unit of each token's latent and rotary key stands for.
+        implementation: `auto`, or one of IMPLEMENTATIONS["decode"].
 
     Returns:
-        out_BTHC in the type of q, still to be multiplied by the value up-projection, and lse_BTH float32.
+        out_BTHC in the type of q, still to be multiplied by the value up-projection, and lse_BTH float32. A query that
+        sees nothing gives 0 and -inf.
 
     Raises:
         UnavailableError: see `resolve`.
-        ValueError: shapes do not fit together.
+        ValueError: shapes or types do not fit together.
     """
-    (b, t, h, w), (_, s, c), r = q_BTHW.shape, c_BSC.shape, k_rope_BSR.shape[-1]
-    if c_BSC.shape[0] != b or k_rope_BSR.shape != (b, s, r) or w != c + r or lengths_B.shape != (b,):
+    (b, *_, w), (p, s, c), r = q_BTHW.shape, c_PSC.shape, k_rope_PSR.shape[-1]
+    pages = (p,) if block_table_BN is None else block_table_BN.shape[:1]
+    if pages != (b,) or k_rope_PSR.shape != (p, s, r) or w != c + r or lengths_B.shape != (b,):
+        table = "" if block_table_BN is None else f", block_table {block_table_BN.shape}"
         raise ValueError(
-            f"shapes q {q_BTHW.shape}, c {c_BSC.shape}, k_rope {k_rope_BSR.shape}, lengths {lengths_B.shape} are not "
-            "BTHW, BSC, BSR, B with W = C + R"
+            f"shapes q {q_BTHW.shape}, c {c_PSC.shape}, k_rope {k_rope_PSR.shape}, lengths {lengths_B.shape}{table} "
+            "are not BTHW, PSC, PSR, B, BN with W = C + R (and P = B without a block table)"
         )
-    name = resolve(implementation, batch=b, heads=h, queries=t, keys=s)
-    return _MODULES[name].decode(q_BTHW, c_BSC, k_rope_BSR, lengths_B, scale=scale)
+    int8 = c_PSC.dtype == jnp.int8
+    if k_rope_PSR.dtype != c_PSC.dtype or int8 != (scales_P2S is not None):
+        raise ValueError(
+            f"c is {c_PSC.dtype}, k_rope is {k_rope_PSR.dtype}, scales are {'not ' * (scales_P2S is None)}given: "
+            "the two must have one type, and scales go with int8"
+        )
+    if scales_P2S is not None and scales_P2S.shape != (p, 2, s):
+        raise ValueError(f"scales {scales_P2S.shape} are not P2S {(p, 2, s)}")
+
+    def run(q, c, k_rope, lengths, block_table, scales):
+        shape = DecodeShape.of(q, c, k_rope, block_table)
+        module = _module("decode", resolve("decode", implementation, shape))
+        return module.decode(q, c, k_rope, lengths, scale=scale, block_table_BN=block_table, scales_P2S=scales)
+
+    return per_shard(
+        run, q_BTHW, c_PSC, k_rope_PSR, lengths_B, block_table_BN, scales_P2S, out_axes=("B.H.", "B.H")
+    )  # fmt: skip
 
 
 def merge(out1: jax.Array, lse1: jax.Array, out2: jax.Array, lse2: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -129,3 +200,17 @@ def merge(out1: jax.Array, lse1: jax.Array, out2: jax.Array, lse2: jax.Array) ->
     share1, share2 = jnp.exp(lse1 - safe)[..., None], jnp.exp(lse2 - safe)[..., None]
     out = share1 * out1.astype(jnp.float32) + share2 * out2.astype(jnp.float32)
     return out.astype(out1.dtype), lse
+
+
+def merge_over(axis_name: str, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Combines attention over keys that are spread over a mesh axis; inside `jax.shard_map`.
+
+    This is what context parallelism needs for decode: each device attends to its part of the cache (with the lengths
+    of that part), and only out [..., V] and lse [...] cross the network.
+    """
+    peak = jax.lax.pmax(lse, axis_name)
+    weight = jnp.exp(lse - jnp.where(peak == -jnp.inf, 0, peak))
+    total = jax.lax.psum(weight, axis_name)
+    mean = jax.lax.psum(out.astype(jnp.float32) * weight[..., None], axis_name)
+    mean /= jnp.where(total == 0, 1, total)[..., None]
+    return mean.astype(out.dtype), jnp.where(total == 0, -jnp.inf, peak + jnp.log(total))

@@ -3,15 +3,26 @@
 import jax
 import jax.numpy as jnp
 
+from latent_attention.quantize import dequantize
+from latent_attention.shapes import AttentionShape, DecodeShape, Gpu
+
 MAX_SCORE_BYTES = 4 << 30
 
 
-def why_not(batch: int, heads: int, queries: int, keys: int) -> str | None:
+def why_not_attention(shape: AttentionShape, gpu: Gpu | None) -> str | None:
     """Why the oracle cannot run at this shape, or None if it can."""
-    needed = 4 * batch * heads * queries * keys
-    if needed <= MAX_SCORE_BYTES:
+    return _too_large(shape.batch * shape.heads * shape.queries * shape.keys)
+
+
+def why_not_decode(shape: DecodeShape, gpu: Gpu | None) -> str | None:
+    """Why the oracle cannot run at this shape, or None if it can."""
+    return _too_large(shape.batch * shape.heads * shape.queries * shape.pages_per_row * shape.page_size)
+
+
+def _too_large(scores: int) -> str | None:
+    if 4 * scores <= MAX_SCORE_BYTES:
         return None
-    return f"it would hold {needed / 2**30:.1f} GiB of scores at once (at most {MAX_SCORE_BYTES >> 30}); use 'xla'"
+    return f"it would hold {scores / 2**28:.1f} GiB of scores at once (at most {MAX_SCORE_BYTES >> 30}); use 'xla'"
 
 
 def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments):
@@ -33,8 +44,18 @@ def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments
     return out_BTHV.astype(q_BTHK.dtype), lse_BHT.swapaxes(1, 2)
 
 
-def decode(q_BTHW, c_BSC, k_rope_BSR, lengths_B, *, scale):
+def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scales_P2S):
     """Attention in which all heads share the key [c | k_rope] and the value c; see `latent_attention.decode`."""
+    if scales_P2S is not None:
+        c_PSC, k_rope_PSR = (dequantize(x, scales_P2S[:, i], jnp.float32) for i, x in enumerate((c_PSC, k_rope_PSR)))
+    if block_table_BN is not None:
+        # Entries that no token needs may be anything; clamped ones lie beyond the length.
+        c_BSC, k_rope_BSR = (
+            jnp.take(x, block_table_BN, axis=0, mode="clip").reshape(len(lengths_B), -1, x.shape[-1])
+            for x in (c_PSC, k_rope_PSR)
+        )
+    else:
+        c_BSC, k_rope_BSR = c_PSC, k_rope_PSR
     heads, queries = q_BTHW.shape[2], q_BTHW.shape[1]
     k_BSHW = jnp.repeat(jnp.concatenate([c_BSC, k_rope_BSR], axis=-1)[:, :, None], heads, axis=2)
     v_BSHC = jnp.repeat(c_BSC[:, :, None], heads, axis=2)

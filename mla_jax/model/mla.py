@@ -109,10 +109,11 @@ class MLA(nnx.Module):
 
     def _op(self, op: Callable, *arrays: jax.Array, **options):
         """An op of `latent_attention` with this model's scale and choice of implementation."""
+        key = op.__name__  # `attention` and `decode` are keys of the config
         try:
-            return op(*arrays, scale=softmax_scale(self.config), implementation=self.config.attention, **options)
+            return op(*arrays, scale=softmax_scale(self.config), implementation=getattr(self.config, key), **options)
         except latent_attention.UnavailableError as e:
-            raise UsageError(f"model.attention: {e}") from e
+            raise UsageError(f"model.{key}: {e}") from e
 
     def _expanded(self, q_BTHK, c_BTC, k_rope_BTR, cache: LatentCache, layer: jax.Array) -> jax.Array:
         """New tokens over themselves, then over the cache chunk by chunk: memory does not grow with the cache."""
@@ -146,8 +147,11 @@ class MLA(nnx.Module):
         k_b_CHN, v_b_CHV = jnp.split(kv_b_CHX, [self.config.qk_nope_head_dim], axis=-1)
 
         def attend(q_BTHW, c_LBSC, k_rope_LBSR, lengths, layer):
-            c_BSC, k_rope_BSR = (jax.lax.dynamic_index_in_dim(x, layer, 0, False) for x in (c_LBSC, k_rope_LBSR))
-            return self._op(latent_attention.decode, q_BTHW, c_BSC, k_rope_BSR, lengths + q_BTHW.shape[1])[0]
+            # One page is a row of a layer: the block table picks the layer, and nothing is copied.
+            pages = (x.reshape(-1, *x.shape[2:]) for x in (c_LBSC, k_rope_LBSR))
+            rows = layer * c_LBSC.shape[1] + jnp.arange(c_LBSC.shape[1], dtype=jnp.int32)
+            seen = lengths + q_BTHW.shape[1]
+            return self._op(latent_attention.decode, q_BTHW, *pages, seen, block_table_BN=rows[:, None])[0]
 
         q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, k_b_CHN)
         q_BTHW = jnp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)

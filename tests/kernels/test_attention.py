@@ -1,6 +1,7 @@
-"""Every implementation of the ops against float64."""
+"""Every implementation of attention that runs on a CPU against float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,33 +9,25 @@ import numpy as np
 import pytest
 
 import latent_attention
-from latent_attention import IMPLEMENTATIONS, merge
+from kernels_gradients import attention_gradients_oracle
+from kernels_oracle import attention_oracle
+from latent_attention import merge
 
 BATCH, HEADS, K, V = 2, 3, 12, 20
 SCALE = 0.3
 BLOCK = 128  # on a CPU: sizes below, at and above it take different paths
 
 
-def oracle(q, k, v, *, offset=0, lengths=None, q_segments=None, kv_segments=None):
-    """Attention in float64, a row at a time."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    out, lse = np.zeros((batch, queries, heads, v.shape[-1])), np.full((batch, queries, heads), -np.inf)
-    offset = np.broadcast_to(offset, batch)
-    for b in range(batch):
-        for t in range(queries):
-            seen = np.arange(keys) <= offset[b] + t
-            if lengths is not None:
-                seen &= np.arange(keys) < lengths[b]
-            if q_segments is not None and kv_segments is not None:
-                seen &= kv_segments[b] == q_segments[b, t]
-            if seen.any():
-                scores = np.einsum("hk,shk->hs", q[b, t], k[b, seen]) * SCALE
-                peak = scores.max(-1, keepdims=True)
-                weights = np.exp(scores - peak)
-                lse[b, t] = peak[:, 0] + np.log(weights.sum(-1))
-                out[b, t] = np.einsum("hs,shv->hv", weights / weights.sum(-1, keepdims=True), v[b, seen])
-    return out, lse
+oracle = functools.partial(attention_oracle, scale=SCALE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_compile():
+    """These small programs take XLA longer to optimise than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def draw(queries, keys, dtype="float32"):
@@ -62,7 +55,7 @@ CASES = {
     "lengths beyond the keys": (9, 30, {"offset": 30, "lengths": i32(99, 30)}),
     "offsets of each row": (140, 280, {"offset": i32(17, 140)}),
     "offset so large that adding overflows": (140, 150, {"offset": 2**31 - 1}),
-    "offsets below zero: rows that see nothing": (200, 130, {"offset": i32(-150, -500)}),
+    "offsets below zero: rows that see nothing": (200, 130, {"offset": i32(-150, -(2**31))}),
     "segments": (40, 40, {"segments": [(10, 30), (25,)]}),
     "segments over blocks": (300, 300, {"segments": [(100, 130, 260), (299,)]}),
     "no segment in common": (20, 20, {"q_segments": segments(20, [(), ()]), "kv_segments": segments(20, [(), (0,)])}),
@@ -78,19 +71,49 @@ def arguments(queries, keys, options):
     return options, op | {name: options.get(name) for name in ("q_segments", "kv_segments")}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def results(op, q, k, v, d_out, d_lse, options):
+    """Out, lse, dq, dk, dv."""
+
+    @jax.jit
+    def run(q, k, v, d_out, d_lse, options):
+        op_with_lse = functools.partial(op, scale=SCALE, return_lse=True, **options)
+        (out, lse), vjp = jax.vjp(op_with_lse, q, k, v)
+        return out, lse, *vjp((d_out, jnp.where(lse == -jnp.inf, 0, d_lse)))
+
+    # A static offset is another program than a traced one.
+    static = {n: x for n, x in options.items() if isinstance(x, int)}
+    op = functools.partial(op, **static)
+    return run(q, k, v, d_out, d_lse, {n: x for n, x in options.items() if n not in static})
+
+
 @pytest.mark.parametrize(("queries", "keys", "options"), CASES.values(), ids=CASES)
-def test_attention_equals_float64(queries, keys, options, implementation):
+def test_outputs_and_gradients_equal_float64(queries, keys, options):
     q, k, v = draw(queries, keys)
     for_oracle, for_op = arguments(queries, keys, options)
-    expected_out, expected_lse = oracle(q, k, v, **for_oracle)
+    rng = np.random.default_rng(1)
+    d_out, d_lse = (rng.normal(size=(*q.shape[:3], *rest)) for rest in ((V,), ()))
+    expected = oracle(q, k, v, **for_oracle)
+    expected += attention_gradients_oracle(q, k, v, d_out, d_lse, scale=SCALE, **for_oracle)
     if for_op["kv_lengths"] is not None:  # what is not held must not matter
         held = np.arange(keys)[None, :, None, None] < for_op["kv_lengths"][:, None, None, None]
         k, v = jnp.where(held, k, jnp.nan), jnp.where(held, v, jnp.nan)
-    op = functools.partial(latent_attention.attention, scale=SCALE, implementation=implementation, return_lse=True)
-    out, lse = jax.jit(op)(q, k, v, **for_op)
-    np.testing.assert_allclose(out, expected_out, atol=3e-6)
-    np.testing.assert_allclose(lse, expected_lse, atol=3e-6)
+    op = functools.partial(latent_attention.attention, implementation="xla")
+    ours = results(op, q, k, v, jnp.asarray(d_out, jnp.float32), jnp.asarray(d_lse, jnp.float32), for_op)
+    for name, x, right in zip(("out", "lse", "dq", "dk", "dv"), ours, expected, strict=True):
+        np.testing.assert_allclose(x, right, atol=3e-6 if name in ("out", "lse") else 1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("queries", "keys", "options"), CASES.values(), ids=CASES)
+def test_the_reference_equals_float64(queries, keys, options):
+    q, k, v = draw(queries, keys)
+    for_oracle, for_op = arguments(queries, keys, options)
+    expected = oracle(q, k, v, **for_oracle)
+    if for_op["kv_lengths"] is not None:
+        held = np.arange(keys)[None, :, None, None] < for_op["kv_lengths"][:, None, None, None]
+        k, v = jnp.where(held, k, jnp.nan), jnp.where(held, v, jnp.nan)
+    op = functools.partial(latent_attention.attention, scale=SCALE, implementation="reference", return_lse=True)
+    for x, right in zip(jax.jit(op)(q, k, v, **for_op), expected, strict=True):
+        np.testing.assert_allclose(x, right, atol=3e-6)
 
 
 def test_a_query_that_sees_nothing_gives_zero():
@@ -126,8 +149,9 @@ def gradients(op, q, k, v, options):
     return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
 
-@pytest.mark.parametrize(("queries", "keys", "options"), CASES.values(), ids=CASES)
-def test_gradients_equal_those_jax_derives_from_the_reference(queries, keys, options):
+@pytest.mark.parametrize("name", ["one block", "lengths of a chunk", "segments over blocks"])
+def test_gradients_equal_those_jax_derives_from_the_reference(name):
+    queries, keys, options = CASES[name]
     q, k, v = draw(queries, keys)
     _, options = arguments(queries, keys, options)
     ours = gradients(functools.partial(latent_attention.attention, implementation="xla"), q, k, v, options)
@@ -136,9 +160,8 @@ def test_gradients_equal_those_jax_derives_from_the_reference(queries, keys, opt
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f"d{name}")
 
 
-@pytest.mark.parametrize("length", [30, 160])
-def test_gradients_equal_finite_differences(length):
-    q, k, v = draw(length, length)
+def test_gradients_equal_finite_differences():
+    q, k, v = draw(30, 30)
     # Along one random direction, in float64: float32 differences would drown in rounding.
     rng = np.random.default_rng(2)
     weights, *steps = (rng.normal(size=x.shape) for x in (v, q, k, v))
@@ -166,6 +189,36 @@ def test_gradients_in_bfloat16_differ_by_rounding_only():
         assert error < 0.02
 
 
+@pytest.mark.parametrize("length", [30, 160])
+def test_a_gradient_into_rows_that_see_nothing_goes_nowhere(length):
+    q, k, v = draw(length, length)
+    op = functools.partial(latent_attention.attention, scale=SCALE, q_offset=-4, implementation="xla", return_lse=True)
+
+    @jax.jit
+    def grads(q, k, v):
+        (out, lse), vjp = jax.vjp(op, q, k, v)
+        return vjp((jnp.ones_like(out), jnp.ones_like(lse).at[:, :4].set(jnp.nan)))
+
+    assert all(np.all(np.isfinite(x)) and np.any(x) for x in grads(q, k, v))
+
+
+def test_a_million_tokens_overflow_no_index():
+    """Arrays of more than 2^32 numbers: XLA indexes by axis, and no integer of the program is as large as 2^31."""
+    tokens, heads = 1 << 20, 32
+    q, k, v = (jax.ShapeDtypeStruct((1, tokens, heads, width), jnp.bfloat16) for width in (192, 192, 128))
+    ids, length = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    op = functools.partial(latent_attention.attention, scale=SCALE, implementation="xla")
+
+    def loss(q, k, v, ids, length):
+        return jnp.sum(jnp.asarray(op(q, k, v, kv_lengths=length, q_segments=ids, kv_segments=ids), jnp.float32))
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v, ids, length).lower(lowering_platforms=("cuda",)).as_text()
+    numbers = [int(x) for x in re.findall(r"dense<(-?\d+)> : tensor<i32>", text)]
+    numbers = [x for x in numbers if x != -(2**31)]  # what a maximum starts from
+    assert max(numbers) <= tokens and min(numbers) >= -tokens
+    assert f"tensor<1x{heads}x{tokens}x192xf32>" in text  # the program is that of the blocks
+
+
 def test_memory_grows_with_the_length_not_with_its_square():
     def temporaries(length):
         q, k, v = (jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32) for _ in range(3))
@@ -176,49 +229,6 @@ def test_memory_grows_with_the_length_not_with_its_square():
         return analysis.temp_size_in_bytes
 
     assert temporaries(4096) < 2.2 * temporaries(2048)
-
-
-def draw_latents(queries, capacity, width=24, rope=8, dtype="float32"):
-    rng = np.random.default_rng(3)
-    batch = 4
-    shapes = (batch, queries, HEADS, width + rope), (batch, capacity, width), (batch, capacity, rope)
-    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("queries", "capacity"), [(1, 1), (1, 77), (3, 77), (1, 5000), (2, 4096), (5, 2049)])
-def test_decode_equals_float64(queries, capacity, implementation):
-    q, c, k_rope = draw_latents(queries, capacity)
-    lengths = i32(0, queries, capacity // 2, capacity)
-    held = np.arange(capacity)[None, :, None] < lengths[:, None, None]
-    key = np.where(held, np.concatenate([c, k_rope], -1), 0)[:, :, None].repeat(HEADS, 2)
-    expected = oracle(q, key, key[..., : c.shape[-1]], offset=lengths - queries, lengths=lengths)
-    op = jax.jit(functools.partial(latent_attention.decode, scale=SCALE, implementation=implementation))
-    out, lse = op(q, jnp.where(held, c, jnp.nan), jnp.where(held, k_rope, jnp.nan), lengths)
-    np.testing.assert_allclose(out, expected[0], atol=5e-6)
-    np.testing.assert_allclose(lse, expected[1], atol=5e-6)
-
-
-def test_decode_treats_a_length_beyond_the_cache_as_all_of_it():
-    q, c, k_rope = draw_latents(2, 40)
-    ours, expected = (
-        jax.jit(functools.partial(latent_attention.decode, scale=SCALE, implementation=name))(
-            q, c, k_rope, jnp.full(4, 42)
-        )
-        for name in ("xla", "reference")
-    )
-    np.testing.assert_allclose(ours[0], expected[0], atol=3e-6)
-
-
-def test_decode_in_bfloat16_differs_by_rounding_only():
-    q, c, k_rope = draw_latents(2, 3000, dtype="bfloat16")
-    lengths = jnp.array([3000, 17, 2, 0])
-    op = jax.jit(functools.partial(latent_attention.decode, scale=SCALE), static_argnames="implementation")
-    out, lse = op(q, c, k_rope, lengths, implementation="xla")
-    expected = op(*(x.astype("float32") for x in (q, c, k_rope)), lengths, implementation="reference")
-    assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
-    np.testing.assert_allclose(out.astype("float32"), expected[0], atol=2e-2)
-    np.testing.assert_allclose(lse, expected[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("border", [1, 33, 59])

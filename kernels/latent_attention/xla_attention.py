@@ -1,4 +1,4 @@
-"""Both ops in plain XLA: online softmax over blocks (FlashAttention-2, arXiv 2307.08691), one block if that is all.
+"""Expanded attention in plain XLA: online softmax over blocks (FlashAttention-2, arXiv 2307.08691), one if that is all.
 
 Loops run only over blocks that some query of the batch can see, so causal attention does half of the work. Heads lead
 inside this file (q_BHTK), so that every product is a batch of plain matrix products. Scores, softmax and all sums are
@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-DECODE_BLOCK = 2048
-"""Cache entries whose scores are held at once."""
+from latent_attention.shapes import AttentionShape, Gpu
 
 
 class Mask(NamedTuple):
@@ -24,6 +23,19 @@ class Mask(NamedTuple):
     kv_segments_BS: jax.Array | None
 
 
+def make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments=None, kv_segments=None) -> Mask:
+    """The mask of a call of `attention`, all int32."""
+    batch, queries, keys = *q_BTHK.shape[:2], k_BSHK.shape[1]
+    # Beyond these bounds nothing changes, and within them no sum overflows.
+    offset_B = jnp.broadcast_to(jnp.clip(jnp.asarray(q_offset, jnp.int32), -queries, keys), batch)
+    lengths_B = jnp.full(batch, keys, jnp.int32)
+    if kv_lengths is not None:
+        lengths_B = jnp.clip(kv_lengths, 0, keys).astype(jnp.int32)
+    if q_segments is not None and kv_segments is not None:
+        q_segments, kv_segments = q_segments.astype(jnp.int32), kv_segments.astype(jnp.int32)
+    return Mask(offset_B, lengths_B, q_segments, kv_segments)
+
+
 def _block() -> int:
     """Queries and keys of a block: scores that fit the caches of a CPU, or that keep a GPU busy."""
     return 128 if jax.default_backend() == "cpu" else 512
@@ -33,7 +45,8 @@ def _fits_one_block(q: jax.Array, k: jax.Array) -> bool:
     return q.shape[2] * k.shape[2] <= _block() ** 2
 
 
-def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Product that sums in float32."""
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
@@ -52,7 +65,7 @@ def _visible(mask: Mask, t0: jax.Array | int, rows: int, s0: jax.Array | int, co
     return visible[:, None]
 
 
-def _finite(lse: jax.Array) -> jax.Array:
+def finite(lse: jax.Array) -> jax.Array:
     """Replaces -inf (a row that sees nothing) so that exp(-inf - it) is 0, not NaN."""
     return jnp.where(lse == -jnp.inf, 0.0, lse)
 
@@ -62,17 +75,17 @@ def _blocks(end: jax.Array, size: int) -> jax.Array:
     return (jnp.maximum(end, 0) + size - 1) // size
 
 
-def _online_softmax(scores: jax.Array, peak: jax.Array, total: jax.Array):
+def online_softmax(scores: jax.Array, peak: jax.Array, total: jax.Array):
     """One more block of scores [..., S]: (its weights, shrink factor of what was summed before, peak, total)."""
     new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
-    weights = jnp.exp(scores - _finite(new_peak)[..., None])
-    shrink = jnp.exp(peak - _finite(new_peak))
+    weights = jnp.exp(scores - finite(new_peak)[..., None])
+    shrink = jnp.exp(peak - finite(new_peak))
     return weights, shrink, new_peak, total * shrink + jnp.sum(weights, axis=-1)
 
 
-def _normalised(out: jax.Array, peak: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalised(out: jax.Array, peak: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of sums of weights relative to exp(peak); 0 and -inf where nothing was seen."""
-    return out / jnp.where(total == 0, 1.0, total)[..., None], _finite(peak) + jnp.log(total)
+    return out / jnp.where(total == 0, 1.0, total)[..., None], finite(peak) + jnp.log(total)
 
 
 def _unblocked(x: jax.Array) -> jax.Array:
@@ -83,22 +96,22 @@ def _unblocked(x: jax.Array) -> jax.Array:
 
 def _whole_forward(q, k, v, mask: Mask, scale: float):
     """All scores at once. Returns out_BHTV float32 and lse_BHT."""
-    scores = _dot("bhtk,bhsk->bhts", q, k) * scale
+    scores = dot("bhtk,bhsk->bhts", q, k) * scale
     scores = jnp.where(_visible(mask, 0, q.shape[2], 0, k.shape[2]), scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - _finite(peak)[..., None])
-    out = _dot("bhts,bhsv->bhtv", weights.astype(v.dtype), v)
-    return _normalised(out, peak, jnp.sum(weights, axis=-1))
+    weights = jnp.exp(scores - finite(peak)[..., None])
+    out = dot("bhts,bhsv->bhtv", weights.astype(v.dtype), v)
+    return normalised(out, peak, jnp.sum(weights, axis=-1))
 
 
 def _block_backward(q, k, v, d_out, visible, lse, delta, scale):
     """Gradients (dq, dk, dv), float32, of one block of scores; algorithm 2 of FlashAttention-2."""
-    scores = _dot("bhtk,bhsk->bhts", q, k) * scale
+    scores = dot("bhtk,bhsk->bhts", q, k) * scale
     weights = jnp.exp(jnp.where(visible, scores, -jnp.inf) - lse[..., None])
-    d_v = _dot("bhts,bhtv->bhsv", weights.astype(v.dtype), d_out)
-    d_weights = _dot("bhtv,bhsv->bhts", d_out, v)
+    d_v = dot("bhts,bhtv->bhsv", weights.astype(v.dtype), d_out)
+    d_weights = dot("bhtv,bhsv->bhts", d_out, v)
     d_scores = (weights * (d_weights - delta[..., None]) * scale).astype(q.dtype)
-    return _dot("bhts,bhsk->bhtk", d_scores, k), _dot("bhts,bhtk->bhsk", d_scores, q), d_v
+    return dot("bhts,bhsk->bhtk", d_scores, k), dot("bhts,bhtk->bhsk", d_scores, q), d_v
 
 
 def _pad(x: jax.Array, axis: int, multiple: int, value: float = 0) -> jax.Array:
@@ -133,15 +146,15 @@ def _blocked_forward(q, k, v, mask: Mask, scale: float):
             out, peak, total = carry
             s0 = j * block
             k_j, v_j = (_slice(x, s0, block, 2) for x in (k, v))
-            scores = _dot("bhtk,bhsk->bhts", q_i, k_j) * scale
+            scores = dot("bhtk,bhsk->bhts", q_i, k_j) * scale
             scores = jnp.where(_visible(mask, t0, block, s0, block), scores, -jnp.inf)
-            weights, shrink, peak, total = _online_softmax(scores, peak, total)
-            return out * shrink[..., None] + _dot("bhts,bhsv->bhtv", weights.astype(v.dtype), v_j), peak, total
+            weights, shrink, peak, total = online_softmax(scores, peak, total)
+            return out * shrink[..., None] + dot("bhts,bhsv->bhtv", weights.astype(v.dtype), v_j), peak, total
 
         rows = (*q.shape[:2], block)
         start = jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, -jnp.inf), jnp.zeros(rows)
         end = jnp.minimum(last_offset + t0 + block, last_length)
-        return _normalised(*jax.lax.fori_loop(0, _blocks(end, block), key_block, start))
+        return normalised(*jax.lax.fori_loop(0, _blocks(end, block), key_block, start))
 
     out_lse = jax.lax.map(query_block, jnp.arange(q.shape[2] // block))
     return tuple(_unblocked(x)[:, :, :queries] for x in out_lse)
@@ -196,13 +209,15 @@ def _attention_forward(q, k, v, mask: Mask, scale: float):
 def _attention_backward(scale: float, residuals, cotangents):
     q, k, v, mask, out, lse = residuals
     d_out, d_lse = cotangents
+    d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)  # a row that sees nothing has no gradient, whatever comes in
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     if _fits_one_block(q, k):
         visible = _visible(mask, 0, q.shape[2], 0, k.shape[2])
-        grads = _block_backward(q, k, v, d_out, visible, _finite(lse), delta, scale)
+        grads = _block_backward(q, k, v, d_out, visible, finite(lse), delta, scale)
     else:
-        grads = _blocked_backward(q, k, v, d_out, mask, _finite(lse), delta, scale)
-    return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
+        grads = _blocked_backward(q, k, v, d_out, mask, finite(lse), delta, scale)
+    d_q, d_k, d_v = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+    return d_q, d_k, d_v, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -211,45 +226,22 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments):
     """See `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV))
-    offset_B = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[:1])
-    lengths_B = jnp.full(q.shape[:1], k.shape[2])
+    mask = make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments, kv_segments)
     if kv_lengths is not None:
-        lengths_B = jnp.minimum(kv_lengths, k.shape[2])
-        held_B1S1 = (jnp.arange(k.shape[2]) < lengths_B[:, None])[:, None, :, None]
+        held_B1S1 = (jnp.arange(k.shape[2]) < kv_lengths[:, None])[:, None, :, None]
         k, v = (jnp.where(held_B1S1, x, 0) for x in (k, v))  # what is not held may be NaN, and 0 x NaN is NaN
-    out, lse = _attention(q, k, v, Mask(offset_B, lengths_B, q_segments, kv_segments), scale)
+    out, lse = _attention(q, k, v, mask, scale)
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
-def decode(q_BTHW, c_BSC, k_rope_BSR, lengths_B, *, scale):
-    """See `latent_attention.decode`. Returns (out_BTHC, lse_BTH)."""
-    batch, queries, heads, _ = q_BTHW.shape
-    size, c_width = c_BSC.shape[1:]
-    q_content, q_rope = jnp.split(q_BTHW.reshape(batch, queries * heads, -1), [c_width], axis=-1)
-    # Row r of the products is query token r // heads.
-    t = jnp.arange(queries * heads)[:, None] // heads
-    last_BR1 = (lengths_B - queries)[:, None, None] + t
-    block = min(size, DECODE_BLOCK)
+def gradients(q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BHT, d_out_BTHV, d_lse_BHT, *, scale, q_offset, kv_lengths):
+    """(dq, dk, dv) for another implementation's forward pass. What lies beyond the lengths must not be NaN."""
+    q, k, v, out, d_out = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV, out_BTHV, d_out_BTHV))
+    residuals = q, k, v, make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths), out, lse_BHT
+    d_q, d_k, d_v, _ = _attention_backward(scale, residuals, (d_out, d_lse_BHT))
+    return tuple(x.swapaxes(1, 2) for x in (d_q, d_k, d_v))
 
-    def cache_block(j, carry):
-        out, peak, total = carry
-        # The last block starts early so as to end with the cache, and leaves out what the one before it has done.
-        start = jnp.minimum(j * block, size - block)
-        c, k_rope = (_slice(x, start, block, 1).astype(q_BTHW.dtype) for x in (c_BSC, k_rope_BSR))
-        c = jnp.where(((start + jnp.arange(block)) < lengths_B[:, None])[..., None], c, 0)  # beyond may be NaN
-        scores = (_dot("brc,bsc->brs", q_content, c) + _dot("brw,bsw->brs", q_rope, k_rope)) * scale
-        s = start + jnp.arange(block)
-        scores = jnp.where((s >= j * block) & (s <= last_BR1), scores, -jnp.inf)
-        weights, shrink, peak, total = _online_softmax(scores, peak, total)
-        return out * shrink[..., None] + _dot("brs,bsc->brc", weights.astype(c.dtype), c), peak, total
 
-    rows = batch, queries * heads
-    start = jnp.zeros((*rows, c_width)), jnp.full(rows, -jnp.inf), jnp.zeros(rows)
-    if block == size:
-        out, peak, total = cache_block(0, start)
-    else:
-        end = jnp.minimum(jnp.max(lengths_B), size)
-        out, peak, total = jax.lax.fori_loop(0, _blocks(end, block), cache_block, start)
-    out, lse = _normalised(out, peak, total)
-    shape = batch, queries, heads
-    return out.astype(q_BTHW.dtype).reshape(*shape, c_width), lse.reshape(shape)
+def why_not_attention(shape: AttentionShape, gpu: Gpu | None) -> str | None:
+    """It runs everywhere."""
+    return None

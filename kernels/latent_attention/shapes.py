@@ -1,0 +1,119 @@
+"""What an implementation is asked before it is chosen: can it run calls of this shape on this GPU?"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+_KIB = 1 << 10
+_SHARED_MEMORY = {
+    (7, 5): 64 * _KIB,
+    (8, 0): 163 * _KIB,
+    (8, 6): 99 * _KIB,
+    (8, 7): 163 * _KIB,
+    (8, 9): 99 * _KIB,
+    (9, 0): 227 * _KIB,
+    (12, 0): 99 * _KIB,
+}
+"""Bytes one block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+_DATA_CENTRE_BLACKWELL = range(10, 12)
+_STATIC = 48 * _KIB
+"""What every GPU grants."""
+
+_KINDS = {"T4": (7, 5), "A100": (8, 0), "A10": (8, 6), "L4": (8, 9), "H100": (9, 0), "H200": (9, 0), "B200": (10, 0)}
+"""Capability of a GPU known by name only: the abstract device of a mesh, when lowering where there is no such GPU."""
+
+
+class Gpu(NamedTuple):
+    """A CUDA device."""
+
+    capability: tuple[int, int]
+    cores: int
+    shared_memory: int
+    """Bytes that one block may use."""
+
+    @property
+    def name(self) -> str:
+        """As NVIDIA writes it: sm_90."""
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+class DecodeShape(NamedTuple):
+    """A call of `decode`, as one device sees it."""
+
+    batch: int
+    queries: int
+    heads: int
+    c_width: int
+    rope_width: int
+    pages_per_row: int
+    page_size: int
+    q_dtype: str
+    cache_dtype: str
+    paged: bool
+    """Whether there is a block table."""
+
+    @classmethod
+    def of(cls, q_BTHW, c_PSC, k_rope_PSR, block_table_BN) -> "DecodeShape":
+        """That of a call with these arrays."""
+        batch, queries, heads, _ = q_BTHW.shape
+        _, page_size, c_width = c_PSC.shape
+        pages = 1 if block_table_BN is None else block_table_BN.shape[1]
+        types, paged = (q_BTHW.dtype.name, c_PSC.dtype.name), block_table_BN is not None
+        return cls(batch, queries, heads, c_width, k_rope_PSR.shape[2], pages, page_size, *types, paged)
+
+
+class AttentionShape(NamedTuple):
+    """A call of `attention`, as one device sees it."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    qk_width: int
+    v_width: int
+    dtype: str
+    segments: bool
+    lengths: bool
+    """Whether `kv_lengths` is given."""
+    offset: int | None
+    """None: differs by row, or is not known when tracing."""
+
+
+def make_gpu(capability: tuple[int, int], cores: int) -> Gpu:
+    """The GPU of this compute capability and number of multiprocessors."""
+    default = 227 * _KIB if capability[0] in _DATA_CENTRE_BLACKWELL else _STATIC
+    return Gpu(capability, cores, _SHARED_MEMORY.get(capability, default))
+
+
+def local_gpu() -> Gpu | None:
+    """The GPU that the computation being traced is for, None if it is for something else.
+
+    That is the device of the current mesh, which may be abstract (`jax.sharding.AbstractDevice`, to lower for a GPU
+    that is not here), else JAX's default device.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is None:
+        return _gpu_of(_default_device())
+    if abstract.platform != "gpu":
+        return None
+    for device in jax.local_devices():
+        if device.platform == "gpu" and device.device_kind == abstract.device_kind:
+            return _gpu_of(device)
+    words = abstract.device_kind.replace("-", " ").split()
+    return next((make_gpu(_KINDS[word], abstract.num_cores) for word in words if word in _KINDS), None)
+
+
+def _default_device() -> Any:
+    """`jax.default_device` may be a device, the name of a platform, or unset."""
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return jax.local_devices()[0] if chosen is None else chosen
+
+
+def _gpu_of(device: Any) -> Gpu | None:
+    capability = str(getattr(device, "compute_capability", ""))  # '9.0' on CUDA; ROCm says 'gfx...'
+    major, point, minor = capability.partition(".")
+    if device.platform != "gpu" or not (major.isdigit() and minor.isdigit() and point):
+        return None
+    return make_gpu((int(major), int(minor)), device.core_count)

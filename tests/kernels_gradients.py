@@ -1,0 +1,31 @@
+"""The gradients of attention in float64 NumPy; beside `kernels_oracle`, for every implementation and machine."""
+
+import numpy as np
+
+
+def attention_gradients_oracle(
+    q, k, v, d_out, d_lse, *, scale, offset=0, lengths=None, q_segments=None, kv_segments=None
+):
+    """(dq, dk, dv) from those by out and lse, all scores at once; see `latent_attention.attention`."""
+    q, k, v, d_out, d_lse = (np.asarray(x, np.float64) for x in (q, k, v, d_out, d_lse))
+    batch, queries, keys = *q.shape[:2], k.shape[1]
+    t, s = np.arange(queries)[:, None], np.arange(keys)
+    visible_BTS = s - t <= np.broadcast_to(np.asarray(offset, np.int64), batch)[:, None, None]
+    if lengths is not None:
+        visible_BTS = visible_BTS & (s < lengths[:, None, None])
+        held_BS11 = (s < lengths[:, None])[..., None, None]
+        k, v = (np.where(held_BS11, x, 0) for x in (k, v))  # it may be NaN
+    if q_segments is not None and kv_segments is not None:
+        visible_BTS = visible_BTS & (q_segments[:, :, None] == kv_segments[:, None, :])
+    scores = np.where(visible_BTS[:, None], scale * np.einsum("bthk,bshk->bhts", q, k), -np.inf)
+    peak = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(peak == -np.inf, 0, peak))
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)  # a row that sees nothing sums to 0
+    d_weights = np.einsum("bthv,bshv->bhts", d_out, v)
+    mean = np.sum(weights * d_weights, -1, keepdims=True)
+    d_scores = scale * weights * (d_weights - mean + d_lse.swapaxes(1, 2)[..., None])
+    return (
+        np.einsum("bhts,bshk->bthk", d_scores, k),
+        np.einsum("bhts,bthk->bshk", d_scores, q),
+        np.einsum("bhts,bthv->bshv", weights, d_out),
+    )
