@@ -175,7 +175,7 @@ def partials(
             q_slot = lax.rem(count, q_slots)
             plgpu.barrier_wait(q_full.at[q_slot])
             q_scale = read(q_scales_ref.at[b, pl.ds(block * row_block, row_block)], COLUMNS_OF_TILE) if int8 else None
-            skipped = lax.rem(wg + lax.rem(tile, consumers), consumers)
+            skipped = lax.rem(wg + consumers - lax.rem(tile, consumers), consumers)
 
             def own_tiles(stop):
                 """How many of the tiles [begin, stop) are this warpgroup's."""

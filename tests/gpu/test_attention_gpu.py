@@ -54,9 +54,9 @@ def draw(queries, keys, heads, k_width, v_width, dtype, batch=2):
 
 
 def close(ours, expected, tolerance, name):
-    """By the norm; where nothing is expected, there is nothing."""
-    error = np.linalg.norm(np.asarray(ours, np.float64) - expected)
-    assert error <= tolerance * np.linalg.norm(expected), f"{name}: {error / np.linalg.norm(expected)}"
+    """By the norm. The gradients of a single key's scores are zero but for float32's rounding."""
+    error, size = np.linalg.norm(np.asarray(ours, np.float64) - expected), np.linalg.norm(expected)
+    assert error <= tolerance * size + 1e-5, f"{name}: {error} of {size}"
 
 
 @functools.cache
