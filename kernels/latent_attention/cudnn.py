@@ -159,6 +159,8 @@ def why_not_attention(shape: AttentionShape, gpu: Gpu | None) -> str | None:
             f"cuDNN's mask starts at the first key and the first query, or is none: {shape.queries} queries at offset "
             f"{shape.offset} over {shape.keys} keys are neither"
         )
+    if shape.queries == shape.keys == 1:
+        return "cuDNN refuses a single query over a single key"
     if shape.qk_width % 8 or shape.v_width % 8:
         return f"cuDNN attention takes head widths that are multiples of 8, not {widths}"
     if shape.qk_width != shape.v_width:

@@ -53,8 +53,6 @@ def configure(shape: DecodeShape, gpu: Gpu) -> Config:
         return min((gpu.shared_memory - _RESERVED - taken) // stage, _MOST_STAGES) // consumers * consumers
 
     consumers = 2 if stages(1, 2) >= 2 else 1
-    if int8 and shape.c_width * row_block <= _ACCUMULATOR // 2:
-        consumers = 3  # widening the tiles is most of the work, and registers suffice
     q_slots = 2 if stages(2, consumers) >= min(stages(1, consumers), 4) else 1
     return Config(stages(q_slots, consumers), max(gpu.cores // blocks, 1), consumers, q_slots)
 

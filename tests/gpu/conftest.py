@@ -7,6 +7,8 @@ import pytest
 
 # Several processes, and PyTorch beside JAX, share the memory of the GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Trying out matrix products would take most of the time; nothing is timed here.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 
 def pytest_collection_modifyitems(items):

@@ -138,7 +138,7 @@ def stand_in(name, mask, scale, q, k, v, lengths, *residuals):
     [
         (40, 40, 0, None, False),
         (20, 60, 0, None, False),
-        (1, 1, 0, None, False),
+        (1, 2, 1, None, False),
         (40, 40, 0, (0, 17), False),
         (20, 60, 0, (0, 59), False),
         (20, 60, 0, (0, 59), True),
