@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from omegaconf import DictConfig, OmegaConf
 
-from mla_jax.config import ModelConfig, SftConfig
+from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
 from mla_jax.mesh import placed
@@ -159,11 +159,10 @@ def start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
         existing = _read_config(run_dir)
         if "train" not in existing:
             raise InputError(f"{run_dir} holds an imported model; train in a new run with init_from={run_dir} name=NEW")
-        if existing.model != wanted.model:
-            keys = sorted(k for k in wanted.model if existing.model.get(k) != wanted.model.get(k))
-            raise InputError(
-                f"{run_dir} holds another model ({', '.join(map(str, keys))} differ); choose another name="
-            )
+        keys = [str(k) for k in wanted.model if existing.model.get(k) != wanted.model.get(k)]
+        differ = sorted(k for k in keys if k not in HOW_IT_IS_COMPUTED)
+        if differ:
+            raise InputError(f"{run_dir} holds another model ({', '.join(differ)} differ); choose another name=")
         if load_tokenizer(str(run_dir / TOKENIZER)).fingerprint != tokenizer.fingerprint:
             raise InputError(
                 f"{run_dir} was trained with another tokenizer than data.tokenizer={config.data.tokenizer}"

@@ -58,6 +58,10 @@ class YarnConfig:
         )
 
 
+HOW_IT_IS_COMPUTED = ("remat", "attention", "decode")
+"""Keys of a model that change neither its weights nor, but for rounding, its results."""
+
+
 @schema
 class ModelConfig:
     """A dense DeepSeek-V3 decoder. The first block of keys carries Hugging Face's DeepseekV3Config names."""

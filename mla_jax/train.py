@@ -20,7 +20,7 @@ import optax
 
 from mla_jax import checkpoint
 from mla_jax.checkpoint import Checkpoints
-from mla_jax.config import ModelConfig, SftConfig, TrainConfig
+from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig
 from mla_jax.data.pipeline import make_pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
@@ -138,6 +138,8 @@ class _Trainer:
             raise InputError(f"{self.run_dir} is in stage {self.position.stage + 1}, but train.stages has fewer")
         self.data = self._pipeline()
         self.data.set_state(saved["data"])
+        if self._stage_over() and not self._finished():  # the run had ended, and a stage was added since
+            self._next_stage()
         print(f"Resuming {self.run_dir} at step {step}")
         return state
 
@@ -246,7 +248,7 @@ class _Trainer:
 def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
     """Parameters of another run, to start from. Raises InputError if its shapes or its tokenizer are not ours."""
     run = checkpoint.load_run(run_dir)
-    shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("remat", "attention", "dtype")]
+    shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in (*HOW_IT_IS_COMPUTED, "dtype")]
     differ = [key for key in shape_keys if getattr(run.model, key) != getattr(model, key)]
     if differ:
         raise InputError(f"init_from={run_dir} holds another model: {', '.join(differ)} differ")

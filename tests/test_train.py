@@ -139,6 +139,16 @@ def test_another_model_in_the_same_run_folder_is_refused(tmp_path):
         train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 1}], model=wider))
 
 
+def test_what_computes_the_model_may_change_between_runs(tmp_path):
+    stages = [{"seq_len": 96, "steps": 1}]
+    train(make_config(tmp_path / "run", stages))
+    config = dataclasses.replace(MODEL, decode="xla", attention="reference", remat="full")
+    stages = [{"seq_len": 96, "steps": 1}, {"seq_len": 96, "steps": 1}]
+    train(make_config(tmp_path / "run", stages, model=config))
+    assert load_run(tmp_path / "run").step == 2
+    train(make_config(tmp_path / "next", stages[:1], model=MODEL, init_from=str(tmp_path / "run")))
+
+
 def test_another_tokenizer_in_the_same_run_folder_is_refused(tmp_path):
     train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 1}]))
     data = dataclasses.replace(DATA, tokenizer="bytes")

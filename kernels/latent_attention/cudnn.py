@@ -8,7 +8,7 @@ this calls the two primitives under it. They are private to JAX: `_primitives` i
 says so if they change.
 
 cuDNN's backward pass takes no gradient of the log-sum-exp. Where that is not known to be zero while tracing (training
-without `merge` knows), the XLA backward pass runs instead, on the same residuals.
+without `merge` knows), the backward pass of Triton, or else of XLA, runs instead, on the same residuals.
 """
 
 import functools
@@ -159,7 +159,7 @@ def why_not_attention(shape: AttentionShape, gpu: Gpu | None) -> str | None:
             f"cuDNN's mask starts at the first key and the first query, or is none: {shape.queries} queries at offset "
             f"{shape.offset} over {shape.keys} keys are neither"
         )
-    if shape.queries == shape.keys == 1:
+    if shape.queries == 1 and (shape.keys == 1 or shape.offset == 0):
         return "cuDNN refuses a single query over a single key"
     if shape.qk_width % 8 or shape.v_width % 8:
         return f"cuDNN attention takes head widths that are multiples of 8, not {widths}"

@@ -59,7 +59,11 @@ def _module(op: str, name: str) -> ModuleType:
 
 
 def _why_not(op: str, name: str, shape: AttentionShape | DecodeShape, gpu: Gpu | None) -> str | None:
-    return getattr(_module(op, name), f"why_not_{op}")(shape, gpu)
+    try:
+        module = _module(op, name)
+    except (ImportError, AttributeError) as e:  # Mosaic GPU is experimental: another JAX may have moved what we use
+        return f"it does not load with jax {jax.__version__}: {e}"
+    return getattr(module, f"why_not_{op}")(shape, gpu)
 
 
 def attention(
@@ -102,11 +106,16 @@ def attention(
         UnavailableError: see `resolve`.
         ValueError: shapes do not fit together.
     """
-    (b, _, h, k), (_, s, _, v) = q_BTHK.shape, v_BSHV.shape
+    _check_ranks({"q": (q_BTHK, 4), "k": (k_BSHK, 4), "v": (v_BSHV, 4)})
+    (b, t, h, k), (_, s, _, v) = q_BTHK.shape, v_BSHV.shape
     if k_BSHK.shape != (b, s, h, k) or v_BSHV.shape != (b, s, h, v):
         raise ValueError(f"shapes q {q_BTHK.shape}, k {k_BSHK.shape}, v {v_BSHV.shape} are not BTHK, BSHK, BSHV")
+    if not q_BTHK.dtype == k_BSHK.dtype == v_BSHV.dtype:
+        raise ValueError(f"q is {q_BTHK.dtype}, k {k_BSHK.dtype}, v {v_BSHV.dtype}: they must have one type")
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("q_segments and kv_segments must be given together")
+    kv_lengths = _int32("kv_lengths", kv_lengths, (b,))
+    q_segments, kv_segments = _int32("q_segments", q_segments, (b, t)), _int32("kv_segments", kv_segments, (b, s))
 
     def run(q, k, v, offset, lengths, q_segments, kv_segments):
         (batch, queries, heads, qk_width), (_, keys, _, v_width) = q.shape, v.shape
@@ -121,10 +130,12 @@ def attention(
             q_segments=q_segments, kv_segments=kv_segments,
         )  # fmt: skip
 
-    offset = None if isinstance(q_offset, int) else jnp.broadcast_to(q_offset, b)
-    out_BTHV, lse_BTH = per_shard(
-        run, q_BTHK, k_BSHK, v_BSHV, offset, kv_lengths, q_segments, kv_segments, out_axes=("B.H.", "B.H")
-    )
+    offset = None if isinstance(q_offset, int) else _int32("q_offset", jnp.broadcast_to(q_offset, b), (b,))
+    arrays = {
+        "q": (q_BTHK, "B.H."), "k": (k_BSHK, "B.H."), "v": (v_BSHV, "B.H."), "q_offset": (offset, "B"),
+        "kv_lengths": (kv_lengths, "B"), "q_segments": (q_segments, "B."), "kv_segments": (kv_segments, "B."),
+    }  # fmt: skip
+    out_BTHV, lse_BTH = per_shard(run, arrays, out_axes=("B.H.", "B.H"))
     return (out_BTHV, lse_BTH) if return_lse else out_BTHV
 
 
@@ -145,7 +156,7 @@ def decode(
     one, token s of row b is token `s % S` of page `block_table_BN[b, s // S]`.
 
     On an explicit mesh the batch and the heads may be sharded, and the pages with the batch: the block table then
-    counts the pages of its own device.
+    counts the pages of its own device. There are no gradients through this op; training uses `attention`.
 
     Args:
         q_BTHW: queries [content C | rotary R], the content part already multiplied by the key up-projection.
@@ -166,14 +177,17 @@ def decode(
         UnavailableError: see `resolve`.
         ValueError: shapes or types do not fit together.
     """
+    _check_ranks({"q": (q_BTHW, 4), "c": (c_PSC, 3), "k_rope": (k_rope_PSR, 3), "block_table": (block_table_BN, 2)})
     (b, *_, w), (p, s, c), r = q_BTHW.shape, c_PSC.shape, k_rope_PSR.shape[-1]
-    pages = (p,) if block_table_BN is None else block_table_BN.shape[:1]
-    if pages != (b,) or k_rope_PSR.shape != (p, s, r) or w != c + r or lengths_B.shape != (b,):
+    pages = p if block_table_BN is None else block_table_BN.shape[0]
+    if pages != b or k_rope_PSR.shape != (p, s, r) or w != c + r:
         table = "" if block_table_BN is None else f", block_table {block_table_BN.shape}"
         raise ValueError(
-            f"shapes q {q_BTHW.shape}, c {c_PSC.shape}, k_rope {k_rope_PSR.shape}, lengths {lengths_B.shape}{table} "
-            "are not BTHW, PSC, PSR, B, BN with W = C + R (and P = B without a block table)"
+            f"shapes q {q_BTHW.shape}, c {c_PSC.shape}, k_rope {k_rope_PSR.shape}{table} are not BTHW, PSC, PSR, BN "
+            "with W = C + R (and P = B without a block table)"
         )
+    lengths = _int32("lengths", lengths_B, (b,))
+    block_table = None if block_table_BN is None else _int32("block_table", block_table_BN, block_table_BN.shape)
     int8 = c_PSC.dtype == jnp.int8
     if k_rope_PSR.dtype != c_PSC.dtype or int8 != (scales_P2S is not None):
         raise ValueError(
@@ -188,9 +202,25 @@ def decode(
         module = _module("decode", resolve("decode", implementation, shape))
         return module.decode(q, c, k_rope, lengths, scale=scale, block_table_BN=block_table, scales_P2S=scales)
 
-    return per_shard(
-        run, q_BTHW, c_PSC, k_rope_PSR, lengths_B, block_table_BN, scales_P2S, out_axes=("B.H.", "B.H")
-    )  # fmt: skip
+    arrays = {
+        "q": (q_BTHW, "B.H."), "c": (c_PSC, "B.."), "k_rope": (k_rope_PSR, "B.."), "lengths": (lengths, "B"),
+        "block_table": (block_table, "B."), "scales": (scales_P2S, "B.."),
+    }  # fmt: skip
+    return per_shard(run, arrays, out_axes=("B.H.", "B.H"))
+
+
+def _check_ranks(arrays: dict[str, tuple[jax.Array | None, int]]) -> None:
+    for name, (x, rank) in arrays.items():
+        if x is not None and x.ndim != rank:
+            raise ValueError(f"{name} has the shape {x.shape}, expected {rank} dimensions")
+
+
+def _int32(name: str, x: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
+    if x is None:
+        return None
+    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} is {x.dtype} {x.shape}, expected int32 {shape}")
+    return jnp.asarray(x, jnp.int32)
 
 
 def merge(out1: jax.Array, lse1: jax.Array, out2: jax.Array, lse2: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -40,8 +40,8 @@ TILE = 64
 MASKED = 2 * LOWEST
 LOW_UNITS = 254
 """What the high part of a query counts; the low part is at most half of that. 127 * 127 * 512 * 254 fits 32 bits."""
-_LEAST_SCALE = 2.0**-100
-"""Stands for a scale of 0, whose logarithm is not finite."""
+_LEAST_SCALE = 2.0**-60
+"""Stands for a scale of 0, whose logarithm is not finite; sums of its inverse over any cache are."""
 _PRODUCER_REGISTERS = 24
 _CONSUMER_REGISTERS = {1: 232, 2: 240, 3: 160}
 SCRATCH = 1024
@@ -205,8 +205,9 @@ def partials(
                 def shrunk(x):
                     return x * over_columns(shrink, x.shape)
 
+                # Only where a peak grew; a row that is NaN compares as if it did, and does not harm the others.
                 acc, sums = lax.cond(
-                    jnp.max(new_peak - peak) > 0, lambda x: (shrunk(x[0]), shrunk(x[1])), lambda x: x, (acc, sums)
+                    jnp.max(new_peak - peak) <= 0, lambda x: x, lambda x: (shrunk(x[0]), shrunk(x[1])), (acc, sums)
                 )
                 weights = jnp.exp2(scores - over_columns(new_peak, tile_shape))
                 sums += weights * over_rows(1 / c_scale, tile_shape) if int8 else weights
@@ -350,7 +351,7 @@ def partials(
         tiled(TILE, c_width, c_PSC.dtype, stages),
         tiled(TILE, rope_width, c_PSC.dtype, stages),
         plgpu.SMEM((stages, 2, TILE), jnp.float32) if int8 else None,
-        # The inboxes are in use only while both consumers have no weights there.
+        # The inboxes are in use only while no consumer has weights there.
         plgpu.RefUnion(
             tiled(row_block, TILE, dtype, consumers, columns=depth), tiled(CHUNK, row_block, jnp.float32, consumers)
         ),

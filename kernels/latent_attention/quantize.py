@@ -9,7 +9,8 @@ LARGEST = 127
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 [..., X] and its scale float32 [...]: `x ~ int8 * scale`, off by half a scale at most.
 
-    The scale is that of the largest number of the last axis. Zeros give a scale of 0.
+    The scale is that of the largest number of the last axis. Zeros give a scale of 0, and so does what is so small that
+    a hundredth of it is no normal float32.
     """
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST

@@ -3,37 +3,49 @@
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
 
 
-def per_shard(function: Callable, q: jax.Array, *arrays: jax.Array | None, out_axes: tuple[str, ...]):
-    """`function(q, *arrays)` on each device of the explicit mesh, if there is one.
+def per_shard(function: Callable, arrays: dict[str, tuple[jax.Array | None, str]], out_axes: tuple[str, ...]):
+    """`function` of the arrays, in their order, on each device of the explicit mesh, if there is one.
 
     Args:
-        function: takes one device's share of the arrays.
-        q: [B, T, H, ...], whose sharding over B and H that of the results is.
-        arrays: sharded over B or H only; None is passed on.
-        out_axes: of each result, its axes: `B`, `H` or `.` for one that is whole on every device.
+        function: takes one device's share of the arrays; None is passed on.
+        arrays: by name, each with its axes: `B`, `H`, or `.` for one that is whole on every device. The sharding of the
+            first, over B and H, is that of all; small arrays of the batch alone, of 1 or 2 dimensions, take it on.
+        out_axes: axes of each result.
 
     Raises:
-        ValueError: q is sharded over another axis.
+        ValueError: an array is sharded over another axis, or not as the first is.
     """
+    values = [x for x, _ in arrays.values()]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Explicit not in mesh.axis_types:
-        return function(q, *arrays)
-    batch, queries, heads, *rest = jax.typeof(q).sharding.spec
-    if queries is not None or any(axis is not None for axis in rest):
-        raise ValueError(
-            f"queries are sharded {jax.typeof(q).sharding.spec}; only the batch (first) and the heads (third axis) may "
-            "be: gather the others first, or run the op inside shard_map and combine with `merge_over`"
-        )
-    out_specs = tuple(P(*({"B": batch, "H": heads}.get(axis) for axis in axes)) for axes in out_axes)
-    given = [x for x in arrays if x is not None]
+        return function(*values)
+    first, axes = next(iter(arrays.values()))
+    shards = {axis: shard for axis, shard in zip(axes, jax.typeof(first).sharding.spec, strict=True) if axis != "."}
 
-    def share(q, *given):
+    def spec(axes: str) -> P:
+        return P(*(shards.get(axis) for axis in axes))
+
+    given = []
+    for name, (x, axes) in arrays.items():
+        if x is None:
+            continue
+        if x.ndim <= 2:
+            x = reshard(x, spec(axes))
+        if jax.typeof(x).sharding.spec != spec(axes):
+            raise ValueError(
+                f"{name} is sharded {jax.typeof(x).sharding.spec}, expected {spec(axes)}: only the batch and the heads "
+                "may be, those of all arrays alike. Gather the rest first, or run the op inside shard_map and combine "
+                "with `merge_over`"
+            )
+        given.append(x)
+
+    def share(*given):
         rest = iter(given)
-        return function(q, *(None if x is None else next(rest) for x in arrays))
+        return function(*(None if x is None else next(rest) for x in values))
 
     # check_vma: the loops inside start from constants, which the check would want marked as varying.
-    return jax.shard_map(share, out_specs=out_specs, check_vma=False)(q, *given)
+    return jax.shard_map(share, out_specs=tuple(map(spec, out_axes)), check_vma=False)(*given)

@@ -47,12 +47,11 @@ def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scale
             **launch.constants,
         )  # fmt: skip
 
-    lengths_B = lengths_B.astype(jnp.int32)
     unused = lengths_B  # jax-triton drops None
     rows = queries * heads
     partial, partial_lse = call(
         split_kernel, plan.split, q_BTHW, c_PSC, k_rope_PSR, unused if scales_P2S is None else scales_P2S,
-        unused if block_table_BN is None else block_table_BN.astype(jnp.int32), lengths_B,
+        unused if block_table_BN is None else block_table_BN, lengths_B,
         np.float32(scale / math.log(2)), batch, plan.capacity,
         out_shape=[
             jax.ShapeDtypeStruct((plan.slots, rows, c_width), jnp.float32),

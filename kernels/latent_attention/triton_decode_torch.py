@@ -77,14 +77,15 @@ def decode(
     partial = q.new_empty(plan.slots, queries * heads, c_width, dtype=torch.float32)
     partial_lse = q.new_empty(plan.slots, queries * heads, dtype=torch.float32)
     unused = lengths
-    launch(
-        split_kernel, plan.split, q, c, k_rope, unused if scales is None else scales,
-        unused if block_table is None else block_table, lengths, scale / math.log(2), batch, plan.capacity, partial,
-        partial_lse,
-    )  # fmt: skip
-    launch(
-        combine_kernel, plan.combine, partial, partial_lse, lengths, batch, plan.capacity, plan.programs, out, lse
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        launch(
+            split_kernel, plan.split, q, c, k_rope, unused if scales is None else scales,
+            unused if block_table is None else block_table, lengths, scale / math.log(2), batch, plan.capacity,
+            partial, partial_lse,
+        )  # fmt: skip
+        launch(
+            combine_kernel, plan.combine, partial, partial_lse, lengths, batch, plan.capacity, plan.programs, out, lse
+        )  # fmt: skip
     return out, lse
 
 

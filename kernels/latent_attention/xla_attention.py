@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from latent_attention.shapes import AttentionShape, Gpu
+from latent_attention.shapes import AttentionShape, Gpu, local_gpu
 
 
 class Mask(NamedTuple):
@@ -38,7 +38,7 @@ def make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments=None, kv_segments
 
 def _block() -> int:
     """Queries and keys of a block: scores that fit the caches of a CPU, or that keep a GPU busy."""
-    return 128 if jax.default_backend() == "cpu" else 512
+    return 128 if local_gpu() is None else 512
 
 
 def _fits_one_block(q: jax.Array, k: jax.Array) -> bool:

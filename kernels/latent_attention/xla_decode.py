@@ -7,7 +7,7 @@ does. The products read their operands in the type of q and sum in float32, whic
 import jax
 import jax.numpy as jnp
 
-from latent_attention.shapes import DecodeShape, Gpu
+from latent_attention.shapes import DecodeShape, Gpu, local_gpu
 from latent_attention.xla_attention import dot, normalised, online_softmax
 
 
@@ -18,7 +18,7 @@ def why_not_decode(shape: DecodeShape, gpu: Gpu | None) -> str | None:
 
 def _chunk_tokens(batch: int) -> int:
     """Tokens of a row whose scores are held at once: they fit the caches of a CPU, or keep a GPU busy."""
-    return 2048 if jax.default_backend() == "cpu" else max((1 << 16) // batch, 256)
+    return 2048 if local_gpu() is None else max((1 << 16) // batch, 256)
 
 
 def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scales_P2S):
@@ -50,7 +50,7 @@ def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scale
 
         def gather(x, axis):
             """The pieces of x [P, ...] whose tokens are on this axis: [B, N, ...]."""
-            if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+            if x.dtype == jnp.bfloat16 and local_gpu() is None:
                 # Else XLA widens all of the cache to float32 before the loop.
                 x, _ = jax.lax.optimization_barrier((x, j))
             shape = (1, *x.shape[1:axis], size, *x.shape[axis + 1 :])

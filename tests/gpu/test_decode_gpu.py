@@ -217,6 +217,26 @@ def test_a_million_tokens(cache, implementation):
 
 
 @EACH
+def test_a_query_that_is_nan_harms_no_other(implementation):
+    case = contiguous((4000,), 4000, queries=2, heads=8, c_width=256, rope_width=64, dtype="bfloat16")
+    (q_BTHW, *rest), keywords = case.draw()
+    out, lse = run(implementation, (q_BTHW.at[0, 0, 3].set(jnp.nan), *rest), **keywords)
+    theirs_out, theirs_lse = expected(case)
+    others = np.arange(16).reshape(1, 2, 8) != 3
+    check((out[others], lse[others]), (theirs_out[others], theirs_lse[others]), case.dtype)
+
+
+@EACH
+def test_a_cache_of_zeros_in_8_bits(implementation):
+    tokens, heads = 2**14, 8
+    q_BTHW = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, heads, 320)), jnp.bfloat16)
+    c_PSC, k_rope_PSR, scales_P2S = quantize_cache(jnp.zeros((1, tokens, 256)), jnp.zeros((1, tokens, 64)))
+    out, lse = run(implementation, (q_BTHW, c_PSC, k_rope_PSR, jnp.array([tokens])), scale=0.1, scales_P2S=scales_P2S)
+    assert np.all(out == 0)
+    np.testing.assert_allclose(lse, np.log(tokens), atol=1e-3)
+
+
+@EACH
 def test_inside_a_scan_over_layers(implementation):
     if implementation == TORCH:
         pytest.skip("scan is JAX's")

@@ -188,6 +188,8 @@ def test_masks_and_lengths_mean_what_the_op_says(queries, keys, q_offset, length
         ({"offset": 100}, HOPPER, "256 queries at offset 100 over 256 keys"),
         ({"offset": -1}, HOPPER, "at offset -1"),
         ({"queries": 300}, HOPPER, "300 queries at offset 0"),
+        ({"queries": 1, "keys": 1}, HOPPER, "a single query over a single key"),
+        ({"queries": 1}, HOPPER, "a single query over a single key"),
         ({"qk_width": 100, "v_width": 100}, HOPPER, "multiples of 8, not (100, 100)"),
         ({"qk_width": 192}, AMPERE, "on Hopper and newer, not (192, 128)"),
         ({"qk_width": 96}, HOPPER, "not (96, 128)"),

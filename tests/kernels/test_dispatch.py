@@ -1,5 +1,7 @@
 """Which implementation runs, and what is said when it cannot."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -70,6 +72,16 @@ def test_shapes_that_do_not_fit_are_named():
         latent_attention.attention(x, x[:, :, :1], x, scale=1.0)
     with pytest.raises(ValueError, match="together"):
         latent_attention.attention(x, x, x, scale=1.0, q_segments=jnp.ones((1, 8), int))
+    with pytest.raises(ValueError, match="one type"):
+        latent_attention.attention(x, x.astype("bfloat16"), x, scale=1.0)
+    with pytest.raises(ValueError, match=r"k has the shape \(1, 8, 4\)"):
+        latent_attention.attention(x, x[:, :, 0], x, scale=1.0)
+    with pytest.raises(ValueError, match=r"kv_lengths is int32 \(2,\), expected int32 \(1,\)"):
+        latent_attention.attention(x, x, x, scale=1.0, kv_lengths=jnp.ones(2, int))
+    with pytest.raises(ValueError, match=r"kv_segments is int32 \(1, 7\)"):
+        latent_attention.attention(
+            x, x, x, scale=1.0, q_segments=jnp.ones((1, 8), int), kv_segments=jnp.ones((1, 7), int)
+        )
     with pytest.raises(ValueError, match="W = C"):
         latent_attention.decode(x, x[:, :, 0], x[:, :, 0], jnp.ones(1, int), scale=1.0)
 
@@ -109,7 +121,9 @@ def test_on_a_cpu_every_implementation_says_whether_it_can_run(op):
         ({"scales_P2S": jnp.ones((3, 2, 8))}, "are given"),
         ({"block_table_BN": jnp.ones((2, 1), int)}, r"block_table \(2, 1\)"),
         ({"block_table_BN": None}, "P = B without"),
-        ({"lengths_B": jnp.ones(2, int)}, r"lengths \(2,\)"),
+        ({"lengths_B": jnp.ones(2, int)}, r"lengths is int32 \(2,\), expected int32 \(1,\)"),
+        ({"lengths_B": jnp.ones(1)}, "lengths is float32"),
+        ({"q_BTHW": jnp.ones((1, 2, 96))}, r"q has the shape \(1, 2, 96\), expected 4 dimensions"),
         ({"k_rope_PSR": jnp.ones((3, 9, 32))}, r"k_rope \(3, 9, 32\)"),
     ],
 )
@@ -121,6 +135,17 @@ def test_what_decode_is_given_must_fit_together(replaced, words):
     latent_attention.decode(**arrays, scale=1.0)
     with pytest.raises(ValueError, match=words):
         latent_attention.decode(**arrays | replaced, scale=1.0)
+
+
+def test_an_implementation_that_does_not_load_is_passed_over(monkeypatch):
+    shape = DecodeShape(1, 1, 32, 256, 64, 1, 8192, "bfloat16", "bfloat16", False)
+    gpu = make_gpu((9, 0), 132)
+    monkeypatch.setattr(dispatch, "local_gpu", lambda: gpu)
+    monkeypatch.setitem(sys.modules, "latent_attention.mosaic_decode", None)
+    monkeypatch.setattr("latent_attention.jax_triton_loader.why_not", lambda: None)
+    assert resolve("decode", "auto", shape) == "triton"
+    with pytest.raises(UnavailableError, match=f"it does not load with jax {jax.__version__}"):
+        resolve("decode", "mosaic", shape)
 
 
 def test_int8_scales_have_the_shape_of_the_pages():

@@ -148,3 +148,34 @@ def test_merged_16_bit_results_are_weighed_in_32():
         expected = np.nan_to_num((np.asarray(out, np.float64) * weights[..., None]).sum(0) / weights.sum(0)[:, None])
         np.testing.assert_allclose(merged[0].astype("float32"), expected, rtol=2**-8, atol=2e-3)
         np.testing.assert_allclose(total[0], np.log(weights.sum(0)), rtol=1e-5)
+
+
+def inputs(batch=4):
+    (q, c, k_rope, lengths), keywords = contiguous((40, 9, 17, 33)[:batch], 40).draw()
+    return q, c, k_rope, lengths, functools.partial(latent_attention.decode, scale=keywords["scale"])
+
+
+def test_small_arrays_of_the_batch_need_not_be_sharded():
+    q, c, k_rope, lengths, decode = inputs()
+    expected = decode(q, c, k_rope, lengths)
+    k = jnp.repeat(c[:, :, None], 4, 2)
+    attention = functools.partial(latent_attention.attention, scale=SCALE)
+    expected_attention = attention(k, k, k, q_offset=jnp.int32(0), kv_lengths=lengths)
+    with jax.set_mesh(mesh(4)):
+        out, lse = decode(*(put(x, "data") for x in (q, c, k_rope)), lengths)
+        k = put(k, "data")
+        out_attention = attention(k, k, k, q_offset=jnp.int32(0), kv_lengths=lengths)
+    np.testing.assert_allclose(out, expected[0], atol=1e-5)
+    np.testing.assert_allclose(lse, expected[1], atol=1e-5)
+    np.testing.assert_allclose(out_attention, expected_attention, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("of_q", "of_cache", "name"),
+    [(("data",), (), "c"), ((), (None, "data"), "c"), ((None, None, None, "data"), (), "q")],
+    ids=["q sharded, the cache whole", "tokens of the cache sharded", "the width of q sharded"],
+)
+def test_arrays_that_are_not_sharded_alike_are_refused(of_q, of_cache, name):
+    q, c, k_rope, lengths, decode = inputs()
+    with jax.set_mesh(mesh(4)), pytest.raises(ValueError, match=f"{name} is sharded .*, expected"):
+        decode(put(q, *of_q), put(c, *of_cache), put(k_rope, *of_cache), lengths)
