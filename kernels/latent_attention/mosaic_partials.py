@@ -34,12 +34,11 @@ from latent_attention.mosaic_tiles import (
     tiled,
     wgmma_zeros,
 )
+from latent_attention.quantize import LOW_UNITS, split_queries
 
 TILE = 64
 """Tokens of a tile: M of wgmma."""
 MASKED = 2 * LOWEST
-LOW_UNITS = 254
-"""What the high part of a query counts; the low part is at most half of that. 127 * 127 * 512 * 254 fits 32 bits."""
 _LEAST_SCALE = 2.0**-60
 """Stands for a scale of 0, whose logarithm is not finite; sums of its inverse over any cache are."""
 _PRODUCER_REGISTERS = 24
@@ -56,22 +55,6 @@ class Config(NamedTuple):
     programs: int
     consumers: int = 2
     q_slots: int = 2
-
-
-def split_queries(q_BRW, row_block: int):
-    """Queries as sums of two int8 numbers, so that products with an int8 cache are exact: 15 bits and the sign.
-
-    Returns:
-        int8 [B, 2R, W], in which the high parts of each block of `row_block` rows precede the low parts, and the scale
-        of each row [B, R]: q = scale * (LOW_UNITS * high + low).
-    """
-    batch, _, width = q_BRW.shape
-    q_BRW = q_BRW.astype(jnp.float32)
-    scale_BR = jnp.max(jnp.abs(q_BRW), axis=-1) / (127 * LOW_UNITS)
-    units = jnp.round(q_BRW / jnp.where(scale_BR == 0, 1, scale_BR)[..., None])
-    high = jnp.clip(jnp.round(units / LOW_UNITS), -127, 127)
-    parts = [x.reshape(batch, -1, 1, row_block, width) for x in (high, units - LOW_UNITS * high)]
-    return jnp.concatenate(parts, axis=2).astype(jnp.int8).reshape(batch, -1, width), scale_BR
 
 
 def partials(

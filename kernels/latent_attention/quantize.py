@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 LARGEST = 127
+LOW_UNITS = 254
+"""What the high part of a query counts; the low part is at most half of that. 127 * 127 * 512 * 254 fits 32 bits."""
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -27,3 +29,19 @@ def quantize_cache(c_PSC: jax.Array, k_rope_PSR: jax.Array) -> tuple[jax.Array, 
     """The 8-bit form of a cache, as `decode` takes it: (c_PSC, k_rope_PSR, scales_P2S)."""
     (c, c_scale), (k_rope, k_rope_scale) = quantize(c_PSC), quantize(k_rope_PSR)
     return c, k_rope, jnp.stack([c_scale, k_rope_scale], axis=1)
+
+
+def split_queries(q_BRW, row_block: int):
+    """Queries as sums of two int8 numbers, so that products with an int8 cache are exact: 15 bits and the sign.
+
+    Returns:
+        int8 [B, 2R, W], in which the high parts of each block of `row_block` rows precede the low parts, and the scale
+        of each row [B, R]: q = scale * (LOW_UNITS * high + low).
+    """
+    batch, _, width = q_BRW.shape
+    q_BRW = q_BRW.astype(jnp.float32)
+    scale_BR = jnp.max(jnp.abs(q_BRW), axis=-1) / (LARGEST * LOW_UNITS)
+    units = jnp.round(q_BRW / jnp.where(scale_BR == 0, 1, scale_BR)[..., None])
+    high = jnp.clip(jnp.round(units / LOW_UNITS), -LARGEST, LARGEST)
+    parts = [x.reshape(batch, -1, 1, row_block, width) for x in (high, units - LOW_UNITS * high)]
+    return jnp.concatenate(parts, axis=2).astype(jnp.int8).reshape(batch, -1, width), scale_BR

@@ -12,7 +12,8 @@ from hypothesis import Phase, given, reject, settings
 
 import latent_attention
 from kernels_oracle import DecodeCase, contiguous, decode_oracle
-from latent_attention import IMPLEMENTATIONS, UnavailableError, quantize_cache, resolve
+from latent_attention import IMPLEMENTATIONS, UnavailableError, mosaic_decode, quantize_cache, resolve
+from latent_attention.mosaic_partials import Config
 from latent_attention.shapes import DecodeShape, local_gpu
 from tools.benchmarking import float64
 
@@ -258,6 +259,21 @@ def test_inside_a_scan_over_layers(implementation):
     for i in range(len(factors)):
         theirs = decode_oracle(q_LBTHW[i], c_LPSC[i], k_rope_LPSR[i], lengths_B, **keywords)
         check((np.asarray(out[i].astype(jnp.float32)), np.asarray(lse[i])), theirs, case.dtype)
+
+
+@pytest.mark.parametrize("consumers", [1, 2, 3])
+@pytest.mark.parametrize("int8", [False, True])
+def test_tuning_of_mosaic_changes_no_result(int8, consumers):
+    case = contiguous((3000, 0, 65, 1), 4000, heads=8, c_width=256, rope_width=64, dtype="bfloat16", int8=int8)
+    (q_BTHW, c_PSC, k_rope_PSR, lengths_B), keywords = case.draw()
+    reason = mosaic_decode.why_not_decode(DecodeShape.of(q_BTHW, c_PSC, k_rope_PSR, None), local_gpu())
+    if reason is not None:
+        pytest.skip(reason)
+    config = Config(stages=consumers, programs=5, consumers=consumers, q_slots=1)
+    out, lse = jax.jit(functools.partial(mosaic_decode.decode, **{"scales_P2S": None} | keywords, config=config))(
+        q_BTHW, c_PSC, k_rope_PSR, lengths_B
+    )
+    check((np.asarray(out.astype(jnp.float32)), np.asarray(lse)), expected(case), case.dtype)
 
 
 @pytest.mark.parametrize(("c_width", "heads"), [(256, 32), (512, 16)])
