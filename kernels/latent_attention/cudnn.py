@@ -4,7 +4,7 @@ That is: causal from the first key (training, the diagonal of a prefill), or eve
 chunk of a prefill); either with `kv_lengths`.
 
 `jax.nn.dot_product_attention` has no place to name the residuals for `jax.checkpoint` and refuses unequal widths, so
-this calls the two primitives under it. They are private to JAX: `_primitives` is the only place that knows them, and
+this calls the two primitives under it. They are private to JAX: `_private` and `_bind` are all that knows them, and
 says so if they change.
 
 cuDNN's backward pass takes no gradient of the log-sum-exp. Where that is not known to be zero while tracing (training

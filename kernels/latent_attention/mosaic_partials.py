@@ -43,6 +43,7 @@ _LEAST_SCALE = 2.0**-60
 """Stands for a scale of 0, whose logarithm is not finite; sums of its inverse over any cache are."""
 _PRODUCER_REGISTERS = 24
 _CONSUMER_REGISTERS = {1: 232, 2: 240, 3: 160}
+"""A thread, by the number of consumers; with the producer's, what a multiprocessor has."""
 SCRATCH = 1024
 """Numbers each consumer has for the exchange between its warps."""
 
@@ -53,8 +54,11 @@ class Config(NamedTuple):
     stages: int
     """Tiles in the ring, a multiple of the consumers: each slot belongs to one of them, which counts its phases."""
     programs: int
+    """Shares of the cache; with the blocks of rows, no more than the GPU has multiprocessors."""
     consumers: int = 2
+    """Warpgroups that take turns at the tiles: 1 to 3."""
     q_slots: int = 2
+    """Sequences whose queries are in shared memory at a time."""
 
 
 def partials(
