@@ -25,12 +25,12 @@ def why_not_decode(shape: DecodeShape, gpu: Gpu | None) -> str | None:
         return f"it takes 16-bit queries and a cache of the same type or int8, not {shape.q_dtype}, {shape.cache_dtype}"
     if shape.c_width % 64 or not 64 <= shape.c_width <= 512 or shape.rope_width not in (32, 64):
         return f"it takes C of 64, 128, .. 512 and R of 32 or 64, not {shape.c_width} and {shape.rope_width}"
-    if shape.pages_per_row == 1 and shape.page_size < TILE:
-        return f"it takes a cache of at least {TILE} tokens a row, not {shape.page_size}"
+    if shape.pages_per_row == 1 and (shape.page_size < TILE or shape.page_size % 8):
+        return f"it takes a cache of a multiple of 8 tokens a row, {TILE} or more, not {shape.page_size}"
     if shape.pages_per_row > 1 and shape.page_size not in (8, 16, 32) and shape.page_size % TILE:
         return f"it takes pages of 8, 16, 32 or a multiple of {TILE} tokens, not {shape.page_size}"
-    if shape.cache_dtype == "int8" and (shape.page_size % 4 or shape.page_size < 32):
-        return f"with an int8 cache it takes pages of at least 32 tokens, a multiple of 4, not {shape.page_size}"
+    if shape.cache_dtype == "int8" and shape.page_size < 32:
+        return f"with an int8 cache it takes pages of at least 32 tokens, not {shape.page_size}"
     return None
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-# Several processes, and PyTorch beside JAX, share the memory of the GPU.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Several processes, and PyTorch beside JAX, share the memory of the GPU: what is not in use goes back to it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
 # Trying out matrix products would take most of the time; nothing is timed here.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 

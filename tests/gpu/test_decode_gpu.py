@@ -43,7 +43,7 @@ CASES = {
     "320+64: one query beyond the capacity": DecodeCase(
         (2**31 - 1, 320, 321), heads=20, c_width=320, rope_width=64, page_size=64
     ),
-    "384+32: 7 queries": contiguous((1025, 6, 7), 1100, queries=7, heads=12, c_width=384),
+    "384+32: 7 queries": contiguous((1025, 6, 7), 1104, queries=7, heads=12, c_width=384),
     "448+64: huge pages": DecodeCase((5000, 2049, 2048), 2, 64, 448, 64, page_size=2048, pages_per_row=3),
     "many short rows": DecodeCase(
         tuple(range(1, 200)), heads=16, c_width=256, rope_width=64, page_size=64, pages_per_row=4
