@@ -58,7 +58,9 @@ class YarnConfig:
         )
 
 
-HOW_IT_IS_COMPUTED = ("remat", "attention", "decode")
+NAMES = ("layer_input", "latents", "queries", "latent_attention", "attention_residual", "gate", "up")
+"""Results inside a layer that rematerialization can keep: see `ModelConfig.saved`."""
+HOW_IT_IS_COMPUTED = ("remat", "saved", "offloaded", "mlp_chunk", "attention", "decode")
 """Keys of a model that change neither its weights nor, but for rounding, its results."""
 
 
@@ -87,7 +89,14 @@ class ModelConfig:
     """Compute type of activations; parameters are kept in `param_dtype`, softmax, norms and loss in float32."""
     param_dtype: str = "float32"
     remat: str = "full"
-    """What the backward pass recomputes in each layer: `none`, `dots` (keep matmul outputs) or `full`."""
+    """What the backward pass recomputes in each layer: `none` (nothing), `dots` (all but matrix products), `names` (all
+    but what `saved` and `offloaded` name) or `full` (all)."""
+    saved: tuple[str, ...] = ()
+    """Under `remat=names`: results kept in device memory, of NAMES; `docs/training.md` says what each takes."""
+    offloaded: tuple[str, ...] = ()
+    """Under `remat=names`: results kept in the host's memory."""
+    mlp_chunk: Optional[int] = None
+    """Tokens of a sequence whose feed-forward activations exist at one time; None for all."""
     attention: str = "auto"
     """Implementation of attention in training and prefill; see `latent_attention.dispatch`."""
     decode: str = "auto"
@@ -106,7 +115,16 @@ class ModelConfig:
         require(self.rope_theta > 1, f"model.rope_theta must be above 1, got {self.rope_theta}")
         require_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require_choice("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
-        require_choice("model.remat", self.remat, ("none", "dots", "full"))
+        require_choice("model.remat", self.remat, ("none", "dots", "names", "full"))
+        self.saved, self.offloaded = tuple(self.saved), tuple(self.offloaded)  # OmegaConf gives lists
+        for key in ("saved", "offloaded"):
+            for name in getattr(self, key):
+                require_choice(f"model.{key}", name, NAMES)
+        both = sorted(set(self.saved) & set(self.offloaded))
+        require(not both, f"model.saved and model.offloaded both have {', '.join(both)}; choose one")
+        named = bool(self.saved or self.offloaded)
+        require(self.remat == "names" or not named, "model.saved and model.offloaded need model.remat=names")
+        require_at_least(1, **{"model.mlp_chunk": self.mlp_chunk})
 
     @property
     def qk_head_dim(self) -> int:
@@ -223,10 +241,14 @@ class MeshConfig:
     """Sizes of the device mesh; -1 (at most once) takes the devices that are left."""
 
     data: int = 1
+    """Replicas of the weights (across nodes: HSDP)."""
     fsdp: int = -1
+    """Devices over which weights, gradients and optimizer state are shared out, and rows of the batch spread."""
+    context: int = 1
+    """Devices over which the tokens of each training sequence are spread."""
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp)
+        sizes = (self.data, self.fsdp, self.context)
         require(all(s == -1 or s >= 1 for s in sizes), f"mesh sizes must be -1 or at least 1, got {sizes}")
         require(sizes.count(-1) <= 1, f"at most one mesh size may be -1, got {sizes}")
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mla_jax.model.transformer import Transformer
+from mla_jax import mesh
+from mla_jax.model.layers import product, split_tokens
 
 
 class LossSums(NamedTuple):
@@ -20,37 +21,36 @@ class LossSums(NamedTuple):
 
 
 def chunked_cross_entropy(
-    model: Transformer, h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, chunk: int
+    head_DX: jax.Array, h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, chunk: int
 ) -> LossSums:
     """Cross-entropy of next-token targets, `chunk` tokens of each sequence at a time.
 
     Args:
-        model: gives the logits.
+        head_DX: makes logits of the model's output; see `Transformer.head`.
         h_BTD: the model's output.
         targets_BT: int32 token ids.
         weights_BT: float32 loss weight of each target, 0 to leave it out.
         chunk: tokens of a sequence whose logits exist at one time; they are computed again in the backward pass.
     """
 
-    def sums(h_BtD, targets_Bt, weights_Bt) -> LossSums:
-        logits_BtX = model.logits(h_BtD)
+    def sums(h_BtD, targets_Bt, weights_Bt, head_DX) -> LossSums:
+        logits_BtX = product(h_BtD, head_DX, jnp.float32)
         target_logit_Bt = jnp.take_along_axis(logits_BtX, targets_Bt[..., None], axis=-1)[..., 0]
         nll_Bt = jax.nn.logsumexp(logits_BtX, axis=-1) - target_logit_Bt
         answer_Bt = (weights_Bt >= 1.0).astype(jnp.float32)
         correct_Bt = answer_Bt * (jnp.argmax(logits_BtX, axis=-1) == targets_Bt)
         return LossSums(jnp.sum(nll_Bt * weights_Bt), jnp.sum(weights_Bt), jnp.sum(correct_Bt), jnp.sum(answer_Bt))
 
-    length = h_BTD.shape[1]
-    if length <= chunk:
-        return sums(h_BTD, targets_BT, weights_BT)
+    def of_device(h_BTD, targets_BT, weights_BT, head_DX) -> LossSums:
+        """Sums [1, 1] of the tokens that are here."""
 
-    def split(x):
-        """[B, T, ...] -> [T / chunk, B, chunk, ...], zero-padded (zero weight) to a whole number of chunks."""
-        x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+        def body(total: LossSums, xs) -> tuple[LossSums, None]:
+            return jax.tree.map(jnp.add, total, sums(*xs, head_DX)), None
 
-    def body(total: LossSums, xs) -> tuple[LossSums, None]:
-        return jax.tree.map(jnp.add, total, sums(*xs)), None
+        # Padding has weight 0.
+        chunks = tuple(split_tokens(x, min(chunk, h_BTD.shape[1])) for x in (h_BTD, targets_BT, weights_BT))
+        zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
+        return jax.tree.map(lambda x: x[None, None], jax.lax.scan(jax.checkpoint(body), zero, chunks)[0])
 
-    zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
-    return jax.lax.scan(jax.checkpoint(body), zero, (split(h_BTD), split(targets_BT), split(weights_BT)))[0]
+    parts = mesh.per_device(of_device, h_BTD, targets_BT, weights_BT, mesh.gather(head_DX))
+    return jax.tree.map(jnp.sum, parts)

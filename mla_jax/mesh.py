@@ -1,10 +1,18 @@
 """The device mesh and every PartitionSpec; no other file names a mesh axis.
 
-The mesh is explicit: array types carry their sharding, and a weight that is sharded over `fsdp` must be gathered
-before use. Without a mesh (`jax.set_mesh` not called) every function here leaves its argument as it is, so the model
-runs on one device with no ceremony.
+Axes: `data` (replicas of the weights), `fsdp` (a share of each weight a device), `context` (a share of each sequence a
+device; weights are shared out over it too). Devices are laid out process by process, so `context` and `fsdp` stay within
+a node as long as they fit, and `data` goes across nodes.
+
+The mesh is explicit: array types carry their sharding, and a weight that is shared out must be gathered before use.
+Without a mesh (`jax.set_mesh` not called) every function here leaves its argument as it is, so the model runs on one
+device with no ceremony.
+
+Sequences on a mesh with `context` = n > 1 are in zig-zag order: of 2 n equal chunks, device i holds the chunks i and
+2 n - 1 - i, so that under the causal mask all devices have as much to do.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,37 +25,39 @@ from jax.sharding import PartitionSpec as P
 from mla_jax.config import MeshConfig
 from mla_jax.errors import UsageError
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "context")
 
-BATCH = P(AXES)
-"""Leading axis of activations and batches: rows are spread over all devices."""
-SHARD_IN = P("fsdp", None)
+ROWS = ("data", "fsdp")
+"""What rows of a training batch are spread over; their tokens are spread over `context`."""
+SHARES = ("fsdp", "context")
+"""What weights are shared out over."""
+SHARD_IN = P(SHARES, None)
 """A weight [in, out] whose input axis is the model width."""
-SHARD_OUT = P(None, "fsdp")
+SHARD_OUT = P(None, SHARES)
 """A weight [in, out] whose output axis is the model width; the embedding table too."""
 REPLICATED = P()
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """Explicit mesh (data, fsdp) over `devices` (default: all).
+    """Explicit mesh over `devices` (default: all of all processes).
 
     Raises:
         UsageError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp]
-    known = 1
-    for size in sizes:
-        known *= max(size, 1)
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if sizes[0] * sizes[1] != len(devices):
-        raise UsageError(f"mesh.data={config.data} mesh.fsdp={config.fsdp} does not cover {len(devices)} devices")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 2, devices=devices)
+    if math.prod(sizes) != len(devices):
+        named = " ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
+        raise UsageError(f"{named} does not cover {len(devices)} devices")
+    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def has_mesh() -> bool:
-    """Whether a mesh is set for the computation being traced or run."""
-    return not jax.sharding.get_abstract_mesh().empty
+    """Whether arrays carry a sharding here: a mesh is set, and this is not inside `per_device`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and AxisType.Manual not in mesh.axis_types
 
 
 def size() -> int:
@@ -64,9 +74,11 @@ def weight_sharding(spec: P, shape: tuple[int, ...]) -> P | None:
     if not has_mesh():
         return None
     sizes = jax.sharding.get_abstract_mesh().shape
-    for axis, size in zip(spec, shape, strict=False):
-        if axis is not None and size % sizes[axis]:
-            raise UsageError(f"mesh.{axis}={sizes[axis]} does not divide {size}, an axis of a weight {list(shape)}")
+    for axes, length in zip(spec, shape, strict=False):
+        shares = math.prod(sizes[axis] for axis in axes or ())
+        if length % shares:
+            named = " x ".join(f"mesh.{axis}" for axis in axes)
+            raise UsageError(f"{named} = {shares} does not divide {length}, an axis of a weight {list(shape)}")
     return spec
 
 
@@ -86,21 +98,49 @@ def shard_batch(x: jax.Array | np.ndarray, axis: int = 0) -> jax.Array:
 
 
 def per_device(function: Callable, *arrays: Any, out_axes: Any = 0) -> Any:
-    """Runs `function` on every device with that device's rows of the batch (and with the whole of what is replicated).
+    """Runs `function` on every device with that device's part of the batch (and with the whole of what is replicated).
 
-    Kernels and scatters, which know nothing of meshes, run inside.
+    Kernels, scatters and loops over tokens, which know nothing of meshes, run inside.
 
     Args:
         function: takes `arrays`, returns a pytree of arrays.
-        arrays: pytrees; the first is an array [B, ...], whose sharding over the batch is that of the results.
-        out_axes: the batch axis of the results, a prefix of the pytree that `function` returns.
+        arrays: pytrees; the first is an array [B, T, ...], whose sharding over B and T is that of the results.
+        out_axes: where B and T follow each other in the results, a prefix of the pytree that `function` returns.
     """
     if not has_mesh():
         return function(*arrays)
-    batch = jax.typeof(arrays[0]).sharding.spec[0]
-    out_specs = jax.tree.map(lambda axis: P(*(None,) * axis, batch), out_axes)
+    leading = jax.typeof(arrays[0]).sharding.spec[:2]
+    out_specs = jax.tree.map(lambda axis: P(*(None,) * axis, *leading), out_axes)
     # check_vma: the loops inside start from constants, which the check would want marked as varying.
     return jax.shard_map(function, out_specs=out_specs, check_vma=False)(*arrays)
+
+
+def sequence_shares(x_BTX: jax.Array) -> int:
+    """Over how many devices the tokens of each sequence are spread."""
+    spec = jax.typeof(x_BTX).sharding.spec if has_mesh() else ()
+    return jax.sharding.get_abstract_mesh().shape["context"] if len(spec) > 1 and spec[1] == "context" else 1
+
+
+def sequence_parts(arrays: Any, shares: int) -> list[tuple[jax.Array | int, Any]]:
+    """Inside `per_device`: (place of the first token in the sequence, arrays [B, t, ...]) of each run of tokens here."""
+    if shares == 1:
+        return [(0, arrays)]
+    index, length = jax.lax.axis_index("context"), jax.tree.leaves(arrays)[0].shape[1] // 2
+    starts = index * length, (2 * shares - 1 - index) * length
+    return [(start, jax.tree.map(lambda x, i=i: jnp.split(x, 2, axis=1)[i], arrays)) for i, start in enumerate(starts)]
+
+
+def whole_sequence(x_BTX: jax.Array, shares: int) -> jax.Array:
+    """Inside `per_device`: the tokens of all devices, in the order of the sequence.
+
+    The backward pass adds up what devices have found for each token and leaves it where the token is held.
+    """
+    if shares == 1:
+        return x_BTX
+    by_device = jax.lax.all_gather(x_BTX, "context", axis=1, tiled=True)
+    chunks = by_device.reshape(x_BTX.shape[0], shares, 2, -1, *x_BTX.shape[2:])
+    in_order = jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1)
+    return in_order.reshape(by_device.shape)
 
 
 def automatic(function: Callable, result_like: Any) -> Callable:
@@ -127,16 +167,56 @@ def placed(abstract: Any) -> Any:
     return jax.tree.map(place, abstract)
 
 
-def place_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts micro-batches [A, B, T] on the mesh, rows spread over all devices.
+def rows_here(rows: int, accumulation: int = 1) -> np.ndarray:
+    """Which rows of a batch of micro-batches, one after the other, the devices of this process hold; ascending.
 
     Raises:
-        UsageError: B is no multiple of the number of devices.
+        UsageError: the rows of a micro-batch do not spread evenly.
     """
     mesh = jax.sharding.get_mesh()
-    rows = next(iter(batch.values())).shape[1]
-    if rows % mesh.size:
+    shares, micro = math.prod(mesh.shape[axis] for axis in ROWS), rows // accumulation
+    if micro % shares:
         raise UsageError(
-            f"{rows} sequences (batch_size / train.grad_accumulation) do not spread evenly over {mesh.size} devices"
+            f"{micro} sequences (batch_size / train.grad_accumulation) do not spread evenly over {shares} devices "
+            "(mesh.data x mesh.fsdp)"
         )
-    return jax.device_put(batch, NamedSharding(mesh, P(None, AXES)))
+    slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((micro,)).values()
+    mine = np.unique(np.concatenate([np.arange(micro)[index] for index in slices]))
+    return (np.arange(accumulation)[:, None] * micro + mine).ravel()
+
+
+def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, jax.Array]:
+    """Puts the rows [b, T] that `rows_here` named on the mesh, as micro-batches [A, B / A, T].
+
+    Raises:
+        UsageError: T does not spread evenly over `context`.
+    """
+    mesh = jax.sharding.get_mesh()
+    held, length = next(iter(batch.values())).shape
+    parts, shares = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROWS)
+    if parts > 1 and length % (2 * parts):
+        raise UsageError(f"seq_len {length} is no multiple of {2 * parts}, twice mesh.context")
+    order = _zig_zag(length, parts)
+    mine = rows_here(shares)
+    micro = held // accumulation * shares // len(mine)
+    mine = rows_here(micro)
+    sharding = NamedSharding(mesh, P(None, ROWS, "context"))
+
+    def put(rows_BT: np.ndarray) -> jax.Array:
+        micro_batches = rows_BT.reshape(accumulation, len(mine), length)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            all_micro, rows, tokens = index
+            return micro_batches[all_micro][:, np.searchsorted(mine, np.arange(micro)[rows])][..., order[tokens]]
+
+        return jax.make_array_from_callback((accumulation, micro, length), sharding, part)
+
+    return {name: put(x) for name, x in batch.items()}
+
+
+def _zig_zag(length: int, parts: int) -> np.ndarray:
+    """Places of the tokens in the order in which devices hold them; see the head of this file."""
+    if parts == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * parts, -1)
+    return np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).ravel()

@@ -5,17 +5,14 @@ run interrupted anywhere and resumed is bit for bit the run that was not interru
 """
 
 import dataclasses
-import functools
 import math
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mla_jax import checkpoint
@@ -24,12 +21,11 @@ from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConf
 from mla_jax.data.pipeline import make_pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
-from mla_jax.losses import LossSums, chunked_cross_entropy
-from mla_jax.mesh import make_mesh, place_batch
+from mla_jax.mesh import make_mesh, place_batch, rows_here
 from mla_jax.metrics import ProgressDisplay, Window
-from mla_jax.model.transformer import bind
-from mla_jax.optim import apply_updates, learning_rate, make_optimizer
+from mla_jax.optim import learning_rate, make_optimizer
 from mla_jax.state import TrainState, abstract_state, init_state, with_params
+from mla_jax.step import make_train_step
 from mla_jax.trackers import Tracker, make_tracker
 
 
@@ -54,44 +50,6 @@ class TrainResult:
     run_dir: Path
     step: int
     finished: bool
-
-
-def make_train_step(
-    model: ModelConfig, optimizer: optax.GradientTransformation, loss_chunk: int
-) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
-    """The jitted step: (state, batch, learning_rate) -> (state, sums of LossSums' fields and grad_norm).
-
-    Batch arrays are [A, B / A, T] with A gradient accumulation steps. The loss is the weighted mean over the whole
-    batch, so A does not change it. The state is donated.
-    """
-
-    def loss(params: dict, rows: dict, weight: jax.Array) -> tuple[jax.Array, LossSums]:
-        transformer = bind(model, params)
-        h_BTD = transformer(rows["tokens"], rows["positions"], rows["segments"])
-        sums = chunked_cross_entropy(transformer, h_BTD, rows["targets"], rows["weights"], loss_chunk)
-        return sums.loss / weight, sums
-
-    grad = jax.grad(loss, has_aux=True)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: dict, rate: jax.Array) -> tuple[TrainState, dict]:
-        weight = jnp.maximum(batch["weights"].sum(), 1e-9)
-
-        def accumulate(total, rows):
-            new = grad(state.params, rows, weight)
-            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
-
-        if batch["tokens"].shape[0] == 1:
-            grads, sums = grad(state.params, jax.tree.map(lambda x: x[0], batch), weight)
-        else:
-            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
-            no_sums = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
-            (grads, sums), _ = jax.lax.scan(accumulate, (zeros, no_sums), batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = apply_updates(state.params, updates, rate)
-        return TrainState(state.step + 1, params, opt_state), {**sums._asdict(), "grad_norm": optax.tree.norm(grads)}
-
-    return train_step
 
 
 def train(config: SftConfig) -> TrainResult:
@@ -123,7 +81,10 @@ class _Trainer:
 
     def _pipeline(self):
         c = self.config
-        return make_pipeline(c.data, self.tokenizer, c.train.stages, self.position.stage, c.seed)
+        return make_pipeline(
+            c.data, self.tokenizer, c.train.stages, self.position.stage, c.seed,
+            rows_of=lambda batch_size: rows_here(batch_size, c.train.grad_accumulation),
+        )  # fmt: skip
 
     def _restore_or_init(self, optimizer: optax.GradientTransformation) -> TrainState:
         step = self.checkpoints.latest_step
@@ -181,7 +142,7 @@ class _Trainer:
     def _step(self) -> int:
         """One optimizer step; returns its tokens."""
         p, c = self.position, self.config
-        batch = place_batch(_micro_batches(next(self.data), c.train.grad_accumulation))
+        batch = place_batch(next(self.data), c.train.grad_accumulation)
         rate = learning_rate(c.optim, c.train.stages, p.stage, p.stage_step)
         self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate))
         self.pending.append(metrics)
@@ -255,11 +216,6 @@ def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
     if run.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"init_from={run_dir} has another tokenizer; set data.tokenizer={run_dir}/tokenizer")
     return run.params
-
-
-def _micro_batches(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, np.ndarray]:
-    """[B, T] -> [A, B / A, T]."""
-    return {name: x.reshape(accumulation, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
 class _StopRequest:

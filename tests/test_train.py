@@ -27,8 +27,8 @@ def interrupt_at(monkeypatch, step: int) -> None:
     make_pipeline = train_module.make_pipeline
 
     class Interrupting:
-        def __init__(self, *args):
-            self.data = make_pipeline(*args)
+        def __init__(self, *args, **options):
+            self.data = make_pipeline(*args, **options)
             self.get_state, self.set_state = self.data.get_state, self.data.set_state
             self.close = self.data.close
 

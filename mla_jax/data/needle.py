@@ -29,6 +29,7 @@ class Purpose(enum.IntEnum):
     BATCH = 1
     EPOCH = 2
     EVALUATION = 3
+    SKIPS = 4
 
 
 def stream(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:

@@ -20,7 +20,11 @@ from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError, UsageError
 
 Batch = dict[str, np.ndarray]
-"""Arrays [B, T]: tokens, targets, segments, positions int32, weights float32."""
+"""Arrays [b, T] of the rows that were asked for: tokens, targets, positions int32, weights float32, and segments int32
+where rows hold several documents."""
+
+Rows = dict[int, np.ndarray]
+"""Which rows of a batch of each size are wanted, ascending."""
 
 ENDLESS = 2**48
 """Batches in a source: more than any run takes."""
@@ -93,28 +97,36 @@ def _leave_ctrl_c_to_the_trainer(worker: int, workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_pipeline(data: DataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int) -> Pipeline:
-    """Batches of `stages[stage]`.
+def make_pipeline(
+    data: DataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
+    rows_of: Callable[[int], np.ndarray] = np.arange,
+) -> Pipeline:  # fmt: skip
+    """Batches of `stages[stage]`, of which this process makes the rows `rows_of(batch_size)` only.
 
-    Keys of a batch, all [B, T]: `tokens`; `targets`, the next token of each; `weights`, the loss weight of each target
-    (0 on the last position of a row or document and on padding); `segments`, the document each token is of, from 1, 0
-    on padding; `positions` for RoPE, from 0 in each document unless they skip.
+    Keys of a batch, all [b, T]: `tokens`; `targets`, the next token of each; `weights`, the loss weight of each target
+    (0 on the last position of a row or document and on padding); `positions` for RoPE, from 0 in each document unless
+    they skip; where rows hold several documents `segments`, the document each token is of, from 1, 0 on padding.
 
     Raises:
         InputError: a data file or folder that cannot be used.
         UsageError: a sequence length too short for any example, or stage keys that the data cannot follow.
     """
+    sizes = {s.batch_size for s in stages[max(stage - 1, 0) : stage + 1]}
+    rows = {size: rows_of(size) for size in sizes}
     if isinstance(data, NeedleDataConfig):
-        return Pipeline(NeedleBatches(data, tokenizer, stages, stage, seed), data.workers)
+        return Pipeline(NeedleBatches(data, tokenizer, stages, stage, seed, rows), data.workers)
     if isinstance(data, JsonlDataConfig):
-        return Pipeline(JsonlBatches(data, tokenizer, stages, stage, seed), data.workers)
+        return Pipeline(JsonlBatches(data, tokenizer, stages, stage, seed, rows), data.workers)
     raise TypeError(type(data))
 
 
 class NeedleBatches:
     """Needle batches of a stage, some of them of the previous stage's shape, some with positions that skip."""
 
-    def __init__(self, data: NeedleDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int):
+    def __init__(
+        self, data: NeedleDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int, rows: Rows
+    ):
+        self._rows = rows
         self._generator = NeedleGenerator(data, tokenizer)
         self._stage = stages[stage]
         self._previous = stages[stage - 1] if stage else stages[stage]
@@ -129,23 +141,24 @@ class NeedleBatches:
         rng = stream(self._seed, Purpose.BATCH, self._number, index)
         previous, skips = rng.random(2) < (self._stage.previous_fraction, self._stage.position_skip_fraction)
         shape = self._previous if previous else self._stage
-        rows, length = shape.batch_size, shape.seq_len
-        tokens = np.empty((rows, length), np.int32)
-        weights = np.empty((rows, length), np.float32)
-        for row in range(rows):
+        rows, length = self._rows[shape.batch_size], shape.seq_len
+        tokens = np.empty((len(rows), length), np.int32)
+        weights = np.empty((len(rows), length), np.float32)
+        for i, row in enumerate(rows):
             example = stream(self._seed, Purpose.EXAMPLE, self._number, index, row)
-            tokens[row], weights[row] = self._generator.example(example, length)
-        positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+            tokens[i], weights[i] = self._generator.example(example, length)
+        positions = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
         # The stage's longest position bounds the jumps of the previous stage's batches too.
         most = min(self._stage.position_skip_max, self._stage.seq_len + self._stage.position_skip_max - length)
         if skips and most > 0:
-            for row in range(rows):
-                positions[row] += position_skips(rng, length, most)
+            for i, row in enumerate(rows):
+                positions[i] += position_skips(
+                    stream(self._seed, Purpose.SKIPS, self._number, index, row), length, most
+                )
         return {
             "tokens": tokens,
             "targets": shifted(tokens, self._pad_id),
             "weights": shifted(weights, 0),
-            "segments": np.ones_like(tokens),
             "positions": positions,
         }
 
@@ -153,45 +166,48 @@ class NeedleBatches:
 class JsonlBatches:
     """Packed rows of a JSONL file. Packing is done once; each epoch takes the rows in an order of its own."""
 
-    def __init__(self, data: JsonlDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int):
+    def __init__(
+        self, data: JsonlDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int, rows: Rows
+    ):
         self._stage = stages[stage]
         for name in ("previous_fraction", "position_skip_fraction"):
             if getattr(self._stage, name) > 0:
                 raise UsageError(f"train.stages.{name} works with data=needle only; leave it at 0 with data=jsonl")
         self._documents = load_documents(data.path, tokenizer)
-        self._rows = pack(self._documents, self._stage.seq_len, data.path)
+        self._wanted = rows[self._stage.batch_size]
+        self._packed = pack(self._documents, self._stage.seq_len, data.path)
         self._seed, self._number = seed, stage
         self._pad_id = tokenizer.pad_id
 
     def _order(self, epoch: int) -> np.ndarray:
-        return stream(self._seed, Purpose.EPOCH, self._number, epoch).permutation(len(self._rows))
+        return stream(self._seed, Purpose.EPOCH, self._number, epoch).permutation(len(self._packed))
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Batch:
-        size, length = self._stage.batch_size, self._stage.seq_len
+        size, shape = self._stage.batch_size, (len(self._wanted), self._stage.seq_len)
         batch: Batch = {
-            "tokens": np.full((size, length), self._pad_id, np.int32),
-            "targets": np.full((size, length), self._pad_id, np.int32),
-            "weights": np.zeros((size, length), np.float32),
-            "segments": np.zeros((size, length), np.int32),
-            "positions": np.zeros((size, length), np.int32),
+            "tokens": np.full(shape, self._pad_id, np.int32),
+            "targets": np.full(shape, self._pad_id, np.int32),
+            "weights": np.zeros(shape, np.float32),
+            "segments": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
         }
         first, last = index * size, (index + 1) * size - 1
-        epochs = range(first // len(self._rows), last // len(self._rows) + 1)
+        epochs = range(first // len(self._packed), last // len(self._packed) + 1)
         orders = {epoch: self._order(epoch) for epoch in epochs}
-        for row in range(size):
-            epoch, place = divmod(first + row, len(self._rows))
+        for i, row in enumerate(self._wanted):
+            epoch, place = divmod(first + int(row), len(self._packed))
             start = 0
-            for segment, document in enumerate(self._rows[orders[epoch][place]], 1):
+            for segment, document in enumerate(self._packed[orders[epoch][place]], 1):
                 ids, learned = self._documents[document]
                 here, end = slice(start, start + len(ids)), start + len(ids)
-                batch["tokens"][row, here] = ids
-                batch["targets"][row, start : end - 1] = ids[1:]
-                batch["weights"][row, start : end - 1] = learned[1:]
-                batch["segments"][row, here] = segment
-                batch["positions"][row, here] = np.arange(len(ids))
+                batch["tokens"][i, here] = ids
+                batch["targets"][i, start : end - 1] = ids[1:]
+                batch["weights"][i, start : end - 1] = learned[1:]
+                batch["segments"][i, here] = segment
+                batch["positions"][i, here] = np.arange(len(ids))
                 start = end
         return batch
 

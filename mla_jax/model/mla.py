@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import latent_attention
 from mla_jax import mesh
@@ -49,14 +50,26 @@ class MLA(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, rotations: Rotations, segments_BT: jax.Array | None) -> jax.Array:
         """Expanded form over a whole sequence; no attention across segments."""
-        c_BTC, k_rope_BTR = self._latents(x_BTD, rotations)
-        k_BTHK, v_BTHV = self._heads(product(c_BTC, self.kv_b_proj), k_rope_BTR)
+        latents = self._latents(x_BTD, rotations)
+        q_BTHK = checkpoint_name(jnp.concatenate(self._queries(x_BTD, rotations), axis=-1), "queries")
+        shares = mesh.sequence_shares(x_BTD)
 
-        def attend(q, k, v, segments):
-            return self._op(latent_attention.attention, q, k, v, q_segments=segments, kv_segments=segments)
+        def attend(q_BTHK, latents, segments_BT, kv_b_CX):
+            # Devices that share a sequence send each other latents: 1/26 of the keys and values of `infinite_1b`.
+            c_BSC, k_rope_BSR, segments_BS = jax.tree.map(
+                lambda x: mesh.whole_sequence(x, shares), (*latents, segments_BT)
+            )
+            k_BSHK, v_BSHV = self._heads(product(c_BSC, kv_b_CX), k_rope_BSR)
+            out = []
+            for start, (q, segments) in mesh.sequence_parts((q_BTHK, segments_BT), shares):
+                out.append(self._op(
+                    latent_attention.attention, q, k_BSHK, v_BSHV, q_offset=start, q_segments=segments,
+                    kv_segments=segments_BS,
+                ))  # fmt: skip
+            return jnp.concatenate(out, axis=1)
 
-        q_BTHK = jnp.concatenate(self._queries(x_BTD, rotations), axis=-1)
-        return self._output(mesh.per_device(attend, q_BTHK, k_BTHK, v_BTHV, segments_BT))
+        kv_b_CX = mesh.gather(self.kv_b_proj[...])
+        return self._output(mesh.per_device(attend, q_BTHK, latents, segments_BT, kv_b_CX))
 
     def extend(
         self,
@@ -94,7 +107,8 @@ class MLA(nnx.Module):
     def _latents(self, x_BTD: jax.Array, rotations: Rotations) -> tuple[jax.Array, jax.Array]:
         """What the cache holds: the normalised latent c_BTC and the rotated key k_rope_BTR; equations 9 and 15."""
         config = self.config
-        c_BTC, k_rope_BTR = jnp.split(product(x_BTD, self.kv_a_proj_with_mqa), [config.kv_lora_rank], axis=-1)
+        kv_a_BTW = checkpoint_name(product(x_BTD, self.kv_a_proj_with_mqa), "latents")
+        c_BTC, k_rope_BTR = jnp.split(kv_a_BTW, [config.kv_lora_rank], axis=-1)
         return rms_norm(c_BTC, self.kv_a_layernorm, config.rms_norm_eps), rotate(k_rope_BTR, *rotations)
 
     def _heads(self, kv_BSX: jax.Array, k_rope_BSR: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,33 +6,44 @@ the NNX modules that compute with them. Layers are stacked on axis 0 and scanned
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import LatentCache
-from mla_jax.model.layers import gathered, norm_scale, product, rms_norm, weight
+from mla_jax.model.layers import norm_scale, product, rms_norm, split_tokens, weight
 from mla_jax.model.mla import MLA, Rotations
 from mla_jax.model.rope import rotations
 
-_SAVED_DOTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names("latent_attention"),
-)
-_REMAT = {
-    "none": lambda f: f,
-    "dots": functools.partial(jax.checkpoint, policy=_SAVED_DOTS),
-    "full": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
-}
+
+def _rematerialized(config: ModelConfig, body: Callable) -> Callable:
+    """`body` with a backward pass that keeps what the config says and computes the rest again."""
+    policies = jax.checkpoint_policies
+    if config.remat == "none":
+        return body
+    if config.remat == "names":
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=config.saved, names_which_can_be_offloaded=config.offloaded,
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
+    elif config.remat == "dots":
+        attention = policies.save_only_these_names("latent_attention")
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
+    else:
+        policy = policies.nothing_saveable
+    return jax.checkpoint(body, policy=policy)
 
 
 class SwiGLU(nnx.Module):
     """Feed-forward (arXiv 2002.05202): silu(x gate) * (x up), projected down."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.chunk = config.mlp_chunk
         d, f = config.hidden_size, config.intermediate_size
         self.gate_proj = weight(config, rngs, (d, f), mesh.SHARD_IN)
         self.up_proj = weight(config, rngs, (d, f), mesh.SHARD_IN)
@@ -40,7 +51,24 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
-        return product(jax.nn.silu(product(x_BTD, self.gate_proj)) * product(x_BTD, self.up_proj), self.down_proj)
+        weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        if self.chunk is None:
+            return self._feed_forward(x_BTD, *weights)
+        return mesh.per_device(self._chunk_by_chunk, x_BTD, *(mesh.gather(w) for w in weights))
+
+    @staticmethod
+    def _feed_forward(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+        gate_BTF = checkpoint_name(product(x_BTD, gate_DF), "gate")
+        up_BTF = checkpoint_name(product(x_BTD, up_DF), "up")
+        return product(jax.nn.silu(gate_BTF) * up_BTF, down_FD)
+
+    def _chunk_by_chunk(self, x_BTD: jax.Array, *weights: jax.Array) -> jax.Array:
+        def body(_, x_BtD):
+            return None, self._feed_forward(x_BtD, *weights)
+
+        chunks = split_tokens(x_BTD, self.chunk)
+        out_nBtD = jax.lax.scan(jax.checkpoint(body), None, chunks)[1]
+        return jnp.moveaxis(out_nBtD, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
 
 
 class Layer(nnx.Module):
@@ -55,8 +83,9 @@ class Layer(nnx.Module):
 
     def __call__(self, h_BTD: jax.Array, rotations: Rotations, segments_BT: jax.Array | None) -> jax.Array:
         """Over a whole sequence."""
+        h_BTD = checkpoint_name(h_BTD, "layer_input")
         h_BTD += self.self_attn(self._attention_input(h_BTD), rotations, segments_BT)
-        return self._feed_forward(h_BTD)
+        return self._feed_forward(checkpoint_name(h_BTD, "attention_residual"))
 
     def extend(self, h_BTD, rotations: Rotations, cache: LatentCache, layer, valid_B, absorbed: bool):
         """Over new tokens behind a cache; see `MLA.extend`."""
@@ -89,7 +118,7 @@ class Transformer(nnx.Module):
 
         Args:
             tokens_BT: int32 token ids.
-            positions_BT: int32 rotary positions; None for 0, 1, 2, ...
+            positions_BT: int32 rotary positions; None for 0, 1, 2, ... (not where sequences are spread over devices)
             segments_BT: int32 document of each token, which sees only its own; None for one document a row.
 
         Returns:
@@ -99,20 +128,19 @@ class Transformer(nnx.Module):
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         turns = rotations(self.config, positions_BT)
 
-        @_REMAT[self.config.remat]
         def body(h_BTD, layer):
             return layer(h_BTD, turns, segments_BT), None
 
-        h_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), self.layers)
+        h_BTD, _ = jax.lax.scan(_rematerialized(self.config, body), self._embed(tokens_BT), self.layers)
         return rms_norm(h_BTD, self.norm, self.config.rms_norm_eps)
 
     def logits(self, h: jax.Array) -> jax.Array:
         """float32 scores [..., X] of hidden states [..., D]."""
-        if self.config.tie_word_embeddings:
-            table_XD = gathered(self.embed_tokens, h.dtype)
-            return jnp.einsum("...d,xd->...x", h, table_XD, preferred_element_type=jnp.float32)
-        head_DX = gathered(self.lm_head, h.dtype)
-        return jnp.einsum("...d,dx->...x", h, head_DX, preferred_element_type=jnp.float32)
+        return product(h, self.head(), jnp.float32)
+
+    def head(self) -> jax.Array:
+        """The weight [D, X] that makes scores of hidden states."""
+        return self.embed_tokens[...].T if self.config.tie_word_embeddings else self.lm_head[...]
 
     def extend(
         self, tokens_BT: jax.Array, cache: LatentCache, valid_B: jax.Array | None = None, *, absorbed: bool

@@ -29,7 +29,7 @@ STAGES = [
     ),
 ]
 CHAT_STAGE = StageConfig(seq_len=24, batch_size=4, steps=1, learning_rate=1)
-DTYPES = {"tokens": "int32", "targets": "int32", "weights": "float32", "segments": "int32", "positions": "int32"}
+DTYPES = {"tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32"}
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def start(tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     started = []
 
-    def make(kind: str, workers: int = 0, stage: int = 1, seed: int = 0) -> Pipeline:
+    def make(kind: str, workers: int = 0, stage: int = 1, seed: int = 0, rows_of=np.arange) -> Pipeline:
         if kind == "needle":
             data = NeedleDataConfig(
                 tokenizer="needle-bpe",
@@ -49,10 +49,10 @@ def start(tmp_path):
                 workers=workers,
                 lm_loss_weight=0.5,
             )
-            pipeline = make_pipeline(data, TOKENIZER, STAGES, stage, seed)
+            pipeline = make_pipeline(data, TOKENIZER, STAGES, stage, seed, rows_of)
         else:
             data = JsonlDataConfig(tokenizer="bytes", path=str(path), workers=workers)
-            pipeline = make_pipeline(data, load_tokenizer("bytes"), [CHAT_STAGE] * 2, stage, seed)
+            pipeline = make_pipeline(data, load_tokenizer("bytes"), [CHAT_STAGE] * 2, stage, seed, rows_of)
         started.append(pipeline)
         return pipeline
 
@@ -76,14 +76,28 @@ def _same(left: list[dict], right: list[dict]) -> bool:
 @pytest.mark.parametrize("kind", ["needle", "jsonl"])
 def test_the_layout_of_batches(start, kind):
     for batch in _take(start(kind), 6):
-        assert {key: str(x.dtype) for key, x in batch.items()} == DTYPES
+        segmented = {"segments": "int32"} if kind == "jsonl" else {}
+        assert {key: str(x.dtype) for key, x in batch.items()} == DTYPES | segmented
         assert len({x.shape for x in batch.values()}) == 1
+        batch.setdefault("segments", np.ones_like(batch["tokens"]))
         same = batch["segments"][:, 1:] == batch["segments"][:, :-1]
         learned = batch["weights"] > 0
         assert not learned[:, -1].any() and learned.any(axis=1).all()
         assert not (learned[:, :-1] & ~same).any()  # never across documents
         assert (batch["targets"][:, :-1] == batch["tokens"][:, 1:])[learned[:, :-1]].all()
         assert not learned[batch["segments"] == 0].any()
+
+
+@pytest.mark.parametrize("kind", ["needle", "jsonl"])
+def test_a_process_makes_its_own_rows_as_any_other_would(start, kind):
+    whole = _take(start(kind), 6)  # of both stages' sizes
+    for of_four in ([0], [1, 3]):
+
+        def rows_of(size, of_four=of_four):
+            return np.arange(size).reshape(4, -1)[of_four].ravel()
+
+        own = [{key: x[rows_of(len(x))] for key, x in batch.items()} for batch in whole]
+        assert _same(_take(start(kind, rows_of=rows_of), 6), own)
 
 
 @pytest.mark.parametrize("kind", ["needle", "jsonl"])
@@ -154,7 +168,7 @@ def test_positions_skip_in_some_batches(start):
 
 def test_the_first_stage_has_no_skips(start):
     batch = next(start("needle", stage=0))
-    assert (batch["positions"] == np.arange(48)).all() and (batch["segments"] == 1).all()
+    assert (batch["positions"] == np.arange(48)).all()
 
 
 def test_too_short_a_stage_fails_at_once():

@@ -11,27 +11,42 @@ from mla_jax import mesh
 from mla_jax.config import MeshConfig
 from mla_jax.errors import UsageError
 from mla_jax.generate import generate
+from mla_jax.losses import chunked_cross_entropy
 from mla_jax.model.transformer import abstract_params, bind, init_params
 from tiny import MODEL
 
 CONFIG = dataclasses.replace(
     MODEL, initializer_range=0.3, q_lora_rank=16, tie_word_embeddings=False, remat="full", rope_theta=100.0
 )
-MESHES = [(2, 4), (8, 1), (1, 8)]
+MESHES = [(2, 4, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 1, 4), (1, 4, 2), (2, 2, 2)]
 PROMPTS = [[1, 2, 3], [500] * 70, [7], list(range(20))]
 
 
 def gradients(params):
+    """Of the loss of 8 rows of two documents each, some of it over one micro-batch with rows of one document."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, CONFIG.vocab_size, (8, 24)).astype(np.int32)
-    positions = np.broadcast_to(np.concatenate([np.arange(10), np.arange(14)]), (8, 24)).astype(np.int32)
-    segments = np.broadcast_to(np.repeat([1, 2], [10, 14]), (8, 24)).astype(np.int32)
+    rows = {
+        "tokens": rng.integers(0, CONFIG.vocab_size, (8, 32)),
+        "targets": rng.integers(0, CONFIG.vocab_size, (8, 32)),
+        "positions": np.broadcast_to(np.concatenate([np.arange(10), np.arange(22)]), (8, 32)),
+        "segments": np.broadcast_to(np.repeat([1, 2], [10, 22]), (8, 32)),
+    }
+    rows = {name: x.astype(np.int32) for name, x in rows.items()}
+    rows["weights"] = rng.choice([0.0, 0.1, 1.0], (8, 32)).astype(np.float32)
+    batch = mesh.place_batch(rows, 1) if mesh.has_mesh() else {name: jnp.asarray(x)[None] for name, x in rows.items()}
 
-    def loss(params, *batch):
+    def loss(params, batch):
         model = bind(CONFIG, params)
-        return jnp.mean(model.logits(model(*batch)) ** 2)
+        tokens, positions, segments, targets, weights = (
+            batch[name][0] for name in ("tokens", "positions", "segments", "targets", "weights")
+        )
+        total = 0.0
+        for documents in (segments, None):
+            h = model(tokens, positions, documents)
+            total += chunked_cross_entropy(model.head(), h, targets, weights, 6).loss
+        return total
 
-    return jax.jit(jax.grad(loss))(params, *(mesh.shard_batch(x) for x in (tokens, positions, segments)))
+    return jax.jit(jax.grad(loss))(params, batch)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +59,9 @@ def assert_close(a, b):
     np.testing.assert_allclose(a, b, atol=1e-6 + 1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize(("data", "fsdp"), MESHES)
-def test_parameters_and_gradients_do_not_depend_on_the_mesh(data, fsdp, on_one_device):
-    with jax.set_mesh(mesh.make_mesh(MeshConfig(data=data, fsdp=fsdp))):
+@pytest.mark.parametrize(("data", "fsdp", "context"), MESHES)
+def test_parameters_and_gradients_do_not_depend_on_the_mesh(data, fsdp, context, on_one_device):
+    with jax.set_mesh(mesh.make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context))):
         params = init_params(CONFIG, 0)
         grads = gradients(params)
         layouts = jax.tree.map(lambda x: x.sharding.spec, abstract_params(CONFIG))
@@ -55,7 +70,7 @@ def test_parameters_and_gradients_do_not_depend_on_the_mesh(data, fsdp, on_one_d
     jax.tree.map(assert_close, grads, expected_gradients)
     for sharded in (params, grads):
         assert jax.tree.map(lambda x: x.sharding.spec, sharded) == layouts
-        assert sharded["layers"]["mlp"]["up_proj"].addressable_shards[0].data.size * fsdp == 2 * 32 * 32
+        assert sharded["layers"]["mlp"]["up_proj"].addressable_shards[0].data.size * fsdp * context == 2 * 32 * 32
 
 
 def test_tokens_do_not_depend_on_the_mesh(on_one_device):
@@ -71,6 +86,6 @@ def test_tokens_do_not_depend_on_the_mesh(on_one_device):
 
 def test_a_weight_that_does_not_divide_is_a_usage_error():
     config = dataclasses.replace(CONFIG, hidden_size=36)
-    eight = mesh.make_mesh(MeshConfig(data=1, fsdp=8))
-    with jax.set_mesh(eight), pytest.raises(UsageError, match="mesh.fsdp=8 does not divide 36"):
+    eight = mesh.make_mesh(MeshConfig(data=1, fsdp=4, context=2))
+    with jax.set_mesh(eight), pytest.raises(UsageError, match="mesh.fsdp x mesh.context = 8 does not divide 36"):
         init_params(config, 0)
