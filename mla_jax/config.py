@@ -60,7 +60,7 @@ class YarnConfig:
 
 NAMES = ("layer_input", "latents", "queries", "latent_attention", "attention_residual", "gate", "up")
 """Results inside a layer that rematerialization can keep: see `ModelConfig.saved`."""
-HOW_IT_IS_COMPUTED = ("remat", "saved", "offloaded", "mlp_chunk", "attention", "decode")
+HOW_IT_IS_COMPUTED = ("remat", "saved", "offloaded", "mlp_chunk", "unroll", "attention", "decode")
 """Keys of a model that change neither its weights nor, but for rounding, its results."""
 
 
@@ -97,6 +97,9 @@ class ModelConfig:
     """Under `remat=names`: results kept in the host's memory."""
     mlp_chunk: Optional[int] = None
     """Tokens of a sequence whose feed-forward activations exist at one time; None for all."""
+    unroll: int = 1
+    """Layers of training written out one after the other instead of as a loop: fewer copies of what is kept, more to
+    compile. -1 for all."""
     attention: str = "auto"
     """Implementation of attention in training and prefill; see `latent_attention.dispatch`."""
     decode: str = "auto"
@@ -125,6 +128,7 @@ class ModelConfig:
         named = bool(self.saved or self.offloaded)
         require(self.remat == "names" or not named, "model.saved and model.offloaded need model.remat=names")
         require_at_least(1, **{"model.mlp_chunk": self.mlp_chunk})
+        require(self.unroll == -1 or self.unroll >= 1, f"model.unroll must be -1 or at least 1, got {self.unroll}")
 
     @property
     def qk_head_dim(self) -> int:

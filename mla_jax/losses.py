@@ -1,5 +1,6 @@
-"""Chunked cross-entropy: the logits of a whole sequence never exist."""
+"""Chunked cross-entropy: the logits of a whole sequence never exist, and those of a chunk are computed once."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,10 +14,10 @@ class LossSums(NamedTuple):
     """Sums over tokens, float32 scalars; divide by what the caller averages over."""
 
     loss: jax.Array
-    """Weighted negative log-likelihood in nats."""
+    """Weighted negative log-likelihood in nats; only this has gradients."""
     weight: jax.Array
     correct: jax.Array
-    """Answer tokens (weight 1) whose most likely token is the target."""
+    """Answer tokens (weight 1) whose target is the most likely token."""
     answers: jax.Array
 
 
@@ -25,32 +26,80 @@ def chunked_cross_entropy(
 ) -> LossSums:
     """Cross-entropy of next-token targets, `chunk` tokens of each sequence at a time.
 
+    Where gradients are asked for, the forward pass computes them with the logits at hand: they are those of a sum,
+    which the backward pass only has to scale.
+
     Args:
         head_DX: makes logits of the model's output; see `Transformer.head`.
         h_BTD: the model's output.
         targets_BT: int32 token ids.
         weights_BT: float32 loss weight of each target, 0 to leave it out.
-        chunk: tokens of a sequence whose logits exist at one time; they are computed again in the backward pass.
+        chunk: tokens of a sequence whose logits exist at one time.
     """
-
-    def sums(h_BtD, targets_Bt, weights_Bt, head_DX) -> LossSums:
-        logits_BtX = product(h_BtD, head_DX, jnp.float32)
-        target_logit_Bt = jnp.take_along_axis(logits_BtX, targets_Bt[..., None], axis=-1)[..., 0]
-        nll_Bt = jax.nn.logsumexp(logits_BtX, axis=-1) - target_logit_Bt
-        answer_Bt = (weights_Bt >= 1.0).astype(jnp.float32)
-        correct_Bt = answer_Bt * (jnp.argmax(logits_BtX, axis=-1) == targets_Bt)
-        return LossSums(jnp.sum(nll_Bt * weights_Bt), jnp.sum(weights_Bt), jnp.sum(correct_Bt), jnp.sum(answer_Bt))
 
     def of_device(h_BTD, targets_BT, weights_BT, head_DX) -> LossSums:
         """Sums [1, 1] of the tokens that are here."""
-
-        def body(total: LossSums, xs) -> tuple[LossSums, None]:
-            return jax.tree.map(jnp.add, total, sums(*xs, head_DX)), None
-
-        # Padding has weight 0.
-        chunks = tuple(split_tokens(x, min(chunk, h_BTD.shape[1])) for x in (h_BTD, targets_BT, weights_BT))
-        zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
-        return jax.tree.map(lambda x: x[None, None], jax.lax.scan(jax.checkpoint(body), zero, chunks)[0])
+        sums = _sums(head_DX, h_BTD, targets_BT, weights_BT, min(chunk, h_BTD.shape[1]))
+        return jax.tree.map(lambda x: x[None, None], sums)
 
     parts = mesh.per_device(of_device, h_BTD, targets_BT, weights_BT, mesh.gather(head_DX))
     return jax.tree.map(jnp.sum, parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _sums(head_DX, h_BTD, targets_BT, weights_BT, chunk: int) -> LossSums:
+    def body(total: LossSums, xs) -> tuple[LossSums, None]:
+        return jax.tree.map(jnp.add, total, _of_chunk(head_DX, *xs)[0]), None
+
+    return jax.lax.scan(body, _no_sums(), _chunks(chunk, h_BTD, targets_BT, weights_BT))[0]
+
+
+def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, chunk: int):
+    """The sums, and the gradients of the summed loss by head and hidden states."""
+
+    def body(carry, xs):
+        total, d_head_DX = carry
+        h_BtD, targets_Bt, weights_Bt = xs
+        sums, logits_BtX, lse_Bt = _of_chunk(head_DX, *xs)
+        target_BtX = jax.nn.one_hot(targets_Bt, logits_BtX.shape[-1])
+        d_logits_BtX = (jnp.exp(logits_BtX - lse_Bt[..., None]) - target_BtX) * weights_Bt[..., None]
+        d_logits_BtX = d_logits_BtX.astype(h_BtD.dtype)
+        d_head_DX += jnp.einsum("btd,btx->dx", h_BtD, d_logits_BtX, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, total, sums), d_head_DX), product(d_logits_BtX, head_DX.T)
+
+    start = _no_sums(), jnp.zeros(head_DX.shape, jnp.float32)
+    (total, d_head_DX), d_h_nBtD = jax.lax.scan(body, start, _chunks(chunk, h_BTD, targets_BT, weights_BT))
+    d_h_BTD = jnp.moveaxis(d_h_nBtD, 0, 1).reshape(h_BTD.shape[0], -1, h_BTD.shape[2])[:, : h_BTD.shape[1]]
+    return total, (d_head_DX.astype(head_DX.dtype), d_h_BTD)
+
+
+def _sums_backward(_, gradients, d_sums: LossSums):
+    d_head_DX, d_h_BTD = ((g * d_sums.loss).astype(g.dtype) for g in gradients)
+    return d_head_DX, d_h_BTD, None, None
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _of_chunk(head_DX, h_BtD, targets_Bt, weights_Bt) -> tuple[LossSums, jax.Array, jax.Array]:
+    """Sums, logits and their log-sum-exp."""
+    logits_BtX = product(h_BtD, head_DX, jnp.float32)
+    highest_Bt = jnp.max(logits_BtX, axis=-1)
+    lse_Bt = highest_Bt + jnp.log(jnp.sum(jnp.exp(logits_BtX - highest_Bt[..., None]), axis=-1))
+    target_logit_Bt = jnp.take_along_axis(logits_BtX, targets_Bt[..., None], axis=-1)[..., 0]
+    answer_Bt = (weights_Bt >= 1.0).astype(jnp.float32)
+    sums = LossSums(
+        loss=jnp.sum((lse_Bt - target_logit_Bt) * weights_Bt),
+        weight=jnp.sum(weights_Bt),
+        correct=jnp.sum(answer_Bt * (target_logit_Bt >= highest_Bt)),
+        answers=jnp.sum(answer_Bt),
+    )
+    return sums, logits_BtX, lse_Bt
+
+
+def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(split_tokens(x, chunk) for x in arrays)  # padding has weight 0
+
+
+def _no_sums() -> LossSums:
+    return LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))

@@ -1,7 +1,7 @@
 """The device mesh and every PartitionSpec; no other file names a mesh axis.
 
-Axes: `data` (replicas of the weights), `fsdp` (a share of each weight a device), `context` (a share of each sequence a
-device; weights are shared out over it too). Devices are laid out process by process, so `context` and `fsdp` stay within
+Axes: `data` (replicas of the weights), `fsdp` (a share of each weight a device), `context` (a share of each sequence
+a device; weights are shared out over it too). Devices are laid out process by process, so `context` and `fsdp` stay in
 a node as long as they fit, and `data` goes across nodes.
 
 The mesh is explicit: array types carry their sharding, and a weight that is shared out must be gathered before use.
@@ -29,6 +29,8 @@ AXES = ("data", "fsdp", "context")
 
 ROWS = ("data", "fsdp")
 """What rows of a training batch are spread over; their tokens are spread over `context`."""
+BATCH = P(None, ROWS, "context")
+"""Micro-batches [A, B, T]."""
 SHARES = ("fsdp", "context")
 """What weights are shared out over."""
 SHARD_IN = P(SHARES, None)
@@ -122,7 +124,7 @@ def sequence_shares(x_BTX: jax.Array) -> int:
 
 
 def sequence_parts(arrays: Any, shares: int) -> list[tuple[jax.Array | int, Any]]:
-    """Inside `per_device`: (place of the first token in the sequence, arrays [B, t, ...]) of each run of tokens here."""
+    """Inside `per_device`: (place of its first token in the sequence, arrays [B, t, ...]) of each run of tokens."""
     if shares == 1:
         return [(0, arrays)]
     index, length = jax.lax.axis_index("context"), jax.tree.leaves(arrays)[0].shape[1] // 2
@@ -200,7 +202,7 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, ja
     mine = rows_here(shares)
     micro = held // accumulation * shares // len(mine)
     mine = rows_here(micro)
-    sharding = NamedSharding(mesh, P(None, ROWS, "context"))
+    sharding = NamedSharding(mesh, BATCH)
 
     def put(rows_BT: np.ndarray) -> jax.Array:
         micro_batches = rows_BT.reshape(accumulation, len(mine), length)

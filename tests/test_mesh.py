@@ -13,7 +13,8 @@ from mla_jax.mesh import make_mesh, place_batch, rows_here
 def test_each_device_holds_its_rows_and_an_early_and_a_late_chunk(data, fsdp, context):
     """Of 2 n chunks of the tokens, the i-th of n devices holds the i-th and the i-th from the end."""
     tokens = np.arange(16 * 32).reshape(16, 32)
-    with jax.set_mesh(make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context))) as mesh:
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context))
+    with jax.set_mesh(mesh):
         assert (rows_here(16, 2) == np.arange(16)).all()
         placed = place_batch({"tokens": tokens}, 2)["tokens"]
     shares = data * fsdp

@@ -131,7 +131,9 @@ class Transformer(nnx.Module):
         def body(h_BTD, layer):
             return layer(h_BTD, turns, segments_BT), None
 
-        h_BTD, _ = jax.lax.scan(_rematerialized(self.config, body), self._embed(tokens_BT), self.layers)
+        body = _rematerialized(self.config, body)
+        unroll = self.config.num_hidden_layers if self.config.unroll == -1 else self.config.unroll
+        h_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), self.layers, unroll=unroll)
         return rms_norm(h_BTD, self.norm, self.config.rms_norm_eps)
 
     def logits(self, h: jax.Array) -> jax.Array:

@@ -157,18 +157,57 @@ def test_gradients_do_not_depend_on_what_is_recomputed():
 
     expected = gradient(dataclasses.replace(PEAKY, attention="reference"))
     assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(expected))
-    for remat in ("none", "dots", "full"):
-        grads = gradient(dataclasses.replace(PEAKY, remat=remat))
+    for change in (
+        {"remat": "none", "unroll": -1},
+        {"remat": "dots"},
+        {"remat": "full", "mlp_chunk": 48},
+        {"remat": "names", "saved": ("latent_attention", "gate"), "offloaded": ("layer_input", "queries")},
+    ):
+        grads = gradient(dataclasses.replace(PEAKY, **change))
         jax.tree.map(functools.partial(assert_close, tolerance=2e-4), grads, expected)
 
 
-def test_remat_keeps_what_its_name_says():
-    def attention_runs(remat):
-        config = dataclasses.replace(MODEL, remat=remat)
-        jaxpr = jax.make_jaxpr(jax.grad(lambda p: bind(config, p)(random_tokens(1, 8)).sum()))(params_of(MODEL))
-        return str(jaxpr).count("exp ")  # one in a forward pass of attention, one in its backward pass
+def backward_pass(**change):
+    config = dataclasses.replace(MODEL, **change)
+    return str(jax.make_jaxpr(jax.grad(lambda p: bind(config, p)(random_tokens(1, 8)).sum()))(params_of(config)))
 
-    assert attention_runs("none") == attention_runs("dots") == attention_runs("full") - 1
+
+def test_remat_keeps_what_its_name_says():
+    def attention_runs(**change):
+        return backward_pass(**change).count("exp ")  # one in a forward pass of attention, one in its backward pass
+
+    kept = attention_runs(remat="none")
+    assert kept == attention_runs(remat="dots") == attention_runs(remat="names", saved=("latent_attention",))
+    assert kept == attention_runs(remat="full") - 1 == attention_runs(remat="names") - 1
+
+
+@pytest.mark.parametrize("name", ["latents", "queries", "gate", "up"])
+def test_what_is_kept_is_not_multiplied_again(name):
+    def products(**change):
+        return backward_pass(remat="names", **change).count("dot_general[")
+
+    assert products() == products(saved=(name,)) + 1 == products(offloaded=(name,)) + 1
+
+
+def test_feed_forward_in_chunks_never_holds_all_tokens():
+    activations = "[1,8,48]"
+    assert activations in backward_pass(intermediate_size=48)
+    assert activations not in backward_pass(intermediate_size=48, mlp_chunk=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"saved": ("queries",)}, "model.saved and model.offloaded need model.remat=names"),
+        ({"remat": "names", "saved": ("keys",)}, "model.saved must be one of layer_input, "),
+        ({"remat": "names", "saved": ("up",), "offloaded": ("up",)}, "both have up; choose one"),
+        ({"unroll": 0}, "model.unroll must be -1 or at least 1, got 0"),
+        ({"mlp_chunk": 0}, "model.mlp_chunk must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_kept_is_a_usage_error(change, message):
+    with pytest.raises(UsageError, match=message):
+        dataclasses.replace(MODEL, **change)
 
 
 def test_bfloat16_compute_is_float32_rounded():
