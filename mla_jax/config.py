@@ -311,8 +311,11 @@ class TrainConfig:
     checkpoint_every: int = 200
     """Steps between checkpoints; one is also saved at the end and on Ctrl-C."""
     keep_last: int = 2
+    nonfinite: str = "stop"
+    """At a step whose loss or gradient is not finite: `stop`, or `skip` it and leave parameters and moments alone."""
 
     def __post_init__(self):
+        require_choice("train.nonfinite", self.nonfinite, ("stop", "skip"))
         require(len(self.stages) > 0, "train.stages needs at least one stage")
         for name in ("grad_accumulation", "loss_chunk", "log_every", "checkpoint_every", "keep_last"):
             require_at_least(1, **{f"train.{name}": getattr(self, name)})

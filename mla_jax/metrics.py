@@ -17,6 +17,8 @@ class Window:
     correct: float = 0.0
     answers: float = 0.0
     grad_norm: float = 0.0
+    skipped: float = 0.0
+    """Steps that changed nothing, their loss or gradient not being finite; in no other sum but `steps`."""
 
     def add(self, step: dict[str, float]) -> None:
         """Adds one step's sums."""
@@ -34,7 +36,8 @@ class Window:
         return {
             "loss": self.loss / max(self.weight, 1e-9),
             "answer_accuracy": self.accuracy,
-            "grad_norm": self.grad_norm / max(self.steps, 1),
+            "grad_norm": self.grad_norm / max(self.steps - self.skipped, 1),
+            "skipped_steps": self.skipped,
         }
 
 

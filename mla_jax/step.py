@@ -15,12 +15,14 @@ from mla_jax.state import TrainState
 
 
 def make_train_step(
-    model: ModelConfig, optimizer: optax.GradientTransformation, loss_chunk: int
+    model: ModelConfig, optimizer: optax.GradientTransformation, loss_chunk: int, skip_nonfinite: bool = False
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
-    """The jitted step: (state, batch, learning_rate) -> (state, sums of LossSums' fields and grad_norm).
+    """The jitted step: (state, batch, learning_rate) -> (state, sums of LossSums' fields, grad_norm and skipped).
 
     Batch arrays are [A, B / A, T] with A gradient accumulation steps. The loss is the weighted mean over the whole
     batch, so A does not change it. The state is donated.
+    With `skip_nonfinite`, a step whose loss or gradient is not finite changes nothing but `step`: its sums are 0, and
+    `skipped` is 1.
     """
 
     def loss(params: dict, rows: dict, weight: jax.Array) -> tuple[jax.Array, LossSums]:
@@ -47,6 +49,12 @@ def make_train_step(
             (grads, sums), _ = jax.lax.scan(accumulate, (zeros, no_sums), batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, rate)
-        return TrainState(state.step + 1, params, opt_state), {**sums._asdict(), "grad_norm": optax.tree.norm(grads)}
+        new = TrainState(state.step + 1, params, opt_state)
+        metrics = {**sums._asdict(), "grad_norm": optax.tree.norm(grads), "skipped": jnp.zeros(())}
+        if skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            old = state._replace(step=new.step), jax.tree.map(jnp.zeros_like, metrics) | {"skipped": jnp.ones(())}
+            return jax.tree.map(functools.partial(jnp.where, finite), (new, metrics), old)
+        return new, metrics
 
     return train_step

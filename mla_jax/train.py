@@ -71,7 +71,9 @@ class _Trainer:
         checkpoint.check_tokenizer(tokenizer, config.model)
         self.tokenizer = tokenizer
         optimizer = make_optimizer(config.optim)
-        self.train_step = make_train_step(config.model, optimizer, config.train.loss_chunk)
+        self.train_step = make_train_step(
+            config.model, optimizer, config.train.loss_chunk, config.train.nonfinite == "skip"
+        )
         self.position = Position()
         self.data = self._pipeline()  # bad data ends here, before the run folder exists
         self.run_dir = checkpoint.start_run(config, tokenizer)
@@ -162,19 +164,27 @@ class _Trainer:
         for step, metrics in enumerate(jax.device_get(self.pending), first):
             metrics = {name: float(value) for name, value in metrics.items()}
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-                self.checkpoints.wait()
-                good = self.checkpoints.latest_step
-                kept = (
-                    "no checkpoint was saved before"
-                    if good is None
-                    else (f"the last good checkpoint is step {good} in {self.checkpoints.folder}")
-                )
-                raise InputError(
-                    f"loss is {metrics['loss']} (gradient norm {metrics['grad_norm']}) at step {step}; {kept}; "
-                    "lower learning_rate in train.stages or optim.clip_norm and run the same command to go on from it"
+                raise self._not_finite(
+                    f"loss is {metrics['loss']} (gradient norm {metrics['grad_norm']}) at step {step}"
                 )
             self.position.window.add(metrics)
         self.pending = []
+        window = self.position.window
+        if window.skipped == window.steps >= self.config.train.log_every:
+            raise self._not_finite(
+                f"all of the last {window.steps} steps were skipped, their gradients not being finite"
+            )
+
+    def _not_finite(self, what: str) -> InputError:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest_step
+        kept = "no checkpoint was saved before"
+        if good is not None:
+            kept = f"the last good checkpoint is step {good} in {self.checkpoints.folder}"
+        return InputError(
+            f"{what}; {kept}; lower learning_rate in train.stages or optim.clip_norm and run the same command to go on "
+            "from it"
+        )
 
     def _report(self, tracker: Tracker, display: ProgressDisplay, tokens_per_second: float) -> bool:
         """Logs the window and starts a new one; returns whether it reached the stage's accuracy threshold."""

@@ -10,6 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +18,9 @@ from mla_jax import train as train_module
 from mla_jax.checkpoint import Checkpoints, load_run
 from mla_jax.config import OptimConfig
 from mla_jax.errors import InputError, UsageError
+from mla_jax.optim import make_optimizer
+from mla_jax.state import init_state
+from mla_jax.step import make_train_step
 from mla_jax.train import train
 from tiny import DATA, MODEL, make_config
 
@@ -122,6 +126,28 @@ def test_training_starts_from_another_runs_parameters(tmp_path):
     train(second)
     first, second = params_of(tmp_path / "first"), params_of(tmp_path / "second")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, second)
+
+
+def test_a_step_that_is_not_finite_is_skipped_if_asked():
+    """Parameters and moments stay as they are; its sums are 0."""
+    optimizer = make_optimizer(OptimConfig(name="adamw"))
+    step = make_train_step(MODEL, optimizer, 64, skip_nonfinite=True)
+    rows = {name: np.ones((1, 2, 16), np.int32) for name in ("tokens", "targets", "positions")}
+    good, bad = (rows | {"weights": np.full((1, 2, 16), weight, np.float32)} for weight in (1.0, np.nan))
+    state, metrics = step(init_state(MODEL, optimizer, 0), good, jnp.float32(1e-2))
+    before = jax.device_get(state)
+    assert metrics["skipped"] == 0 and metrics["weight"] == 32 and metrics["loss"] > 0
+    state, metrics = step(state, bad, jnp.float32(1e-2))
+    assert_equal(state._replace(step=1), before)
+    assert {name: float(x) for name, x in metrics.items()} == dict.fromkeys(metrics, 0.0) | {"skipped": 1.0}
+    assert state.step == 2
+
+
+def test_nothing_but_skipped_steps_ends_the_run(tmp_path):
+    """A step at an absurd rate makes all parameters useless, so that no later step is finite."""
+    stages = [{"seq_len": 96, "steps": 4}, {"seq_len": 96, "steps": 9, "learning_rate": 1e30}]
+    with pytest.raises(InputError, match="all of the last 3 steps were skipped, .*; the last good checkpoint is step"):
+        train(make_config(tmp_path / "run", stages, nonfinite="skip"))
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
