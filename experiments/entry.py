@@ -32,18 +32,18 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
     def task(composed: DictConfig) -> None:
         multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         with contextlib.nullcontext() if multirun else one_line_errors():
-            with _as_usage_errors():
+            with as_usage_errors():
                 config: Any = OmegaConf.to_object(composed)
             if multirun and hasattr(config, "run_dir"):
                 config = dataclasses.replace(config, run_dir=HydraConfig.get().runtime.output_dir)
             main(config)
 
-    with one_line_errors(), _as_usage_errors():
+    with one_line_errors(), as_usage_errors():
         hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(task)()
 
 
 @contextlib.contextmanager
-def _as_usage_errors() -> Iterator[None]:
+def as_usage_errors() -> Iterator[None]:
     """Hydra's and OmegaConf's errors as UsageErrors, with their cause."""
     try:
         yield

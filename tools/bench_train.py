@@ -18,7 +18,7 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.entry import CONF
+from experiments.entry import CONF, as_usage_errors
 from mla_jax.config import ModelConfig, SftConfig, register_schemas
 from mla_jax.errors import UsageError, one_line_errors
 from mla_jax.flops import nominal_peak, train_flops
@@ -51,6 +51,14 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.batch} x {sizes.show(self.tokens)}"
+
+
+def compose_config(overrides: list[str]) -> SftConfig:
+    """What experiments.sft would run with these overrides."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None), as_usage_errors():
+        config: Any = OmegaConf.to_object(compose("sft", overrides=overrides))
+    return config
 
 
 def keeping(model: ModelConfig, text: str) -> ModelConfig:
@@ -171,10 +179,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     with one_line_errors():
-        register_schemas()
         shapes = [Shape.parse(text) for text in args.shapes]
-        with initialize_config_dir(str(CONF), version_base=None):
-            config: Any = OmegaConf.to_object(compose("sft", overrides=args.overrides))
+        config = compose_config(args.overrides)
         models = {
             f"{text}, unroll {unroll}": keeping(dataclasses.replace(config.model, unroll=unroll), text)
             for text in args.keep

@@ -1,0 +1,105 @@
+"""What the devices of a mesh send each other in a training step: `python -m tools.comm_volume --devices N`.
+
+Compiles the step for N fake devices on a CPU and adds up its collective operations; nothing is computed. XLA's CPU
+back end gathers weights in float32 that a GPU gathers in bfloat16, and sums gradients by all-reduce where a GPU has
+reduce-scatter: docs/scaling.md counts with both in mind.
+"""
+
+import argparse
+import collections
+import dataclasses
+import math
+import os
+import re
+from typing import NamedTuple
+
+from mla_jax.errors import one_line_errors
+
+_BYTES = {"pred": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_OPERATION = re.compile(rf"= (?P<type>[^=]*?) (?P<kind>{_KINDS})\((?P<rest>.*)")
+
+
+class Collective(NamedTuple):
+    """Operations of one kind over groups of one size, in a step."""
+
+    kind: str
+    group: int
+    """Devices that take part in each."""
+    count: int
+    whole: float
+    """Bytes of the whole arrays, gathered or summed."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends by rings; an all-reduce sends twice as much as the reduce-scatter it may be."""
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * self.whole * (self.group - 1) / self.group
+
+
+def collectives(program: str) -> list[Collective]:
+    """Adds up the collective operations of a partitioned HLO program, whose loops must hold none."""
+    found: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
+    for match in _OPERATION.finditer(re.sub(r"/\*.*?\*/", "", program)):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["type"])
+        size = sum(_BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays)
+        group = _group_size(match["rest"])
+        if group > 1:
+            found[match["kind"], group].append(size * (group if match["kind"] == "reduce-scatter" else 1))
+    return [Collective(kind, group, len(sizes), sum(sizes)) for (kind, group), sizes in sorted(found.items())]
+
+
+def _group_size(rest: str) -> int:
+    """Of `replica_groups=mesh['x'=2,'y'=4] {'y'}` 4; of `replica_groups={{0,1},{2,3}}` 2."""
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    if listed:
+        return len(listed[1].split(","))
+    groups = re.search(r"replica_groups=mesh\[([^]]*)\].*?\{('[^}]*)\}", rest)
+    if groups is None:  # a permutation sends from one to another
+        return 2
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[2]))
+
+
+def compiled_step(overrides: list[str], text: str) -> str:
+    """The partitioned program of a step over a batch of shape `text` on all devices."""
+    import jax
+    import jax.numpy as jnp
+
+    from mla_jax.mesh import make_mesh
+    from mla_jax.optim import make_optimizer
+    from mla_jax.state import abstract_state
+    from mla_jax.step import make_train_step
+    from tools.bench_train import Shape, compose_config, random_batch
+
+    config = compose_config(overrides)
+    model = dataclasses.replace(config.model, unroll=-1, attention="xla")  # no loop around collectives
+    optimizer = make_optimizer(config.optim)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        step = make_train_step(model, optimizer, config.train.loss_chunk)
+        batch = random_batch(model, Shape.parse(text), config.train.grad_accumulation)
+        return step.lower(abstract_state(model, optimizer), batch, jnp.float32(0)).compile().as_text()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.comm_volume", description="Communication of a training step."
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=["experiment=infinite_1b"], metavar="KEY=VALUE",
+        help="as of experiments.sft: mesh.data, mesh.fsdp and mesh.context above all",
+    )  # fmt: skip
+    parser.add_argument("--devices", type=int, required=True)
+    parser.add_argument("--shape", default="8x8k", help="BATCHxTOKENS of a step (default: 8x8k)")
+    args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
+    with one_line_errors():
+        for c in collectives(compiled_step(args.overrides, args.shape)):
+            size = f"{c.whole / 1e6:,.1f} MB in {c.count} operations, {c.sent / 1e6:,.1f} MB sent by each device"
+            print(f"{c.kind} over {c.group} devices: {size}")
+
+
+if __name__ == "__main__":
+    main()
