@@ -210,8 +210,8 @@ class Checkpoints:
     def _none_usable(self, damaged: dict[int, str]) -> InputError:
         names = "; ".join(f"step {step}: {reason}" for step, reason in sorted(damaged.items()))
         return InputError(
-            f"no checkpoint that was asked for in {self.folder} can be used ({names}); put a copy of one back, "
-            "or choose another step or run"
+            f"damaged checkpoints in {self.folder} and none to use instead ({names}); put a copy of one back, "
+            "ask for another step, or train anew with another name="
         )
 
     def _check_space(self, state: Any) -> None:
