@@ -225,8 +225,8 @@ class Checkpoints:
         complete = self.complete_steps()
         kept = f"the last complete checkpoint is step {complete[-1]}" if complete else "none was complete before"
         return InputError(
-            f"could not save a checkpoint in {self.folder} ({reason}); {kept}; make room on that disk and run the "
-            "same command to go on"
+            f"could not save a checkpoint in {self.folder} ({reason}); {kept}; make room if that disk is full and run "
+            "the same command to go on"
         )
 
     @contextlib.contextmanager

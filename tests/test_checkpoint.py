@@ -132,6 +132,9 @@ def test_another_optimizer_is_not_taken_for_damage(run_dir):
 
 def test_a_step_can_be_chosen(run_dir):
     assert load_run(run_dir, "1").step == 1
+    metrics = [run_dir / "checkpoints" / step / "metrics" / "metrics" for step in "12"]
+    one, two = (json.loads(path.read_bytes())["answer_accuracy"] for path in metrics)
+    assert load_run(run_dir, "best").step == (1 if one > two else 2)
     with pytest.raises(InputError, match="has no checkpoint 7, but 1, 2"):
         load_run(run_dir, "7")
 

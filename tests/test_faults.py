@@ -113,13 +113,13 @@ def test_a_dead_data_worker_ends_training_with_what_to_do(uninterrupted, tmp_pat
     config = make_config(tmp_path / "run", data=dataclasses.replace(DATA, workers=1))
     place_batch, steps = train_module.place_batch, iter(range(1, 100))
 
-    def killing(batch):
+    def killing(*args):
         if next(steps) == 6:
             (worker,) = multiprocessing.active_children()
             assert worker.pid is not None
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()
-        return place_batch(batch)
+        return place_batch(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "place_batch", killing)
