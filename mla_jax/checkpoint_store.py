@@ -9,6 +9,7 @@ RUN/checkpoints/STEP.corrupt/        a checkpoint that was found damaged when tr
 """
 
 import contextlib
+import itertools
 import json
 import shutil
 import sys
@@ -176,8 +177,8 @@ class Checkpoints:
             _warn(f"checkpoint {self.folder / str(step)} is damaged ({reason}), now {aside.name}; using step {newest}")
 
     def _set_aside(self, step: int) -> Path:
-        count = sum(p.name.startswith(f"{step}.corrupt") for p in self.folder.iterdir())
-        aside = self.folder / (f"{step}.corrupt" + (f".{count}" if count else ""))
+        names = (f"{step}.corrupt" + (f".{i}" if i else "") for i in itertools.count())
+        aside = next(self.folder / name for name in names if not (self.folder / name).exists())
         return (self.folder / str(step)).rename(aside)
 
     def _choose(self, which: str, best_metric: str) -> int:

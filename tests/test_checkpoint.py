@@ -1,6 +1,7 @@
 """Run folders: what cannot be read is named, what was saved is never lost."""
 
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mla_jax import checkpoint_store
 from mla_jax import train as train_module
 from mla_jax.checkpoint import load_run, save_imported
 from mla_jax.checkpoint_store import Checkpoints
@@ -58,6 +60,7 @@ def test_a_run_without_a_checkpoint_is_named(run_dir):
 def test_an_unfinished_save_is_not_a_checkpoint(run_dir):
     shutil.move(run_dir / "checkpoints" / "2", run_dir / "checkpoints" / "2.orbax-checkpoint-tmp")
     assert load_run(run_dir).step == 1
+    assert steps_in(run_dir) == ["1", "2.orbax-checkpoint-tmp"]  # it may be under way
 
 
 def flip(path: Path, at: int = 0) -> None:
@@ -174,6 +177,18 @@ def test_the_newest_and_the_best_are_kept(tmp_path, keep, kept, best):
     assert checkpoints.choose("best", keep.get("best_metric", "answer_accuracy")) == best
     assert checkpoints.choose("latest", "loss") == 4
     checkpoints.close()
+
+
+def test_a_manifest_that_cannot_be_written_fails_the_save(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_with_metrics(tmp_path, {1: MEASURED[1]})
+    monkeypatch.setattr(checkpoint_store, "write_manifest", full)
+    with pytest.raises(InputError, match=r"No space left on device.*the last complete checkpoint is step 1"):
+        save_with_metrics(tmp_path, {2: MEASURED[2]})
+    monkeypatch.undo()
+    assert save_with_metrics(tmp_path, {2: MEASURED[2]}) == ["1", "2"]
 
 
 def test_the_best_survives_reopening_and_gives_way_to_a_later_stage(tmp_path):
