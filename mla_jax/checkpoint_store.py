@@ -39,10 +39,10 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: Path, train: TrainConfig | None = None):
-        """Opens for reading, or with `train` for saving.
+        """Opens the folder; with `train`, to train on from its newest checkpoint and keep what that config says.
 
-        For saving, the newest checkpoint is checked first. If it is damaged, it is renamed to STEP.corrupt with a
-        warning, and so on until one is sound, which is then `latest_step`.
+        Then the newest checkpoint is checked. If it is damaged, it is renamed to STEP.corrupt with a warning, and so
+        on until one is sound, which is then `latest_step`; what a killed save left is removed.
 
         Raises:
             InputError: there are checkpoints, and all are damaged; nothing is renamed then.
@@ -66,7 +66,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 best_fn=rank,
-                cleanup_tmp_directories=train is not None,  # what a killed save left; a reader may meet one under way
+                cleanup_tmp_directories=train is not None,  # a reader may meet one that is being written
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._before_it_gets_its_name),
             ),
         )

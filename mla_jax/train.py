@@ -213,12 +213,12 @@ class _Trainer:
 
     def _save(self) -> None:
         self._read_pending()
+        p = self.position
         position = {
-            **dataclasses.asdict(self.position),
+            **dataclasses.asdict(p),
             "data": self.data.get_state(),
             "tokenizer": self.tokenizer.fingerprint,
         }
-        p = self.position
         metrics = p.reported or {"stage": p.stage, **p.window.means()}
         self.checkpoints.save(p.step, self.state, position, metrics)
 
