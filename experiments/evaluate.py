@@ -8,7 +8,7 @@ from mla_jax.evals.passkey import run_passkey
 
 def main(config: EvaluateConfig) -> None:
     """Writes RUN/eval/passkey.json and passkey.png and prints the table."""
-    trained = load_run(config.run)
+    trained = load_run(config.run, config.step)
     run_passkey(trained, config.eval, trained.path / "eval")
 
 

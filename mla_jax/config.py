@@ -311,6 +311,11 @@ class TrainConfig:
     checkpoint_every: int = 200
     """Steps between checkpoints; one is also saved at the end and on Ctrl-C."""
     keep_last: int = 2
+    """The newest checkpoints that are kept."""
+    keep_best: int = 1
+    """The best checkpoints that are kept besides; 0 for none."""
+    best_metric: str = "answer_accuracy"
+    """What is best over the last `log_every` steps, in the last stage reached: `answer_accuracy` or `loss`."""
     nonfinite: str = "stop"
     """At a step whose loss or gradient is not finite: `stop`, or `skip` it and leave parameters and moments alone."""
 
@@ -319,6 +324,8 @@ class TrainConfig:
         require(len(self.stages) > 0, "train.stages needs at least one stage")
         for name in ("grad_accumulation", "loss_chunk", "log_every", "checkpoint_every", "keep_last"):
             require_at_least(1, **{f"train.{name}": getattr(self, name)})
+        require_at_least(0, **{"train.keep_best": self.keep_best})
+        require_choice("train.best_metric", self.best_metric, ("answer_accuracy", "loss"))
         for stage in self.stages:
             require(
                 stage.batch_size % self.grad_accumulation == 0,
@@ -391,7 +398,15 @@ class EvaluateConfig:
     """`python -m experiments.evaluate run=RUN_DIR`."""
 
     run: str = MISSING
+    step: str = "latest"
+    """Which checkpoint: `latest`, `best` by the run's `train.best_metric`, or a step."""
     eval: PasskeyConfig = MISSING
+
+    def __post_init__(self):
+        require(
+            self.step in ("latest", "best") or self.step.isdigit(),
+            f"step must be latest, best or a number, got {self.step!r}",
+        )
 
 
 def register_schemas() -> None:

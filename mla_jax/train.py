@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from mla_jax import checkpoint
-from mla_jax.checkpoint import Checkpoints
+from mla_jax.checkpoint_store import Checkpoints
 from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig
 from mla_jax.data.pipeline import make_pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,12 +31,16 @@ from mla_jax.trackers import Tracker, make_tracker
 
 @dataclass
 class Position:
-    """Where a run is: steps finished in all and in the current stage, and the open metrics window."""
+    """Where a run is: steps finished in all and in the current stage, and the open metrics window.
+
+    `reported` holds the means of the window before, and the stage that it was in.
+    """
 
     step: int = 0
     stage: int = 0
     stage_step: int = 0
     window: Window = field(default_factory=Window)
+    reported: dict[str, float] = field(default_factory=dict)
 
     def planned(self, train: TrainConfig) -> int:
         """Finished steps as the schedule counts them: a stage that ended early counts in full."""
@@ -77,7 +81,7 @@ class _Trainer:
         self.position = Position()
         self.data = self._pipeline()  # bad data ends here, before the run folder exists
         self.run_dir = checkpoint.start_run(config, tokenizer)
-        self.checkpoints = Checkpoints(self.run_dir, config.train.keep_last)
+        self.checkpoints = Checkpoints(self.run_dir, config.train)
         self.state = self._restore_or_init(optimizer)
         self.pending: list[dict] = []  # metrics of steps that have not been read from the device
 
@@ -96,7 +100,8 @@ class _Trainer:
             params = _params_of(self.config.init_from, self.config.model, self.tokenizer)
             return with_params(params, optimizer)
         state, saved = self.checkpoints.restore_state(step, abstract_state(self.config.model, optimizer))
-        self.position = Position(saved["step"], saved["stage"], saved["stage_step"], Window(**saved["window"]))
+        fields = {f.name: saved[f.name] for f in dataclasses.fields(Position) if f.name != "window"}
+        self.position = Position(**fields, window=Window(**saved["window"]))
         if self.position.stage >= len(self.config.train.stages):
             raise InputError(f"{self.run_dir} is in stage {self.position.stage + 1}, but train.stages has fewer")
         self.data = self._pipeline()
@@ -198,7 +203,7 @@ class _Trainer:
             {f"train/{name}": value for name, value in means.items()}
             | {"train/tokens_per_second": tokens_per_second, "train/learning_rate": rate, "train/stage": p.stage},
         )
-        p.window = Window()
+        p.window, p.reported = Window(), {"stage": p.stage, **means}
         display.show(
             p.planned(train),
             f"stage {p.stage + 1}/{len(train.stages)} ({stage.seq_len} tokens)  "
@@ -208,12 +213,14 @@ class _Trainer:
 
     def _save(self) -> None:
         self._read_pending()
+        p = self.position
         position = {
-            **dataclasses.asdict(self.position),
+            **dataclasses.asdict(p),
             "data": self.data.get_state(),
             "tokenizer": self.tokenizer.fingerprint,
         }
-        self.checkpoints.save(self.position.step, self.state, position)
+        metrics = p.reported or {"stage": p.stage, **p.window.means()}
+        self.checkpoints.save(p.step, self.state, position, metrics)
 
 
 def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:

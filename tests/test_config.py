@@ -59,6 +59,8 @@ def test_yarn_is_a_choice_whose_factor_is_checked():
         ("train.grad_accumulation=7", "must divide"),
         ("data.tasks.passkey=-1", "non-negative"),
         ("+data.tasks.paskey=1", "paskey"),
+        ("train.best_metric=speed", "train.best_metric must be one of answer_accuracy, loss"),
+        ("train.keep_best=-1", "train.keep_best must be at least 0"),
         ("optim.schedule=linear", "optim.schedule must be one of"),
         ("mesh.fsdp=0", "mesh sizes"),
     ],
@@ -66,6 +68,15 @@ def test_yarn_is_a_choice_whose_factor_is_checked():
 def test_impossible_values_are_named(override, named):
     with pytest.raises(UsageError, match=named):
         _compose(override)
+
+
+def test_a_step_to_evaluate_is_a_number_or_a_name():
+    register_schemas()
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        for step in ("400", "best", "latest"):
+            assert OmegaConf.to_object(compose("evaluate", overrides=["run=r", f"step={step}"])).step == step
+        with pytest.raises(UsageError, match="step must be latest, best or a number, got 'newest'"):
+            OmegaConf.to_object(compose("evaluate", overrides=["run=r", "step=newest"]))
 
 
 @pytest.mark.parametrize(

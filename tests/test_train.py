@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from mla_jax import train as train_module
-from mla_jax.checkpoint import Checkpoints, load_run
+from mla_jax.checkpoint import load_run
+from mla_jax.checkpoint_store import Checkpoints
 from mla_jax.config import OptimConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.optim import make_optimizer

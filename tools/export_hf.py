@@ -49,6 +49,7 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--step", default="latest", help="latest, best or a number (default: latest)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default: float32)")
     parser.add_argument(
         "--max-shard-size", type=parse_size, default="4GB", help="the most weights in a file (default: 4GB)"
@@ -59,7 +60,7 @@ def main() -> None:
     with one_line_errors():
         if args.verify:
             verify.import_transformers()  # its absence is better known before than after
-        run = load_run(args.run)
+        run = load_run(args.run, args.step)
         out = export(
             run.model,
             run.params,

@@ -60,7 +60,10 @@ class Pipeline:
         except RuntimeError as e:
             if "Worker process" not in str(e):
                 raise
-            raise InputError("a data worker process died, out of memory perhaps; lower data.workers") from e
+            raise InputError(
+                "a data worker process died, out of memory perhaps; lower data.workers and run the same command to go "
+                "on from the last checkpoint"
+            ) from e
         self._next += 1
         return batch
 
