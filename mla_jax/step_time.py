@@ -13,7 +13,7 @@ compute     everything else: the device works, or could, and the host keeps up
 data        the host waited for a batch, and the device had run out of work when it came
 compile     tracing and compiling the step for a batch shape not met before in this process
 checkpoint  blocked in saving, which includes waiting for the steps before
-other       trackers, display, the next stage's pipeline
+other       trackers, and the start of the next stage's data
 """
 
 

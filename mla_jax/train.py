@@ -120,12 +120,14 @@ class _Trainer:
                         self._read_pending()
                         reached = self._report(display)
                         if (reached or self._stage_over()) and not self._finished():
-                            self._next_stage()
+                            with self.telemetry.clock.spend("other"):
+                                self._next_stage()
                     if position.step % train.checkpoint_every == 0:
                         self._save()
             if self.checkpoints.latest_step != position.step:
                 self._save()
-            self.checkpoints.wait()
+            with self.telemetry.clock.spend("checkpoint"):
+                self.checkpoints.wait()
         finally:
             self.data.close()
             display.close()
