@@ -128,7 +128,9 @@ class TensorBoardTracker:
     def __init__(self, run_dir: Path, step: int, start: dict):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        # Files are named by the second: the suffix keeps apart processes that start within one.
+        suffix = f".from{step + 1}"
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, filename_suffix=suffix)
         self._writer.add_text("start", f"```yaml\n{yaml.safe_dump(start, sort_keys=False)}```", step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ from wandb.proto import wandb_internal_pb2
 
 
 def records(path: Path) -> list[wandb_internal_pb2.Record]:
-    """All records of a run-ID.wandb file: blocks of 32 KiB, chunks of (crc 4, length 2, type 1, data), 7 bytes first."""
+    """All records of a run-ID.wandb file: blocks of 32 KiB, chunks (crc 4, length 2, type 1, data), 7 bytes first."""
     data, at, whole, found = path.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         left = -at % 32768
