@@ -85,8 +85,8 @@ class Trackers:
             known = self._known[name]
             if name == "tensorboard" or step > known.get("last_step", -1):
                 try:
-                    known["last_step"] = step
                     tracker.log(step, metrics)
+                    known["last_step"] = step
                 except Exception as e:
                     self._report(name, e)
         if self._trackers:
@@ -163,7 +163,11 @@ class WandbTracker:
             dir=str(run_dir),
             config=start["config"] | {"environment": start["environment"]},
             allow_val_change=True,  # a resumed run may have another config
-            settings=wandb.Settings(console="off", finish_timeout=_CLOSE_SECONDS),
+            settings=wandb.Settings(
+                console="off",
+                finish_timeout=_CLOSE_SECONDS,
+                x_transaction_log_flush_interval=1.0,  # a killed process loses metrics of so many seconds, not of 15
+            ),
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

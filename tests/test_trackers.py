@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
+import wandb
 
 import wandb_file
 from mla_jax import trackers as trackers_module
@@ -46,6 +50,7 @@ def mlflow_history(run_dir: Path, key: str) -> list[tuple[int, float]]:
 
 
 def wandb_files(run_dir: Path) -> list[Path]:
+    wandb.teardown()  # `finish` returns before the file is whole
     return sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime)
 
 
@@ -183,6 +188,43 @@ def test_a_tracker_that_cannot_start_ends_a_new_run_but_not_a_resumed_one(tmp_pa
     assert "tracker mlflow cannot go on with run" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"tracker mlflow cannot start \(refused\)"):
         Trackers(config(tmp_path / "new", ["mlflow"]), tmp_path / "new", 0)
+
+
+WANDB_DIES = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, "tests")
+from mla_jax.config import TrackerConfig
+from mla_jax.trackers import Trackers
+from tiny import make_config
+run_dir = Path(sys.argv[1])
+run_dir.mkdir()
+tracked = Trackers(make_config(run_dir, tracker=TrackerConfig(names=["wandb"], wandb_mode="offline")), run_dir, 0)
+tracked.log(1, {"train/loss": 1.0})
+time.sleep(3)
+children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
+(core,) = [line for line in children.stdout.splitlines() if "wandb-core" in line]
+os.kill(int(core.split()[0]), signal.SIGTERM)
+time.sleep(1)
+for step in (2, 3):
+    tracked.log(step, {"train/loss": 1.0})
+tracked.close(finished=False)
+print("trained on")
+"""
+
+
+@pytest.mark.integration
+def test_wandb_whose_process_is_terminated_keeps_what_it_had_and_training_goes_on(tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", WANDB_DIES, str(run_dir)]
+    # WANDB_SERVICE would have it use this process's W&B.
+    env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=env)
+    assert done.returncode == 0 and "trained on" in done.stdout, done.stderr
+    assert done.stdout.count("tracker wandb failed") == 1
+    (file,) = wandb_files(run_dir)
+    assert [row["_step"] for row in wandb_file.history(file)] == [1]
+    assert json.loads((run_dir / trackers_module.FILE).read_text())["wandb"]["last_step"] == 1
 
 
 def test_wandb_without_a_key_says_so(tmp_path, monkeypatch):
