@@ -3,7 +3,7 @@
 RUN/config.yaml            everything that was configured
 RUN/tokenizer/             Hugging Face files
 RUN/checkpoints/STEP/      state (parameters, optimizer) and position (stage, data order) at that step
-RUN/tensorboard/, RUN/eval/
+RUN/trackers.json, goodput.json, tensorboard/, wandb/, profile/, eval/
 """
 
 import contextlib
