@@ -36,7 +36,7 @@ class Telemetry:
         first = jax.process_index() == 0
         device = jax.devices()[0]
         peaks = {"mfu": nominal_peak(device.device_kind)}
-        if config.train.measure_peak and device.platform == "gpu":
+        if first and config.train.measure_peak and device.platform == "gpu":
             peaks["mfu_of_measured_peak"] = measured_peak()
         self._peaks = {name: peak * jax.device_count() for name, peak in peaks.items() if peak is not None}
         self._trackers = Trackers(config, run_dir, step)
