@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from mla_jax.device_busy import DeviceBusy, find_nvml
 from mla_jax.flops import measured_peak, nominal_peak
 from mla_jax.profiling import StepProfiler
-from mla_jax.telemetry import peak_memory_gib
 from tools.trace_summary import find_trace, read_kernels, summarize
 
 
@@ -46,8 +45,3 @@ def test_a_trace_is_summarised(tmp_path):
     for kernels in read_kernels(find_trace(tmp_path)).values():
         summary = summarize(kernels)
         assert 0 < summary.busy <= 1 and summary.communication == 0 and summary.kernels[0][2] >= 20
-
-
-def test_peak_memory_is_counted():
-    jax.block_until_ready(jnp.ones(2**28, jnp.int8))
-    assert (peak_memory_gib() or 0) >= 0.25
