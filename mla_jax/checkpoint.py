@@ -3,7 +3,7 @@
 RUN/config.yaml            everything that was configured
 RUN/tokenizer/             Hugging Face files
 RUN/checkpoints/STEP/      see checkpoint_store
-RUN/tensorboard/, RUN/eval/
+RUN/trackers.json, goodput.json, tensorboard/, wandb/, profile/, eval/
 """
 
 import dataclasses

@@ -261,11 +261,21 @@ class MeshConfig:
 class TrackerConfig:
     """Where metrics go besides the terminal."""
 
-    name: str = MISSING
-    """`tensorboard` or `none`."""
+    names: list[str] = MISSING
+    """Any of `tensorboard`, `wandb`, `mlflow`; empty for none."""
+    project: str = "infinitecontext"
+    """W&B's project, MLflow's experiment."""
+    wandb_mode: Optional[str] = None
+    """`online`, or `offline` for files that `wandb sync` uploads; null for what WANDB_MODE says, else online."""
+    mlflow_uri: Optional[str] = None
+    """MLflow's store; null for MLFLOW_TRACKING_URI, else mlflow.db in the folder that holds the run folder."""
 
     def __post_init__(self):
-        require_choice("tracker.name", self.name, ("tensorboard", "none"))
+        for name in self.names:
+            require_choice("tracker.names", name, ("tensorboard", "wandb", "mlflow"))
+        require(len(set(self.names)) == len(self.names), f"tracker.names has a name twice: {', '.join(self.names)}")
+        if self.wandb_mode is not None:
+            require_choice("tracker.wandb_mode", self.wandb_mode, ("online", "offline"))
 
 
 @schema
@@ -318,9 +328,17 @@ class TrainConfig:
     """What is best over the last `log_every` steps, in the last stage reached: `answer_accuracy` or `loss`."""
     nonfinite: str = "stop"
     """At a step whose loss or gradient is not finite: `stop`, or `skip` it and leave parameters and moments alone."""
+    profile: list[int] = field(default_factory=list)
+    """[FIRST, LAST]: write a trace of these steps, counted from 1 in each process, to RUN/profile; empty for none."""
+    measure_peak: bool = True
+    """On a GPU, time a matrix product at the start, to state MFU against the measured peak too."""
 
     def __post_init__(self):
         require_choice("train.nonfinite", self.nonfinite, ("stop", "skip"))
+        require(
+            self.profile == [] or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
+            f"train.profile must be [FIRST, LAST] with 1 <= FIRST <= LAST, got {self.profile}",
+        )
         require(len(self.stages) > 0, "train.stages needs at least one stage")
         for name in ("grad_accumulation", "loss_chunk", "log_every", "checkpoint_every", "keep_last"):
             require_at_least(1, **{f"train.{name}": getattr(self, name)})

@@ -7,7 +7,6 @@ run interrupted anywhere and resumed is bit for bit the run that was not interru
 import dataclasses
 import math
 import signal
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from mla_jax.metrics import ProgressDisplay, Window
 from mla_jax.optim import learning_rate, make_optimizer
 from mla_jax.state import TrainState, abstract_state, init_state, with_params
 from mla_jax.step import make_train_step
-from mla_jax.trackers import Tracker, make_tracker
+from mla_jax.telemetry import Telemetry
+from mla_jax.trackers import check_installed
 
 
 @dataclass
@@ -71,6 +71,7 @@ def train(config: SftConfig) -> TrainResult:
 class _Trainer:
     def __init__(self, config: SftConfig):
         self.config = config
+        check_installed(config.tracker)
         tokenizer = load_tokenizer(config.data.tokenizer)
         checkpoint.check_tokenizer(tokenizer, config.model)
         self.tokenizer = tokenizer
@@ -84,6 +85,7 @@ class _Trainer:
         self.checkpoints = Checkpoints(self.run_dir, config.train)
         self.state = self._restore_or_init(optimizer)
         self.pending: list[dict] = []  # metrics of steps that have not been read from the device
+        self.telemetry = Telemetry(config, self.run_dir, self.position.step)
 
     def _pipeline(self):
         c = self.config
@@ -113,30 +115,28 @@ class _Trainer:
 
     def run(self) -> TrainResult:
         train, position = self.config.train, self.position
-        tracker = make_tracker(self.config.tracker, self.run_dir, position.step + 1)
         display = ProgressDisplay(sum(s.steps for s in train.stages), position.planned(train))
         stop = _StopRequest()
-        tokens, since = 0, time.monotonic()
         try:
             with stop:
                 while not self._finished() and not stop.requested:
-                    tokens += self._step()
+                    self._step()
                     if position.step % train.log_every == 0 or self._stage_over():
                         self._read_pending()
-                        now = time.monotonic()
-                        reached = self._report(tracker, display, tokens / (now - since))
-                        tokens, since = 0, now
+                        reached = self._report(display)
                         if (reached or self._stage_over()) and not self._finished():
-                            self._next_stage()
+                            with self.telemetry.clock.spend("other"):
+                                self._next_stage()
                     if position.step % train.checkpoint_every == 0:
                         self._save()
             if self.checkpoints.latest_step != position.step:
                 self._save()
-            self.checkpoints.wait()
+            with self.telemetry.clock.spend("checkpoint"):
+                self.checkpoints.wait()
         finally:
             self.data.close()
             display.close()
-            tracker.close()
+            self.telemetry.close(self._finished())
             self.checkpoints.close()
         return TrainResult(self.run_dir, position.step, self._finished())
 
@@ -146,16 +146,18 @@ class _Trainer:
     def _finished(self) -> bool:
         return self.position.stage == len(self.config.train.stages) - 1 and self._stage_over()
 
-    def _step(self) -> int:
-        """One optimizer step; returns its tokens."""
+    def _step(self) -> None:
+        """One optimizer step."""
         p, c = self.position, self.config
-        batch = place_batch(next(self.data), c.train.grad_accumulation)
+        with self.telemetry.clock.wait_for_data(self.pending):
+            rows = next(self.data)
+        batch = place_batch(rows, c.train.grad_accumulation)
         rate = learning_rate(c.optim, c.train.stages, p.stage, p.stage_step)
-        self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate))
-        self.pending.append(metrics)
+        with self.telemetry.dispatch(batch["tokens"].shape, self.pending):
+            self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate))
+            self.pending.append(metrics)
         p.step += 1
         p.stage_step += 1
-        return batch["tokens"].size
 
     def _next_stage(self) -> None:
         self.position.stage += 1
@@ -191,23 +193,19 @@ class _Trainer:
             "from it"
         )
 
-    def _report(self, tracker: Tracker, display: ProgressDisplay, tokens_per_second: float) -> bool:
+    def _report(self, display: ProgressDisplay) -> bool:
         """Logs the window and starts a new one; returns whether it reached the stage's accuracy threshold."""
         p, train = self.position, self.config.train
         stage = train.stages[p.stage]
         means = p.window.means()
         reached = stage.accuracy is not None and p.window.answers > 0 and p.window.accuracy >= stage.accuracy
         rate = learning_rate(self.config.optim, train.stages, p.stage, p.stage_step)
-        tracker.log(
-            p.step,
-            {f"train/{name}": value for name, value in means.items()}
-            | {"train/tokens_per_second": tokens_per_second, "train/learning_rate": rate, "train/stage": p.stage},
-        )
+        speed = self.telemetry.report(p.step, means | {"learning_rate": rate, "stage": p.stage})
         p.window, p.reported = Window(), {"stage": p.stage, **means}
         display.show(
             p.planned(train),
             f"stage {p.stage + 1}/{len(train.stages)} ({stage.seq_len} tokens)  "
-            f"loss {means['loss']:.3f}  answers {means['answer_accuracy']:.1%}  {tokens_per_second:,.0f} tokens/s",
+            f"loss {means['loss']:.3f}  answers {means['answer_accuracy']:.1%}  {speed}",
         )
         return reached
 
@@ -220,7 +218,8 @@ class _Trainer:
             "tokenizer": self.tokenizer.fingerprint,
         }
         metrics = p.reported or {"stage": p.stage, **p.window.means()}
-        self.checkpoints.save(p.step, self.state, position, metrics)
+        with self.telemetry.saving(p.step):
+            self.checkpoints.save(p.step, self.state, position, metrics)
 
 
 def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:

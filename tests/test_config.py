@@ -37,6 +37,21 @@ def test_every_experiment_composes(path):
     _compose(f"experiment={path.stem}")
 
 
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("tracker=none", []),
+        ("tracker=tensorboard", ["tensorboard"]),
+        ("tracker=wandb", ["wandb"]),
+        ("tracker=mlflow", ["mlflow"]),
+        ("tracker=all", ["tensorboard", "wandb", "mlflow"]),
+        ("tracker.names=[wandb,mlflow]", ["wandb", "mlflow"]),
+    ],
+)
+def test_trackers_are_chosen_singly_or_together(override, names):
+    assert _compose(override).tracker.names == names
+
+
 @pytest.mark.parametrize("model", ["nano", "small", "infinite_1b"])
 def test_every_model_composes(model):
     assert _compose(f"model={model}").model.qk_rope_head_dim % 2 == 0
@@ -63,6 +78,12 @@ def test_yarn_is_a_choice_whose_factor_is_checked():
         ("train.keep_best=-1", "train.keep_best must be at least 0"),
         ("optim.schedule=linear", "optim.schedule must be one of"),
         ("mesh.fsdp=0", "mesh sizes"),
+        ("tracker.names=[wandb,comet]", "tracker.names must be one of tensorboard, wandb, mlflow; got 'comet'"),
+        ("tracker.names=[wandb,wandb]", "tracker.names has a name twice"),
+        ("tracker.wandb_mode=dryrun", "tracker.wandb_mode must be one of"),
+        ("train.profile=[0,3]", "train.profile must be"),
+        ("train.profile=[13,10]", "train.profile must be"),
+        ("train.profile=[10]", "train.profile must be"),
     ],
 )
 def test_impossible_values_are_named(override, named):

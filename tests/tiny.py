@@ -50,7 +50,7 @@ def make_config(run_dir: Path, stages: list[dict] | None = None, **changes) -> S
         data=changes.pop("data", DATA),
         optim=changes.pop("optim", OptimConfig(name="adamw", warmup_steps=2)),
         mesh=MeshConfig(),
-        tracker=TrackerConfig(name="none"),
+        tracker=changes.pop("tracker", TrackerConfig(names=[])),
         train=TrainConfig(
             **{"stages": [StageConfig(**(common | s)) for s in stages], "log_every": 3, "checkpoint_every": 4}
             | train_changes

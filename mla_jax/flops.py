@@ -1,0 +1,90 @@
+"""Floating-point operations of training, and the share of the hardware's peak that they use (MFU).
+
+Counted are the multiplications and additions of matrix products, as PaLM does (arXiv 2204.02311, appendix B): a product
+of [m, k] and [k, n] is 2 m k n. The backward pass costs twice the forward pass; what rematerialisation computes again
+is not counted, for it brings the training no further. Other than PaLM, causal attention counts at half the pairs of
+tokens, as the masked half is not computed. Not counted: norms, rotations, softmax, activations, the loss, the
+optimizer (Muon's products too), the lookup of embeddings.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
+from mla_jax.config import MeshConfig, ModelConfig
+from mla_jax.mesh import make_mesh
+
+NOMINAL_PEAK = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 2070 SUPER": 36e12,
+}
+"""FLOP/s of dense bfloat16 products accumulated in float32, by JAX's `device_kind`.
+
+From NVIDIA's data sheets, half of the figure "with sparsity" where they give no other; GeForce from the white papers of
+the architectures, at boost clock. The RTX 2070 SUPER has no bfloat16 in its tensor cores: float16, 40 SMs x 512 FMA x
+1.77 GHz, halved on GeForce for float32 sums.
+"""
+
+
+def forward_flops(model: ModelConfig, batch_size: int, seq_len: int) -> float:
+    """FLOPs of one forward pass over [batch_size, seq_len] tokens in the expanded form, logits of all tokens included.
+
+    Attention counts seq_len^2 / 2 pairs a sequence, also where packing lets documents not see each other.
+    """
+    d, heads, c = model.hidden_size, model.num_attention_heads, model.kv_lora_rank
+    q_width, v_width = heads * model.qk_head_dim, heads * model.v_head_dim
+    q_rank = model.q_lora_rank
+    queries = d * q_width if q_rank is None else q_rank * (d + q_width)
+    keys_and_values = d * model.cache_width + c * (heads * model.qk_nope_head_dim + v_width)
+    feed_forward = 3 * d * model.intermediate_size
+    layer = queries + keys_and_values + v_width * d + feed_forward  # multiply-adds a token
+    attention = seq_len / 2 * (q_width + v_width)
+    token = model.num_hidden_layers * (layer + attention) + d * model.vocab_size
+    return 2.0 * token * batch_size * seq_len
+
+
+def train_flops(model: ModelConfig, batch_size: int, seq_len: int) -> float:
+    """FLOPs of one training step: three times the forward pass."""
+    return 3 * forward_flops(model, batch_size, seq_len)
+
+
+def nominal_peak(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s that the vendor states for one device; None for a device that is not in the table."""
+    return NOMINAL_PEAK.get(device_kind)
+
+
+def measured_peak(size: int = 8192, products: int = 20) -> float:
+    """FLOP/s of bfloat16 matrix products [size, size] one after another on the first local device.
+
+    Random numbers, as products of zeros draw less power and run faster. The best of five timings of `products` each.
+    """
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
+        a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+        b *= size**-0.5  # so that products are as large as their factors
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def chain(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, products, lambda _, x: x @ b, a)
+
+        def seconds() -> float:
+            nonlocal a
+            start = time.perf_counter()
+            a = jax.block_until_ready(chain(a, b))
+            return time.perf_counter() - start
+
+        seconds()  # compiles
+        return products * 2 * size**3 / min(seconds() for _ in range(5))
