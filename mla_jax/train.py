@@ -6,7 +6,6 @@ run interrupted anywhere and resumed is bit for bit the run that was not interru
 
 import dataclasses
 import math
-import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mla_jax import checkpoint
+from mla_jax import checkpoint, distributed
 from mla_jax.checkpoint import Checkpoints
-from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig
+from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrackerConfig, TrainConfig
 from mla_jax.data.pipeline import make_pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
 from mla_jax.mesh import make_mesh, place_batch, rows_here
 from mla_jax.metrics import ProgressDisplay, Window
 from mla_jax.optim import learning_rate, make_optimizer
+from mla_jax.preemption import StopRequest
 from mla_jax.state import TrainState, abstract_state, init_state, with_params
 from mla_jax.step import make_train_step
 from mla_jax.trackers import Tracker, make_tracker
@@ -45,11 +45,12 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: `finished` is False after Ctrl-C or SIGTERM."""
+    """How a run ended: `finished` is False after Ctrl-C or SIGTERM, `terminated` is True after SIGTERM."""
 
     run_dir: Path
     step: int
     finished: bool
+    terminated: bool = False
 
 
 def train(config: SftConfig) -> TrainResult:
@@ -76,7 +77,7 @@ class _Trainer:
         )
         self.position = Position()
         self.data = self._pipeline()  # bad data ends here, before the run folder exists
-        self.run_dir = checkpoint.start_run(config, tokenizer)
+        self.run_dir = _start_run(config, tokenizer)
         self.checkpoints = Checkpoints(self.run_dir, config.train.keep_last)
         self.state = self._restore_or_init(optimizer)
         self.pending: list[dict] = []  # metrics of steps that have not been read from the device
@@ -103,18 +104,20 @@ class _Trainer:
         self.data.set_state(saved["data"])
         if self._stage_over() and not self._finished():  # the run had ended, and a stage was added since
             self._next_stage()
-        print(f"Resuming {self.run_dir} at step {step}")
+        distributed.say(f"Resuming {self.run_dir} at step {step}")
         return state
 
     def run(self) -> TrainResult:
         train, position = self.config.train, self.position
-        tracker = make_tracker(self.config.tracker, self.run_dir, position.step + 1)
-        display = ProgressDisplay(sum(s.steps for s in train.stages), position.planned(train))
-        stop = _StopRequest()
+        tracking = self.config.tracker if distributed.is_main() else TrackerConfig(name="none")
+        tracker = make_tracker(tracking, self.run_dir, position.step + 1)
+        shown = distributed.is_main()
+        display = ProgressDisplay(sum(s.steps for s in train.stages), position.planned(train), shown)
+        stop = StopRequest()
         tokens, since = 0, time.monotonic()
         try:
             with stop:
-                while not self._finished() and not stop.requested:
+                while not self._finished() and not stop.reached(position.step):
                     tokens += self._step()
                     if position.step % train.log_every == 0 or self._stage_over():
                         self._read_pending()
@@ -133,7 +136,7 @@ class _Trainer:
             display.close()
             tracker.close()
             self.checkpoints.close()
-        return TrainResult(self.run_dir, position.step, self._finished())
+        return TrainResult(self.run_dir, position.step, self._finished(), stop.terminated)
 
     def _stage_over(self) -> bool:
         return self.position.stage_step >= self.config.train.stages[self.position.stage].steps
@@ -216,6 +219,14 @@ class _Trainer:
         self.checkpoints.save(self.position.step, self.state, position)
 
 
+def _start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
+    """`checkpoint.start_run` on the main process; the others wait for what it writes."""
+    if distributed.is_main():
+        checkpoint.start_run(config, tokenizer)
+    distributed.wait_for_all("run folder")
+    return Path(config.run_dir)
+
+
 def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
     """Parameters of another run, to start from. Raises InputError if its shapes or its tokenizer are not ours."""
     run = checkpoint.load_run(run_dir)
@@ -226,25 +237,3 @@ def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
     if run.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"init_from={run_dir} has another tokenizer; set data.tokenizer={run_dir}/tokenizer")
     return run.params
-
-
-class _StopRequest:
-    """Turns the first SIGINT or SIGTERM into `requested`; a second one acts as usual."""
-
-    def __init__(self):
-        self.requested = False
-        self._previous: dict = {}
-
-    def __enter__(self) -> "_StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame) -> None:
-        self.requested = True
-        self.__exit__()
-        print("\nStopping after this step; the checkpoint is saved first", flush=True)
