@@ -5,6 +5,7 @@ import sys
 from experiments.entry import run
 from mla_jax import distributed, preemption
 from mla_jax.config import SftConfig
+from mla_jax.evals.sweep import write_summary
 from mla_jax.train import train
 
 INTERRUPTED = 130
@@ -20,6 +21,8 @@ def main(config: SftConfig) -> None:
             preemption.requeue()
         distributed.say(f"Interrupted: step {result.step} is saved in {result.run_dir}; the same command resumes it")
         sys.exit(INTERRUPTED)
+    if distributed.is_main():
+        write_summary(result)
     distributed.say(f"Finished at step {result.step}. Next: python -m experiments.evaluate run={result.run_dir}")
 
 

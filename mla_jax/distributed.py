@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mla_jax.config import flatten
 from mla_jax.errors import InputError, UsageError
 
 JOIN_TIMEOUT_S = 300
@@ -173,7 +174,7 @@ def check_same_config(config: Any) -> None:
     """Raises UsageError on every process if the dataclass `config` is not the same on all."""
     if jax.process_count() == 1:
         return
-    text = json.dumps(_flat(dataclasses.asdict(config)), sort_keys=True, default=str).encode()
+    text = json.dumps(flatten(dataclasses.asdict(config)), sort_keys=True, default=str).encode()
     length = int(multihost_utils.process_allgather(np.int32(len(text))).max())
     everyone = multihost_utils.process_allgather(np.frombuffer(text.ljust(length), np.uint8))
     first, *others = (json.loads(bytes(row)) for row in everyone)
@@ -185,10 +186,3 @@ def check_same_config(config: Any) -> None:
         ]
         if differ:
             raise UsageError(f"the processes disagree on the config: {'; '.join(differ)}; give all the same command")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict | list):
-        return {prefix[:-1]: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {k: v for key, value in items for k, v in _flat(value, f"{prefix}{key}.").items()} or {prefix[:-1]: tree}

@@ -45,12 +45,14 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: `finished` is False after Ctrl-C or SIGTERM, `terminated` is True after SIGTERM."""
+    """How a run ended: not `finished` after Ctrl-C or SIGTERM, which makes it `terminated` too."""
 
     run_dir: Path
     step: int
     finished: bool
-    terminated: bool = False
+    terminated: bool
+    metrics: dict[str, float] | None
+    """Means of the last metrics window and its tokens_per_second; None if no window ended in this process."""
 
 
 def train(config: SftConfig) -> TrainResult:
@@ -80,6 +82,7 @@ class _Trainer:
         self.run_dir = _start_run(config, tokenizer)
         self.checkpoints = Checkpoints(self.run_dir, config.train.keep_last)
         self.state = self._restore_or_init(optimizer)
+        self.last_metrics: dict[str, float] | None = None
         self.pending: list[dict] = []  # metrics of steps that have not been read from the device
 
     def _pipeline(self):
@@ -136,7 +139,7 @@ class _Trainer:
             display.close()
             tracker.close()
             self.checkpoints.close()
-        return TrainResult(self.run_dir, position.step, self._finished(), stop.terminated)
+        return TrainResult(self.run_dir, position.step, self._finished(), stop.terminated, self.last_metrics)
 
     def _stage_over(self) -> bool:
         return self.position.stage_step >= self.config.train.stages[self.position.stage].steps
@@ -194,6 +197,7 @@ class _Trainer:
         p, train = self.position, self.config.train
         stage = train.stages[p.stage]
         means = p.window.means()
+        self.last_metrics = {**means, "tokens_per_second": tokens_per_second}
         reached = stage.accuracy is not None and p.window.answers > 0 and p.window.accuracy >= stage.accuracy
         rate = learning_rate(self.config.optim, train.stages, p.stage, p.stage_step)
         tracker.log(
