@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SBATCH = ROOT / "deploy" / "slurm" / "train.sbatch"
 STEPS = 200
 TINY = [
     *"model.hidden_size=32 model.num_attention_heads=2 model.qk_nope_head_dim=8 model.qk_rope_head_dim=8".split(),
@@ -51,6 +52,12 @@ class Slurm:
         )
         self.waiting.append(process)
         return process
+
+    def train_detached(self, run_dir: Path) -> None:
+        """Submits the tiny run on two nodes by sbatch."""
+        options = f"--job-name={run_dir.name} --nodes=2 --cpus-per-task=1 --output={run_dir}-%j_log.out".split()
+        overrides = [*TINY, f"run_dir={run_dir}"]
+        self.run("sbatch", f"--export=ALL,PYTHON={sys.executable}", *options, str(SBATCH), *overrides)
 
     def job(self, name: str) -> str:
         """The id of the one job of that name, once it was submitted."""

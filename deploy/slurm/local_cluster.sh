@@ -25,13 +25,16 @@ running() { # NAME: whether the daemon whose process id NAME.pid holds is alive
 install_packages() {
     command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && return
     command -v apt-get >/dev/null || cannot "install ${PACKAGES[*]} first (there is no apt-get)"
+    # Installing must not start the daemons with the distribution's configuration; ours are started by hand below.
+    local policy=/usr/sbin/policy-rc.d installed=0
+    [[ -e $policy ]] && policy= || printf '#!/bin/sh\nexit 101\n' >"$policy"
+    [[ -z $policy ]] || chmod +x "$policy"
     {
-        # Installing must not start the daemons with the distribution's configuration; ours are started by hand below.
-        [[ -e /usr/sbin/policy-rc.d ]] || { printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d &&
-            chmod +x /usr/sbin/policy-rc.d && trap 'rm -f /usr/sbin/policy-rc.d' RETURN; }
-        timeout 120 apt-get update -q
-        DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -qy --no-install-recommends "${PACKAGES[@]}"
-    } >"$STATE/apt.log" 2>&1 || cannot "apt-get could not install ${PACKAGES[*]}; see $STATE/apt.log"
+        timeout 120 apt-get update -q &&
+            DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -qy --no-install-recommends "${PACKAGES[@]}"
+    } >"$STATE/apt.log" 2>&1 </dev/null || installed=$?
+    [[ -z $policy ]] || rm -f "$policy"
+    [[ $installed == 0 ]] || cannot "apt-get could not install ${PACKAGES[*]}; see $STATE/apt.log"
 }
 
 write_configuration() {
@@ -81,7 +84,7 @@ start_daemons() {
     STATE=$STATE unshare -m bash -euc '
         mount --bind "$STATE/hosts" /etc/hosts
         setpriv --reuid=munge --regid=munge --clear-groups munged --socket="$STATE/munge/socket" \
-            --key-file="$STATE/munge/key" --pid-file="$STATE/munge/pid" --log-file="$STATE/munge/log" \
+            --key-file="$STATE/munge/key" --pid-file="$STATE/munge/munged.pid" --log-file="$STATE/munge/log" \
             --seed-file="$STATE/munge/seed"
         slurmctld -f "$SLURM_CONF"
         slurmd -f "$SLURM_CONF" -N n0
@@ -104,7 +107,7 @@ start() {
         start_daemons
     fi
     for _ in $(seq 60); do
-        if [[ $(timeout 5 sinfo -h -p main -t idle,alloc,mix -o %D 2>/dev/null) == 2 ]]; then
+        if [[ $(timeout 5 sinfo -h -N -p main -t idle,alloc,mix -o %n 2>/dev/null | wc -l) == 2 ]]; then
             echo "export SLURM_CONF=$SLURM_CONF"
             return
         fi
@@ -121,12 +124,9 @@ stop() {
             sleep 0.5
         done
     fi
-    local name
-    for name in slurmd-n0 slurmd-n1 slurmctld munge/pid; do
-        name=${name%/pid}
-        [[ $name == munge ]] && local file=$STATE/munge/pid || local file=$STATE/$name.pid
+    local file pid
+    for file in "$STATE"/{slurmd-n0,slurmd-n1,slurmctld,munge/munged}.pid; do
         [[ -s $file ]] || continue
-        local pid
         pid=$(cat "$file")
         kill "$pid" 2>/dev/null || true
         for _ in $(seq 40); do

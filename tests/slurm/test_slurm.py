@@ -45,6 +45,10 @@ def whole(cluster, tmp_path_factory) -> dict:
 def interrupted(slurm, run_dir: Path, *overrides: str) -> str:
     """The id of a job of two processes that has saved its first checkpoint and is far from its end."""
     slurm.train(run_dir, TWO, *overrides)
+    return once_saved(slurm, run_dir)
+
+
+def once_saved(slurm, run_dir: Path) -> str:
     job = slurm.job(run_dir.name)
     until(lambda: has_checkpoint(run_dir, 20), "a first checkpoint")
     return job
@@ -70,7 +74,8 @@ def test_a_requeued_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
 
 def test_a_preempted_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
     run_dir = tmp_path / "preempted"
-    job = interrupted(slurm, run_dir)
+    slurm.train_detached(run_dir)
+    job = once_saved(slurm, run_dir)
     urgent = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", f"--output={tmp_path}/urgent"]
     urgent = slurm.run(*urgent, "--wrap=sleep 1")
     slurm.finish(urgent)
