@@ -86,9 +86,12 @@ def test_a_preempted_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
 def test_a_job_at_its_time_limit_requeues_itself_and_goes_on(slurm, whole, tmp_path):
     run_dir = tmp_path / "limited"
     job = interrupted(slurm, run_dir, "train.checkpoint_every=1")  # slow enough to last until SLURM looks
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    hours, minutes, _ = map(int, slurm.show(job)["RunTime"].split(":"))
+    # One to two minutes are left, so SIGTERM, which comes 120 s before the end, comes when SLURM looks: every 30 s.
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     until(lambda: slurm.show(job)["Restarts"] == "1", "the job requeued by itself")
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    until(lambda: slurm.show(job)["JobState"] != "COMPLETING", "the job ready to start again")
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert_it_resumed(slurm, job, run_dir)
     assert f"Requeued job {job}" in log(Path(slurm.show(job)["StdOut"]))
     assert_equal(params_of(run_dir), whole)
