@@ -65,8 +65,8 @@ def _read_run(path: Path, folder: Path) -> SweptRun:
     try:
         config = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
         summary, passkey = content(SUMMARY), content("eval/passkey.json")
-        rows = passkey and passkey["by_length"]
-        counts = rows and (sum(row["correct"] for row in rows), sum(row["n"] for row in rows))
+        rows = passkey["by_length"] if passkey else []
+        counts = (sum(row["correct"] for row in rows), sum(row["n"] for row in rows)) if rows else None
     except Exception as e:
         raise InputError(f"{path} cannot be read ({str(e).splitlines()[0][:200]})") from e
     return SweptRun(str(path.relative_to(folder)), config, summary, counts)
