@@ -48,9 +48,9 @@ class StopRequest:
 
     def _request(self, number: int, frame) -> None:
         self._requested, self.terminated = True, number == signal.SIGTERM
-        self.__exit__()
         if self.terminated and "SLURM_JOB_ID" in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._previous[signal.SIGTERM] = signal.SIG_IGN
+        self.__exit__()
         print("\nStopping after this step; the checkpoint is saved first", flush=True)
 
 
@@ -68,13 +68,19 @@ def requeue() -> None:
     if job is None:
         return
     if distributed.is_main():
-        state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
-        if state == "RUNNING":
-            ran = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-            if ran.returncode:
-                print(f"SLURM does not requeue job {job}: {ran.stderr.strip()}; submit it again", flush=True)
-                return
-            print(f"Requeued job {job}", flush=True)
-        else:
-            print(f"SLURM stops job {job} ({state.lower() or 'gone from the queue'})", flush=True)
+        try:
+            state = _printed_by("squeue", "-h", "-j", job, "-o", "%T")
+            if state == "RUNNING":
+                _printed_by("scontrol", "requeue", job)
+                print(f"Requeued job {job}", flush=True)
+            else:
+                print(f"SLURM stops job {job} ({state.lower()})", flush=True)
+        except (OSError, subprocess.CalledProcessError) as e:
+            reason = (getattr(e, "stderr", None) or str(e)).strip()
+            print(f"Job {job} cannot be requeued ({reason}); submit it again", flush=True)
+            return
     time.sleep(SECONDS_TO_BE_KILLED)
+
+
+def _printed_by(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
