@@ -4,14 +4,17 @@ How many there are comes from the environment: SLURM's inside `srun`, else JAX_C
 first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. On one process every function here does nothing or says so.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import re
 import socket
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +85,11 @@ def first_node(nodes: str) -> str:
 def start(environ: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes of the job. Must run before anything uses a device.
 
+    If some never come, the process ends with one line and exit code 1.
+
     Raises:
         UsageError: the environment contradicts itself.
-        InputError: the first process's node cannot be found or reached, its port is taken, or some never came.
+        InputError: the first process's node cannot be found or reached, or its port is taken.
     """
     process = from_environment(environ)
     if process is None or jax.distributed.is_initialized():
@@ -96,22 +101,37 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
         _check_port(int(port))
     else:
         _wait_for(host, int(port), timeout)
-    try:
+    with _end_after(timeout, process):
         jax.distributed.initialize(
             process.coordinator,
             process.count,
             process.index,
             process.device,
             cluster_detection_method="deactivate",
-            initialization_timeout=timeout,
+            initialization_timeout=timeout + 60,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
-    except RuntimeError as e:
-        raise InputError(
-            f"process {process.index} of {process.count} waited {timeout} s at {process.coordinator} for the others in "
-            f"vain ({str(e).splitlines()[0][:160]}); see the logs of the other processes, or allow more time by "
-            "MLA_JOIN_TIMEOUT_S"
-        ) from e
+
+
+@contextlib.contextmanager
+def _end_after(timeout: float, process: Process) -> Iterator[None]:
+    """Ends this process in one line if the block takes too long; JAX would abort it with a stack trace."""
+
+    def end() -> None:
+        print(
+            f"error: process {process.index} of {process.count} waited {timeout:g} s at {process.coordinator} for the "
+            "others in vain; see their logs, or allow more time by MLA_JOIN_TIMEOUT_S",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(InputError.exit_code)
+
+    timer = threading.Timer(timeout, end)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _check_name(host: str) -> None:
