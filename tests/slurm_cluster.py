@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,9 +39,17 @@ class Slurm:
         assert ran.returncode == 0, f"{command}: {ran.stdout}{ran.stderr}"
         return ran.stdout.strip()
 
-    def train(self, run_dir: Path, *overrides: str) -> subprocess.Popen:
+    def train(self, run_dir: Path, *overrides: str, flags: Sequence[str] = ()) -> subprocess.Popen:
         """Submits the tiny run by the command that a user types; it waits for the job."""
-        command = [sys.executable, "-m", "experiments.sft", *TINY, "+cluster=slurm", "hydra.launcher.cpus_per_task=1"]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.sft",
+            *flags,
+            *TINY,
+            "+cluster=slurm",
+            "hydra.launcher.cpus_per_task=1",
+        ]
         process = subprocess.Popen(
             [*command, f"run_dir={run_dir}", f"name={run_dir.name}", *overrides],
             env=self.environment,

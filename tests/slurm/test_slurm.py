@@ -130,8 +130,7 @@ def process_of(job: str, rank: int) -> int:
 
 def test_a_sweep_runs_one_job_for_each_of_four_runs(slurm, tmp_path):
     stages = "train.stages=[{seq_len: 96, batch_size: 8, steps: 10, learning_rate: 0.01}]"
-    sweep = ["-m", "seed=0,1", "optim.b2=0.9,0.98", stages]
-    command = slurm.train(tmp_path / "sweep", *sweep)
+    command = slurm.train(tmp_path / "sweep", "seed=0,1", "optim.b2=0.9,0.98", stages, flags=["-m"])
     assert command.wait(200) == 0, command.stderr.read()
     runs = sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/config.yaml"))
     assert runs == [f"seed={s},optim.b2={b}" for s in (0, 1) for b in ("0.9", "0.98")]
