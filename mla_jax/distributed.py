@@ -69,7 +69,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _checked(process: Process) -> Process:
-    if not re.fullmatch(r".+:\d+", process.coordinator):
+    if not re.fullmatch(r".+:\d+", process.coordinator) or int(process.coordinator.rsplit(":", 1)[1]) > 65535:
         raise UsageError(f"JAX_COORDINATOR_ADDRESS must be host:port, got {process.coordinator!r}")
     if process.index >= process.count:
         raise UsageError(f"process {process.index} of {process.count}: numbers go from 0 to {process.count - 1}")

@@ -60,6 +60,7 @@ def test_what_the_environment_says():
         ({"JAX_NUM_PROCESSES": "two"}, "needs JAX_NUM_PROCESSES as a number.*'two'"),
         ({"JAX_PROCESS_ID": "2"}, "process 2 of 2: numbers go from 0 to 1"),
         ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "must be host:port, got 'localhost'"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:222214"}, "must be host:port, got 'localhost:222214'"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_named(changes, message):
