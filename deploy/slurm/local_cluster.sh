@@ -67,7 +67,7 @@ MpiDefault=none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
-KillWait=${SLURM_LOCAL_KILL_WAIT:-10}
+KillWait=10
 GresTypes=gpu
 # The cores and the memory below are pretended.
 SlurmdParameters=config_overrides
