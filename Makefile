@@ -14,7 +14,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration lint format clean
+.PHONY: help quickstart test integration slurm slurm-stop test-slurm lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -30,10 +30,19 @@ quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export 
 	@echo "weights   $(EXPORT) (Hugging Face format)"
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
-	$(BIN)/python -m pytest -m "not integration" -n 2 $(ARGS)
+	$(BIN)/python -m pytest -m "not integration and not slurm" -n 2 $(ARGS)
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration $(ARGS)
+
+slurm: $(VENV)/.installed-slurm ## a real SLURM of two nodes on this machine (as root; installs it on Debian and Ubuntu)
+	@deploy/slurm/local_cluster.sh start
+
+slurm-stop: ## end the SLURM of `make slurm`
+	@deploy/slurm/local_cluster.sh stop
+
+test-slurm: $(VENV)/.installed-slurm ## training on that SLURM: sweeps, requeue, preemption, time limit, a killed process
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(ARGS)
 
 lint: $(VENV)/.installed-dev ## formatting, style and types
 	$(BIN)/ruff format --check .
@@ -61,4 +70,8 @@ $(VENV)/.installed-hf: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed-hf
 	$(INSTALL) --no-build-isolation -e '.[hf,dev]'
+	@touch $@
+
+$(VENV)/.installed-slurm: $(VENV)/.installed-dev
+	$(INSTALL) --no-build-isolation -e '.[hf,dev,slurm]'
 	@touch $@

@@ -3,19 +3,23 @@
 import contextlib
 import dataclasses
 import os
+import shutil
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mla_jax.config import register_schemas
-from mla_jax.errors import UsageError, one_line_errors
+from mla_jax.errors import InputError, UsageError, one_line_errors
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -23,23 +27,69 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 def run(config_name: str, main: Callable[[Any], None]) -> None:
     """Calls `main` with the config object that `conf/<config_name>.yaml` and the command line compose.
 
-    In a multirun every job keeps its files in its own folder of the sweep. A wrong key, type or value ends with one
-    line and exit code 2, bad input (InputError) with one line and exit code 1.
+    Each job of a sweep has a run folder of its own in that of the sweep, named by what is swept. A wrong key, type or
+    value ends with one line and exit code 2, bad input (InputError) with one line and exit code 1.
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that one place prints
+    given = _overrides(sys.argv[1:])  # of the process that submits: a job on a cluster gets `task` pickled
 
     def task(composed: DictConfig) -> None:
         multirun = HydraConfig.get().mode == RunMode.MULTIRUN
-        with contextlib.nullcontext() if multirun else one_line_errors():
+        submitted = "SUBMITIT_EXECUTOR" in os.environ
+        with _job_errors() if submitted else contextlib.nullcontext() if multirun else one_line_errors():
             with as_usage_errors():
                 config: Any = OmegaConf.to_object(composed)
-            if multirun and hasattr(config, "run_dir"):
-                config = dataclasses.replace(config, run_dir=HydraConfig.get().runtime.output_dir)
+            swept = [override for override in HydraConfig.get().overrides.task if override not in given]
+            if multirun and swept and hasattr(config, "run_dir"):
+                folder = Path(config.run_dir) / ",".join(swept).replace("/", "_")
+                config = dataclasses.replace(config, run_dir=str(folder))
             main(config)
 
-    with one_line_errors(), as_usage_errors():
+    with one_line_errors(), as_usage_errors(), _slurm_errors():
         hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(task)()
+
+
+def _overrides(arguments: list[str]) -> set[str]:
+    """The overrides among command-line arguments, spelled as Hydra hands them to the jobs of a sweep."""
+    found = set()
+    for argument in arguments:
+        with contextlib.suppress(HydraException):  # no override, or one that Hydra is about to refuse
+            (override,) = OverridesParser.create().parse_overrides([argument])
+            if not override.is_sweep_override():
+                found.add(f"{override.get_key_element()}={override.get_value_element_as_str()}")
+    return found
+
+
+@contextlib.contextmanager
+def _job_errors() -> Iterator[None]:
+    """Errors in a submitted job end its process, so that SLURM sees that it failed; Hydra would call it a success."""
+    with one_line_errors():
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+@contextlib.contextmanager
+def _slurm_errors() -> Iterator[None]:
+    """What `+cluster=...` lacks on this machine as UsageErrors."""
+    try:
+        yield
+    except HydraException as e:
+        if "hydra/launcher/submitit" in str(e):
+            raise UsageError("submitting to SLURM needs an extra: pip install '.[slurm]'") from e
+        raise
+    except RuntimeError as e:
+        if shutil.which("sbatch") is None and "srun" in str(e):
+            raise UsageError(
+                "there is no SLURM on this machine (no sbatch, no srun): run the command on a login node of the "
+                "cluster, or without +cluster=..., or start a local SLURM by `make slurm`"
+            ) from e
+        raise
 
 
 @contextlib.contextmanager

@@ -3,19 +3,27 @@
 import sys
 
 from experiments.entry import run
+from mla_jax import distributed, preemption
 from mla_jax.config import SftConfig
+from mla_jax.evals.sweep import write_summary
 from mla_jax.train import train
 
 INTERRUPTED = 130
 
 
 def main(config: SftConfig) -> None:
-    """Trains and says where the result is."""
+    """Trains and says where the result is; a SLURM job that was told to stop goes back into the queue."""
+    distributed.start()
+    distributed.check_same_config(config)
     result = train(config)
     if not result.finished:
-        print(f"Interrupted: step {result.step} is saved in {result.run_dir}; the same command resumes it")
+        if result.terminated:
+            preemption.requeue()
+        distributed.say(f"Interrupted: step {result.step} is saved in {result.run_dir}; the same command resumes it")
         sys.exit(INTERRUPTED)
-    print(f"Finished at step {result.step}. Next: python -m experiments.evaluate run={result.run_dir}")
+    if distributed.is_main():
+        write_summary(result)
+    distributed.say(f"Finished at step {result.step}. Next: python -m experiments.evaluate run={result.run_dir}")
 
 
 if __name__ == "__main__":

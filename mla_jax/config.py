@@ -4,7 +4,7 @@ Shapes that cannot work fail in `__post_init__` with a UsageError, so a bad conf
 """
 
 from dataclasses import dataclass, field
-from typing import Optional, TypeVar, dataclass_transform
+from typing import Any, Optional, TypeVar, dataclass_transform
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -38,6 +38,14 @@ def require_at_least(minimum: float, **values: float | None) -> None:
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises UsageError unless `value` is one of `choices`."""
     require(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value of nested dicts and lists by its dotted key: `{"train.stages.0.steps": 100}`."""
+    if not isinstance(tree, dict | list) or not tree:
+        return {prefix[:-1]: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {name: leaf for key, value in items for name, leaf in flatten(value, f"{prefix}{key}.").items()}
 
 
 @schema

@@ -207,7 +207,8 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, ja
     def put(rows_BT: np.ndarray) -> jax.Array:
         micro_batches = rows_BT.reshape(accumulation, len(mine), length)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # every device holds some
             all_micro, rows, tokens = index
             return micro_batches[all_micro][:, np.searchsorted(mine, np.arange(micro)[rows])][..., order[tokens]]
 

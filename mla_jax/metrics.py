@@ -42,11 +42,12 @@ class Window:
 
 
 class ProgressDisplay:
-    """A progress bar on a terminal, a line every few seconds elsewhere."""
+    """A progress bar on a terminal, a line every few seconds elsewhere, nothing if not `shown`."""
 
-    def __init__(self, total_steps: int, first_step: int, seconds_between_lines: float = 10.0):
+    def __init__(self, total_steps: int, first_step: int, shown: bool = True, seconds_between_lines: float = 10.0):
         self._total = total_steps
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if shown and sys.stderr.isatty() else None
+        self._shown = shown
         self._between = seconds_between_lines
         self._printed = float("-inf")
 
@@ -55,7 +56,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.n = step
             self._bar.set_postfix_str(text)
-        elif time.monotonic() - self._printed >= self._between or step >= self._total:
+        elif self._shown and (time.monotonic() - self._printed >= self._between or step >= self._total):
             self._printed = time.monotonic()
             print(f"step {step}/{self._total}  {text}", flush=True)
 

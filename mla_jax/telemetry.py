@@ -47,6 +47,8 @@ class Telemetry:
         self._window_start = self.clock.seconds()
         self._shapes: set[tuple[int, ...]] = set()
         self._tokens, self._flops, self._steps = 0, 0.0, 0
+        self.tokens_per_second = 0.0
+        """Of the window last reported."""
 
     @contextlib.contextmanager
     def dispatch(self, shape: tuple[int, ...], given: Results) -> Iterator[None]:
@@ -83,11 +85,11 @@ class Telemetry:
         total = self.clock.seconds()
         spent = {kind: total[kind] - self._window_start[kind] for kind in KINDS}
         wall = sum(spent.values())
-        tokens_per_second = self._tokens / wall
+        self.tokens_per_second = self._tokens / wall
         mfu = {name: self._flops / wall / peak for name, peak in self._peaks.items()}
         measured = (
             {
-                "train/tokens_per_second": tokens_per_second,
+                "train/tokens_per_second": self.tokens_per_second,
                 "time/step_seconds": wall / self._steps,
                 "utilisation/tflops_per_device": self._flops / wall / jax.device_count() / 1e12,
                 "utilisation/device_busy": self._busy.mean(),
@@ -105,7 +107,7 @@ class Telemetry:
                 {f"train/{name}": value for name, value in metrics.items()}
                 | {name: value for name, value in measured.items() if value is not None},
             )
-        return f"{tokens_per_second:,.0f} tokens/s" + (f"  MFU {mfu['mfu']:.1%}" if "mfu" in mfu else "")
+        return f"{self.tokens_per_second:,.0f} tokens/s" + (f"  MFU {mfu['mfu']:.1%}" if "mfu" in mfu else "")
 
     def close(self, finished: bool) -> None:
         """Ends what runs beside training; `finished` is False if training stops before its end."""

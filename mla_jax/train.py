@@ -6,7 +6,6 @@ run interrupted anywhere and resumed is bit for bit the run that was not interru
 
 import dataclasses
 import math
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mla_jax import checkpoint
+from mla_jax import checkpoint, distributed
 from mla_jax.checkpoint_store import Checkpoints
 from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig
 from mla_jax.data.pipeline import make_pipeline
@@ -23,6 +22,7 @@ from mla_jax.errors import InputError
 from mla_jax.mesh import make_mesh, place_batch, rows_here
 from mla_jax.metrics import ProgressDisplay, Window
 from mla_jax.optim import learning_rate, make_optimizer
+from mla_jax.preemption import StopRequest
 from mla_jax.state import TrainState, abstract_state, init_state, with_params
 from mla_jax.step import make_train_step
 from mla_jax.telemetry import Telemetry
@@ -49,11 +49,14 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: `finished` is False after Ctrl-C or SIGTERM."""
+    """How a run ended: not `finished` after Ctrl-C or SIGTERM, which makes it `terminated` too."""
 
     run_dir: Path
     step: int
     finished: bool
+    terminated: bool
+    metrics: dict[str, float] | None
+    """Means of the last metrics window and its tokens_per_second; None if no window ended in this process."""
 
 
 def train(config: SftConfig) -> TrainResult:
@@ -84,6 +87,7 @@ class _Trainer:
         self.run_dir = checkpoint.start_run(config, tokenizer)
         self.checkpoints = Checkpoints(self.run_dir, config.train)
         self.state = self._restore_or_init(optimizer)
+        self.last_metrics: dict[str, float] | None = None
         self.pending: list[dict] = []  # metrics of steps that have not been read from the device
         self.telemetry = Telemetry(config, self.run_dir, self.position.step)
 
@@ -110,16 +114,16 @@ class _Trainer:
         self.data.set_state(saved["data"])
         if self._stage_over() and not self._finished():  # the run had ended, and a stage was added since
             self._next_stage()
-        print(f"Resuming {self.run_dir} at step {step}")
+        distributed.say(f"Resuming {self.run_dir} at step {step}")
         return state
 
     def run(self) -> TrainResult:
         train, position = self.config.train, self.position
-        display = ProgressDisplay(sum(s.steps for s in train.stages), position.planned(train))
-        stop = _StopRequest()
+        display = ProgressDisplay(sum(s.steps for s in train.stages), position.planned(train), distributed.is_main())
+        stop = StopRequest()
         try:
             with stop:
-                while not self._finished() and not stop.requested:
+                while not self._finished() and not stop.reached(position.step):
                     self._step()
                     if position.step % train.log_every == 0 or self._stage_over():
                         self._read_pending()
@@ -138,7 +142,7 @@ class _Trainer:
             display.close()
             self.telemetry.close(self._finished())
             self.checkpoints.close()
-        return TrainResult(self.run_dir, position.step, self._finished())
+        return TrainResult(self.run_dir, position.step, self._finished(), stop.terminated, self.last_metrics)
 
     def _stage_over(self) -> bool:
         return self.position.stage_step >= self.config.train.stages[self.position.stage].steps
@@ -201,6 +205,7 @@ class _Trainer:
         reached = stage.accuracy is not None and p.window.answers > 0 and p.window.accuracy >= stage.accuracy
         rate = learning_rate(self.config.optim, train.stages, p.stage, p.stage_step)
         speed = self.telemetry.report(p.step, means | {"learning_rate": rate, "stage": p.stage})
+        self.last_metrics = {**means, "tokens_per_second": self.telemetry.tokens_per_second}
         p.window, p.reported = Window(), {"stage": p.stage, **means}
         display.show(
             p.planned(train),
@@ -232,25 +237,3 @@ def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
     if run.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"init_from={run_dir} has another tokenizer; set data.tokenizer={run_dir}/tokenizer")
     return run.params
-
-
-class _StopRequest:
-    """Turns the first SIGINT or SIGTERM into `requested`; a second one acts as usual."""
-
-    def __init__(self):
-        self.requested = False
-        self._previous: dict = {}
-
-    def __enter__(self) -> "_StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame) -> None:
-        self.requested = True
-        self.__exit__()
-        print("\nStopping after this step; the checkpoint is saved first", flush=True)

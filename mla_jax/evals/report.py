@@ -68,12 +68,12 @@ def write_json(path: Path, content: dict) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the name `path` when the block ends well and vanishes when it does not."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -163,7 +163,7 @@ def plot_heatmap(
     axes.set_title(f"{subtitle}\n{legend}".strip(), fontsize=8, color="#505050", pad=22 if trained_lengths else 6)
     bar = figure.colorbar(scale, ax=axes, aspect=30, ticks=[0, 0.25, 0.5, 0.75, 1], format=_percent)
     bar.set_label("accuracy")
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png")
 
 

@@ -54,7 +54,8 @@ class SwiGLU(nnx.Module):
         weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
         if self.chunk is None:
             return self._feed_forward(x_BTD, *weights)
-        return mesh.per_device(self._chunk_by_chunk, x_BTD, *(mesh.gather(w) for w in weights))
+        in_chunks = functools.partial(self._chunk_by_chunk, self.chunk)
+        return mesh.per_device(in_chunks, x_BTD, *(mesh.gather(w) for w in weights))
 
     @staticmethod
     def _feed_forward(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
@@ -62,11 +63,11 @@ class SwiGLU(nnx.Module):
         up_BTF = checkpoint_name(product(x_BTD, up_DF), "up")
         return product(jax.nn.silu(gate_BTF) * up_BTF, down_FD)
 
-    def _chunk_by_chunk(self, x_BTD: jax.Array, *weights: jax.Array) -> jax.Array:
+    def _chunk_by_chunk(self, chunk: int, x_BTD: jax.Array, *weights: jax.Array) -> jax.Array:
         def body(_, x_BtD):
             return None, self._feed_forward(x_BtD, *weights)
 
-        chunks = split_tokens(x_BTD, self.chunk)
+        chunks = split_tokens(x_BTD, chunk)
         out_nBtD = jax.lax.scan(jax.checkpoint(body), None, chunks)[1]
         return jnp.moveaxis(out_nBtD, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
 

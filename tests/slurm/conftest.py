@@ -1,0 +1,39 @@
+"""Starts the local SLURM of two nodes for the tests in this folder."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from slurm_cluster import ROOT, Slurm
+
+SCRIPT = ROOT / "deploy" / "slurm" / "local_cluster.sh"
+CANNOT = 77
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Iterator[Slurm]:
+    """The cluster, for the whole session. Skips where a local SLURM cannot run."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install '.[slurm]'")
+    started = subprocess.run([SCRIPT, "start"], capture_output=True, text=True, timeout=600)
+    if started.returncode == CANNOT:
+        pytest.skip(started.stderr.strip())
+    assert started.returncode == 0, started.stderr
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device in each process
+    environment["SLURM_CONF"] = started.stdout.strip().splitlines()[-1].removeprefix("export SLURM_CONF=")
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    environment["JAX_PLATFORMS"] = "cpu"
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    slurm = Slurm(environment)
+    yield slurm
+    slurm.clear()
+    subprocess.run([SCRIPT, "stop"], capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def slurm(cluster) -> Iterator[Slurm]:
+    """The cluster; no job and no waiting command outlives the test."""
+    yield cluster
+    cluster.clear()

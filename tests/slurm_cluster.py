@@ -1,0 +1,108 @@
+"""What the tests do with a SLURM: submit a tiny run, look at its job, wait for its end."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SBATCH = ROOT / "deploy" / "slurm" / "train.sbatch"
+STEPS = 200
+TINY = [
+    *"model.hidden_size=32 model.num_attention_heads=2 model.qk_nope_head_dim=8 model.qk_rope_head_dim=8".split(),
+    *"model.v_head_dim=8 model.kv_lora_rank=16 model.intermediate_size=32 optim=adamw".split(),
+    *"train.log_every=5 train.checkpoint_every=20".split(),
+    f"train.stages=[{{seq_len: 96, batch_size: 8, steps: {STEPS}, learning_rate: 0.001}}]",  # at 0.01 rounding grows
+]
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 300) -> None:
+    """Waits until `condition()` is true; fails saying `what` did not happen."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"within {seconds} s: not {what}"
+        time.sleep(0.2)
+
+
+@dataclass
+class Slurm:
+    """The cluster, and the commands waiting for jobs on it."""
+
+    environment: dict[str, str]
+    waiting: list[subprocess.Popen] = field(default_factory=list)
+
+    def run(self, *command: str, timeout: float = 30) -> str:
+        """Standard output of a command; fails if it fails."""
+        ran = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+        assert ran.returncode == 0, f"{command}: {ran.stdout}{ran.stderr}"
+        return ran.stdout.strip()
+
+    def train(self, run_dir: Path, *overrides: str, flags: Sequence[str] = ()) -> subprocess.Popen:
+        """Submits the tiny run by the command that a user types; it waits for the job."""
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.sft",
+            *flags,
+            *TINY,
+            "+cluster=slurm",
+            "hydra.launcher.cpus_per_task=1",
+        ]
+        process = subprocess.Popen(
+            [*command, f"run_dir={run_dir}", f"name={run_dir.name}", *overrides],
+            env=self.environment,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.waiting.append(process)
+        return process
+
+    def train_detached(self, run_dir: Path) -> None:
+        """Submits the tiny run on two nodes by sbatch."""
+        options = f"--job-name={run_dir.name} --nodes=2 --cpus-per-task=1 --output={run_dir}-%j_log.out".split()
+        overrides = [*TINY, f"run_dir={run_dir}"]
+        self.run("sbatch", f"--export=ALL,PYTHON={sys.executable}", *options, str(SBATCH), *overrides)
+
+    def job(self, name: str) -> str:
+        """The id of the one job of that name, once it was submitted."""
+        until(lambda: self.run("squeue", "-h", "-n", name, "-o", "%A"), f"{name} in the queue")
+        return self.run("squeue", "-h", "-n", name, "-o", "%A")
+
+    def show(self, job: str) -> dict[str, str]:
+        """What SLURM knows of a job: JobState, Restarts, ExitCode, ..."""
+        words = self.run("scontrol", "-o", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def finish(self, job: str, state: str = "COMPLETED", seconds: float = 300) -> dict[str, str]:
+        """Waits until the job has ended; it must end in `state`."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        until(lambda: self.show(job)["JobState"] in ended, f"job {job} at an end", seconds)
+        shown = self.show(job)
+        assert shown["JobState"] == state, f"{shown}\n{log(Path(shown['StdOut']))}"
+        return shown
+
+    def clear(self) -> None:
+        """Ends every job and every command that waits for one."""
+        for process in self.waiting:
+            process.kill()
+            process.wait()
+        self.waiting = []
+        for job in self.run("squeue", "-h", "-o", "%A").split():
+            self.run("scancel", "--signal=KILL", "--full", job)  # no time for saving
+            self.run("scancel", job)
+        until(lambda: not self.run("squeue", "-h"), "an empty queue", 60)
+
+
+def log(out: Path) -> str:
+    """What all processes of a job printed, given the first one's file."""
+    return "\n".join(f"{p.name}:\n{p.read_text()}" for p in sorted(out.parent.glob("*_log.*")))
+
+
+def has_checkpoint(run_dir: Path, step: int) -> bool:
+    """Whether a complete checkpoint of `step` or a later one is there."""
+    folder = run_dir / "checkpoints"
+    return folder.is_dir() and any(p.name.isdigit() and int(p.name) >= step for p in folder.iterdir())
