@@ -87,16 +87,25 @@ def random_batch(model: ModelConfig, shape: Shape, accumulation: int) -> dict[st
     return place_batch(batch, accumulation)
 
 
-def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, Any]:
-    """Seconds a step, the first loss, and the bytes that the compiled step takes on a device."""
+def compile_step(config: SftConfig, shape: Shape) -> tuple[Any, tuple, dict[str, Any]]:
+    """The step, its batch and rate, and what it takes: seconds to compile, bytes on a device, bytes on the host."""
     model, optimizer = config.model, make_optimizer(config.optim)
     train_step = make_train_step(model, optimizer, config.train.loss_chunk)
-    batch, rate = random_batch(model, shape, config.train.grad_accumulation), jnp.float32(1e-4)
+    arguments = random_batch(model, shape, config.train.grad_accumulation), jnp.float32(1e-4)
     start = time.perf_counter()
-    compiled = train_step.lower(abstract_state(model, optimizer), batch, rate).compile()
-    compile_seconds = time.perf_counter() - start
+    compiled = train_step.lower(abstract_state(model, optimizer), *arguments).compile()
     memory = compiled.memory_analysis()
-    state, metrics = compiled(init_state(model, optimizer, config.seed), batch, rate)
+    return compiled, arguments, {
+        "compile_seconds": time.perf_counter() - start,
+        "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "host_bytes": memory.host_temp_size_in_bytes,
+    }  # fmt: skip
+
+
+def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, Any]:
+    """Seconds a step, the first loss, and what `compile_step` says."""
+    compiled, (batch, rate), takes = compile_step(config, shape)
+    state, metrics = compiled(init_state(config.model, make_optimizer(config.optim), config.seed), batch, rate)
     loss = float(metrics["loss"] / metrics["weight"])
     seconds: list[float] = []
     while len(seconds) < LEAST_STEPS or (len(seconds) < STEPS and sum(seconds) < SECONDS):
@@ -108,14 +117,19 @@ def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, An
         with jax.profiler.trace(trace):
             jax.block_until_ready(compiled(state, batch, rate))
     median = sorted(seconds)[len(seconds) // 2]
-    return {
-        "seconds": median,
-        "spread": (max(seconds) - min(seconds)) / median,
-        "loss": loss,
-        "compile_seconds": compile_seconds,
-        "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        "host_bytes": memory.host_temp_size_in_bytes,
-    }
+    return takes | {"seconds": median, "spread": (max(seconds) - min(seconds)) / median, "loss": loss}
+
+
+def print_memory(config: SftConfig, shape: Shape, models: dict[str, ModelConfig]) -> None:
+    """What each way takes, without running it."""
+    for name, model in models.items():
+        try:
+            takes = compile_step(dataclasses.replace(config, model=model), shape)[2]
+        except jax.errors.JaxRuntimeError as e:
+            print(f"{shape}, {name}: {' '.join(str(e).split())[:200]}", flush=True)
+            continue
+        device, host = takes["bytes"] / 1e9, takes["host_bytes"] / 1e9
+        print(f"{shape}, {name}: {device:.1f} GB on each device, {host:.1f} GB on the host", flush=True)
 
 
 def bench(
@@ -174,6 +188,7 @@ def main() -> None:
         help="full, dots, none, or names: SAVED+SAVED/OFFLOADED+OFFLOADED (model.saved, model.offloaded)",
     )  # fmt: skip
     parser.add_argument("--unroll", nargs="+", type=int, default=[1], help="model.unroll, each with each of --keep")
+    parser.add_argument("--compile-only", action="store_true", help="print the memory that steps take, run none")
     parser.add_argument("--trace", type=Path, help="folder for a profile of one step of each")
     parser.add_argument("--json", type=Path, help="file for the results, rewritten after each shape")
     args = parser.parse_args()
@@ -186,10 +201,14 @@ def main() -> None:
             for text in args.keep
             for unroll in args.unroll
         }
-        peak = ceilings.matmul()
-        results = {"provenance": report.origin(), "matmul_ceiling": peak, "rows": []}
-        print(f"ceiling: {peak / 1e12:,.1f} TFLOP/s, product of bfloat16 matrices\n", flush=True)
         with jax.set_mesh(make_mesh(config.mesh)):
+            if args.compile_only:
+                for shape in shapes:
+                    print_memory(config, shape, models)
+                return
+            peak = ceilings.matmul()
+            results = {"provenance": report.origin(), "matmul_ceiling": peak, "rows": []}
+            print(f"ceiling: {peak / 1e12:,.1f} TFLOP/s, product of bfloat16 matrices\n", flush=True)
             for shape in shapes:
                 rows = bench(config, shape, models, peak, args.trace)
                 print(report.table(str(shape), COLUMNS, rows), flush=True)
