@@ -22,6 +22,9 @@ from mla_jax.train import train
 from tiny import DATA, make_config
 
 
+pytestmark = pytest.mark.integration  # whole runs in processes of their own
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
