@@ -21,7 +21,6 @@ from mla_jax.errors import InputError
 from mla_jax.train import train
 from tiny import DATA, make_config
 
-
 pytestmark = pytest.mark.integration  # whole runs in processes of their own
 
 
