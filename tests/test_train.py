@@ -76,6 +76,7 @@ def test_a_run_interrupted_and_resumed_equals_the_uninterrupted_one(step, uninte
 
 def test_a_run_killed_between_checkpoints_goes_on_from_the_last(uninterrupted, tmp_path, monkeypatch):
     config = make_config(tmp_path / "run")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with monkeypatch.context() as patch:
         interrupt_at(patch, 6)
         patch.setattr(signal, "signal", lambda *_: None)  # so SIGINT acts as a crash would

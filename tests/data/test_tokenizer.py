@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from mla_jax.data import vocabulary
 from mla_jax.data.chat import render
-from mla_jax.data.tokenizer import EOS, Tokenizer, load_tokenizer, train_bpe
+from mla_jax.data.tokenizer import EOS, SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_bpe
 from mla_jax.errors import InputError
 
 BUILT_IN = ["bytes", "needle-bpe"]
@@ -79,9 +79,10 @@ def test_saving_and_loading_keeps_everything(pair, tmp_path):
 
 
 @pytest.mark.parametrize("spec", BUILT_IN)
-@given(text=st.text(max_size=60))
+@given(text=st.text(max_size=60).filter(lambda text: not any(token in text for token in SPECIAL_TOKENS)))
 @settings(max_examples=60, deadline=None)
 def test_decode_inverts_encode(spec, text):
+    """But for the names of special tokens, which stand for these, as in Hugging Face's tokenizers."""
     tokenizer = load_tokenizer(spec)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
