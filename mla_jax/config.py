@@ -136,6 +136,10 @@ class ModelConfig:
         named = bool(self.saved or self.offloaded)
         require(self.remat == "names" or not named, "model.saved and model.offloaded need model.remat=names")
         require_at_least(1, **{"model.mlp_chunk": self.mlp_chunk})
+        kept = sorted({"gate", "up"} & {*self.saved, *self.offloaded})
+        require(
+            not (kept and self.mlp_chunk), f"model.mlp_chunk keeps no {' and '.join(kept)}; leave one or the other out"
+        )
         require(self.unroll == -1 or self.unroll >= 1, f"model.unroll must be -1 or at least 1, got {self.unroll}")
 
     @property

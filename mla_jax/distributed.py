@@ -50,11 +50,14 @@ def from_environment(environ: Mapping[str, str]) -> Process | None:
         UsageError: variables that are missing or no numbers.
     """
     if "SLURM_STEP_NODELIST" in environ:  # only srun sets it; a shell of salloc has just the job's variables
-        if (count := _number(environ, "SLURM_NTASKS")) == 1:
+        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+        if (count := _number(environ, tasks)) == 1:
             return None
         port = environ.get("JAX_COORDINATOR_PORT") or 61440 + _number(environ, "SLURM_JOB_ID") % 4096
         coordinator = environ.get("JAX_COORDINATOR_ADDRESS") or f"{first_node(environ['SLURM_STEP_NODELIST'])}:{port}"
         index, device = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
+        if re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+            device = None  # the only one of its node has all of the node's GPUs
         return _checked(Process(coordinator, count, index, device))
     if "JAX_COORDINATOR_ADDRESS" in environ:
         count, index = _number(environ, "JAX_NUM_PROCESSES"), _number(environ, "JAX_PROCESS_ID")

@@ -51,7 +51,7 @@ def _sums(head_DX, h_BTD, targets_BT, weights_BT, chunk: int) -> LossSums:
     def body(total: LossSums, xs) -> tuple[LossSums, None]:
         return jax.tree.map(jnp.add, total, _of_chunk(head_DX, *xs)[0]), None
 
-    return jax.lax.scan(body, _no_sums(), _chunks(chunk, h_BTD, targets_BT, weights_BT))[0]
+    return jax.lax.scan(body, no_sums(), _chunks(chunk, h_BTD, targets_BT, weights_BT))[0]
 
 
 def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, chunk: int):
@@ -67,7 +67,7 @@ def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, chunk: int):
         d_head_DX += jnp.einsum("btd,btx->dx", h_BtD, d_logits_BtX, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, sums), d_head_DX), product(d_logits_BtX, head_DX.T)
 
-    start = _no_sums(), jnp.zeros(head_DX.shape, jnp.float32)
+    start = no_sums(), jnp.zeros(head_DX.shape, jnp.float32)
     (total, d_head_DX), d_h_nBtD = jax.lax.scan(body, start, _chunks(chunk, h_BTD, targets_BT, weights_BT))
     d_h_BTD = jnp.moveaxis(d_h_nBtD, 0, 1).reshape(h_BTD.shape[0], -1, h_BTD.shape[2])[:, : h_BTD.shape[1]]
     return total, (d_head_DX.astype(head_DX.dtype), d_h_BTD)
@@ -101,5 +101,6 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(split_tokens(x, chunk) for x in arrays)  # padding has weight 0
 
 
-def _no_sums() -> LossSums:
+def no_sums() -> LossSums:
+    """Zeros to start from."""
     return LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))

@@ -169,12 +169,8 @@ def placed(abstract: Any) -> Any:
     return jax.tree.map(place, abstract)
 
 
-def rows_here(rows: int, accumulation: int = 1) -> np.ndarray:
-    """Which rows of a batch of micro-batches, one after the other, the devices of this process hold; ascending.
-
-    Raises:
-        UsageError: the rows of a micro-batch do not spread evenly.
-    """
+def check_batch(rows: int, tokens: int, accumulation: int) -> None:
+    """Raises UsageError unless a batch [rows, tokens] of micro-batches spreads evenly over the mesh."""
     mesh = jax.sharding.get_mesh()
     shares, micro = math.prod(mesh.shape[axis] for axis in ROWS), rows // accumulation
     if micro % shares:
@@ -182,22 +178,24 @@ def rows_here(rows: int, accumulation: int = 1) -> np.ndarray:
             f"{micro} sequences (batch_size / train.grad_accumulation) do not spread evenly over {shares} devices "
             "(mesh.data x mesh.fsdp)"
         )
+    parts = mesh.shape["context"]
+    if parts > 1 and tokens % (2 * parts):
+        raise UsageError(f"seq_len {tokens} is no multiple of {2 * parts}, twice mesh.context")
+
+
+def rows_here(rows: int, accumulation: int = 1) -> np.ndarray:
+    """Which rows of a batch of micro-batches, one after the other, the devices of this process hold; ascending."""
+    mesh, micro = jax.sharding.get_mesh(), rows // accumulation
     slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((micro,)).values()
     mine = np.unique(np.concatenate([np.arange(micro)[index] for index in slices]))
     return (np.arange(accumulation)[:, None] * micro + mine).ravel()
 
 
 def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, jax.Array]:
-    """Puts the rows [b, T] that `rows_here` named on the mesh, as micro-batches [A, B / A, T].
-
-    Raises:
-        UsageError: T does not spread evenly over `context`.
-    """
+    """Puts the rows [b, T] that `rows_here` named on the mesh, as micro-batches [A, B / A, T]; see `check_batch`."""
     mesh = jax.sharding.get_mesh()
     held, length = next(iter(batch.values())).shape
     parts, shares = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROWS)
-    if parts > 1 and length % (2 * parts):
-        raise UsageError(f"seq_len {length} is no multiple of {2 * parts}, twice mesh.context")
     order = _zig_zag(length, parts)
     mine = rows_here(shares)
     micro = held // accumulation * shares // len(mine)

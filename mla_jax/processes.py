@@ -20,7 +20,7 @@ def decide_together(decide: Callable[[], int | None]) -> int | None:
         decide: returns a number >= 0 or None.
 
     Raises:
-        InputError: `decide` raised one; the other processes then point to the first.
+        InputError: `decide` raised an error, which the first process raises itself; the others point to it.
     """
     if jax.process_count() == 1:
         return decide()
@@ -28,7 +28,7 @@ def decide_together(decide: Callable[[], int | None]) -> int | None:
     if jax.process_index() == 0:
         try:
             answer = decide()
-        except InputError as e:
+        except Exception as e:  # whatever it is, the others must not wait for an answer
             error = e
     code = _FAILED if error else _NOTHING if answer is None else answer
     code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))

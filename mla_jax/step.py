@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mla_jax.config import ModelConfig
-from mla_jax.losses import LossSums, chunked_cross_entropy
+from mla_jax.losses import LossSums, chunked_cross_entropy, no_sums
 from mla_jax.model.transformer import bind
 from mla_jax.optim import apply_updates
 from mla_jax.state import TrainState
@@ -45,8 +45,7 @@ def make_train_step(
             grads, sums = grad(state.params, jax.tree.map(lambda x: x[0], batch), weight)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
-            no_sums = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
-            (grads, sums), _ = jax.lax.scan(accumulate, (zeros, no_sums), batch)
+            (grads, sums), _ = jax.lax.scan(accumulate, (zeros, no_sums()), batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, rate)
         new = TrainState(state.step + 1, params, opt_state)

@@ -18,12 +18,14 @@ from typing import Any, Protocol
 import jax
 import yaml
 
+from mla_jax.checkpoint_store import first_line
 from mla_jax.config import SftConfig, TrackerConfig
 from mla_jax.environment import environment
 from mla_jax.errors import InputError, UsageError
+from mla_jax.processes import decide_together
 
 FILE = "trackers.json"
-_CLOSE_SECONDS = 60
+_CLOSE_SECONDS = 20
 """The longest that the end of training waits for a tracker's server: a job that is being stopped has little time."""
 
 
@@ -57,7 +59,11 @@ class Trackers:
         self._path = run_dir / FILE
         self._failed: set[str] = set()
         self._trackers: dict[str, Tracker] = {}
-        if jax.process_index() != 0 or not config.tracker.names:
+        if config.tracker.names:
+            decide_together(lambda: self._start(config, run_dir, step))
+
+    def _start(self, config: SftConfig, run_dir: Path, step: int) -> None:
+        if jax.process_index() != 0:
             return
         self._known = self._read()
         start = {"config": dataclasses.asdict(config), "environment": environment()}
@@ -68,12 +74,12 @@ class Trackers:
             except Exception as e:
                 if name not in self._known:
                     raise InputError(
-                        f"tracker {name} cannot start ({_first_line(e)}); see docs/training.md, or leave it out of "
+                        f"tracker {name} cannot start ({first_line(e)}); see docs/training.md, or leave it out of "
                         "tracker.names"
                     ) from e
                 # A run that is requeued at night shall not end because a server is away.
                 print(
-                    f"tracker {name} cannot go on with run {known.get('id')} ({_first_line(e)}); training goes on "
+                    f"tracker {name} cannot go on with run {known.get('id')} ({first_line(e)}); training goes on "
                     f"without it; to begin a new run there, delete {self._path}"
                 )
             self._known[name] = known
@@ -103,7 +109,7 @@ class Trackers:
     def _report(self, name: str, e: Exception) -> None:
         if name not in self._failed:
             self._failed.add(name)
-            print(f"tracker {name} failed ({_first_line(e)}); training goes on, later failures are not reported")
+            print(f"tracker {name} failed ({first_line(e)}); training goes on, later failures are not reported")
 
     def _read(self) -> dict[str, dict]:
         if not self._path.exists():
@@ -291,7 +297,3 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
 def _parts(items: list) -> list[list]:
     """Lists of at most 100, which one request to MLflow takes."""
     return [items[i : i + 100] for i in range(0, len(items), 100)]
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]

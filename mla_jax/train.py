@@ -19,7 +19,7 @@ from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConf
 from mla_jax.data.pipeline import make_pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
-from mla_jax.mesh import make_mesh, place_batch, rows_here
+from mla_jax.mesh import check_batch, make_mesh, place_batch, rows_here
 from mla_jax.metrics import ProgressDisplay, Window
 from mla_jax.optim import learning_rate, make_optimizer
 from mla_jax.preemption import StopRequest
@@ -27,6 +27,9 @@ from mla_jax.state import TrainState, abstract_state, init_state, with_params
 from mla_jax.step import make_train_step
 from mla_jax.telemetry import Telemetry
 from mla_jax.trackers import check_installed
+
+_AHEAD = 2
+"""Steps that are given to the device before the result of an earlier one is there."""
 
 
 @dataclass
@@ -82,6 +85,8 @@ class _Trainer:
         self.train_step = make_train_step(
             config.model, optimizer, config.train.loss_chunk, config.train.nonfinite == "skip"
         )
+        for stage in config.train.stages:
+            check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation)
         self.position = Position()
         self.data = self._pipeline()  # bad data ends here, before the run folder exists
         self.run_dir = checkpoint.start_run(config, tokenizer)
@@ -133,10 +138,10 @@ class _Trainer:
                                 self._next_stage()
                     if position.step % train.checkpoint_every == 0:
                         self._save()
-            if self.checkpoints.latest_step != position.step:
-                self._save()
-            with self.telemetry.clock.spend("checkpoint"):
-                self.checkpoints.wait()
+                if self.checkpoints.latest_step != position.step:
+                    self._save()
+                with self.telemetry.clock.spend("checkpoint"):
+                    self.checkpoints.wait()
         finally:
             self.data.close()
             display.close()
@@ -160,6 +165,8 @@ class _Trainer:
         with self.telemetry.dispatch(batch["tokens"].shape, self.pending):
             self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate))
             self.pending.append(metrics)
+        # No further ahead: steps that are queued must run before a checkpoint can be saved.
+        jax.block_until_ready(self.pending[:-_AHEAD][-1:])
         p.step += 1
         p.stage_step += 1
 

@@ -6,7 +6,7 @@ import pytest
 
 from mla_jax.config import MeshConfig
 from mla_jax.errors import UsageError
-from mla_jax.mesh import make_mesh, place_batch, rows_here
+from mla_jax.mesh import check_batch, make_mesh, place_batch, rows_here
 
 
 @pytest.mark.parametrize(("data", "fsdp", "context"), [(2, 2, 2), (1, 2, 4), (8, 1, 1)])
@@ -30,9 +30,10 @@ def test_each_device_holds_its_rows_and_an_early_and_a_late_chunk(data, fsdp, co
 def test_what_does_not_spread_evenly_is_a_usage_error():
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4, context=2))):
         with pytest.raises(UsageError, match=r"6 sequences .* do not spread evenly over 4 devices"):
-            rows_here(12, 2)
+            check_batch(12, 32, 2)
         with pytest.raises(UsageError, match="seq_len 30 is no multiple of 4, twice mesh.context"):
-            place_batch({"tokens": np.zeros((4, 30), np.int32)}, 1)
+            check_batch(4, 30, 1)
+        check_batch(8, 32, 2)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"fsdp": 4, "context": 4}, {"data": 2, "fsdp": 2, "context": 1}])

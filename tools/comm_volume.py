@@ -13,7 +13,7 @@ import os
 import re
 from typing import NamedTuple
 
-from mla_jax.errors import one_line_errors
+from mla_jax.errors import UsageError, one_line_errors
 
 _BYTES = {"pred": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -73,6 +73,8 @@ def compiled_step(overrides: list[str], text: str) -> str:
     from tools.bench_train import Shape, compose_config, random_batch
 
     config = compose_config(overrides)
+    if config.train.grad_accumulation > 1:
+        raise UsageError("train.grad_accumulation puts communication into a loop; count one micro-batch with --shape")
     model = dataclasses.replace(config.model, unroll=-1, attention="xla")  # no loop around collectives
     optimizer = make_optimizer(config.optim)
     with jax.set_mesh(make_mesh(config.mesh)):

@@ -201,6 +201,7 @@ def test_feed_forward_in_chunks_never_holds_all_tokens():
         ({"saved": ("queries",)}, "model.saved and model.offloaded need model.remat=names"),
         ({"remat": "names", "saved": ("keys",)}, "model.saved must be one of layer_input, "),
         ({"remat": "names", "saved": ("up",), "offloaded": ("up",)}, "both have up; choose one"),
+        ({"remat": "names", "saved": ("up",), "mlp_chunk": 8}, "model.mlp_chunk keeps no up"),
         ({"unroll": 0}, "model.unroll must be -1 or at least 1, got 0"),
         ({"mlp_chunk": 0}, "model.mlp_chunk must be at least 1, got 0"),
     ],
