@@ -12,7 +12,7 @@ KINDS = ("compute", "data", "compile", "checkpoint", "other")
 compute     everything else: the device works, or could, and the host keeps up
 data        the host waited for a batch, and the device had run out of work when it came
 compile     tracing and compiling the step for a batch shape not met before in this process
-checkpoint  blocked in saving, which includes waiting for the steps before
+checkpoint  blocked in saving, once the steps before are done
 other       trackers, and the start of the next stage's data
 """
 

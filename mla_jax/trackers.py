@@ -19,7 +19,7 @@ import jax
 import yaml
 
 from mla_jax.checkpoint_store import first_line
-from mla_jax.config import SftConfig, TrackerConfig
+from mla_jax.config import SftConfig, TrackerConfig, flatten
 from mla_jax.environment import environment
 from mla_jax.errors import InputError, UsageError
 from mla_jax.processes import decide_together
@@ -198,8 +198,8 @@ class MlflowTracker:
         from mlflow.entities import Param, RunTag
 
         self._client = MlflowClient(tracking_uri=mlflow_uri(config.tracker, run_dir))
-        params = _flat(start["config"])
-        tags = {f"environment.{key}": value for key, value in _flat(start["environment"]).items()}
+        params = _as_text(start["config"])
+        tags = {f"environment.{key}": value for key, value in _as_text(start["environment"]).items()}
         if "id" in known:
             stored = self._client.get_run(known["id"]).data.params
             tags |= {f"config.{key}": value for key, value in params.items() if stored.get(key) != value}
@@ -283,15 +283,11 @@ def _make(name: str, config: SftConfig, run_dir: Path, step: int, known: dict, s
     return {"wandb": WandbTracker, "mlflow": MlflowTracker}[name](config, run_dir, known, start)
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
-    """Nested dicts as dotted keys, values as text of at most the 6,000 characters that MLflow takes."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = (value if isinstance(value, str) else json.dumps(value))[:6000]
-    return flat
+def _as_text(tree: dict) -> dict[str, str]:
+    """Values by dotted key, as text of at most the 6,000 characters that MLflow takes."""
+    return {
+        key: (value if isinstance(value, str) else json.dumps(value))[:6000] for key, value in flatten(tree).items()
+    }
 
 
 def _parts(items: list) -> list[list]:

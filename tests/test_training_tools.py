@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from mla_jax.errors import UsageError
 from tiny import MODEL
 from tools import bench_train
-from tools.bench_train import Shape, keeping
+from tools.bench_train import keeping
+from tools.benchmarking.steps import Shape
 from tools.comm_volume import collectives, compiled_step
 
 

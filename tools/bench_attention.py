@@ -202,10 +202,7 @@ def main() -> None:
             for backward in (False, True):
                 rows = bench(problem, backward, args.only, matmul)
                 title = f"{shape}, {'forward and backward' if backward else 'forward'}"
-                print(report.table(title, COLUMNS, rows), flush=True)
-                results["rows"] += rows
-                if args.json:
-                    report.write_json(args.json, results)
+                report.publish(title, COLUMNS, rows, results, args.json)
 
 
 if __name__ == "__main__":

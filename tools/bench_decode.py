@@ -270,10 +270,7 @@ def main() -> None:
         print(f"ceilings: {read / 1e9:,.0f} GB/s reading, {copy / 1e9:,.0f} GB/s copying\n", flush=True)
         for shape in shapes:
             rows = bench(shape, args.page_size, args.peers, args.only, read)
-            print(report.table(str(shape), COLUMNS, rows), flush=True)
-            results["rows"] += rows
-            if args.json:
-                report.write_json(args.json, results)
+            report.publish(str(shape), COLUMNS, rows, results, args.json)
 
 
 if __name__ == "__main__":

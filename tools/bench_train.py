@@ -7,58 +7,26 @@ again what the backward pass needs (`model.remat`) gets the same parameters and 
 import argparse
 import dataclasses
 import os
-import re
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from experiments.entry import CONF, as_usage_errors
-from mla_jax.config import ModelConfig, SftConfig, register_schemas
-from mla_jax.errors import UsageError, one_line_errors
+from mla_jax.config import ModelConfig, SftConfig
+from mla_jax.errors import one_line_errors
 from mla_jax.flops import nominal_peak, train_flops
-from mla_jax.mesh import make_mesh, place_batch, rows_here
+from mla_jax.mesh import make_mesh
 from mla_jax.optim import make_optimizer
-from mla_jax.state import abstract_state, init_state
-from mla_jax.step import make_train_step
-from tools.benchmarking import ceilings, report, sizes
+from mla_jax.state import init_state
+from tools.benchmarking import ceilings, report
+from tools.benchmarking.steps import Shape, compile_step, compose_config
 
 DEFAULT_SHAPES = ["4x8k", "1x32k", "1x128k"]
 DEFAULT_KEEP = ["full", "latent_attention", "none"]
 STEPS, LEAST_STEPS, SECONDS = 10, 2, 12.0
 """Steps are timed until there are so many, or at least two that have taken so long."""
 _SAME_LOSS = 1e-3
-
-
-class Shape(NamedTuple):
-    """A batch."""
-
-    batch: int
-    tokens: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """Of `BATCHxTOKENS`, 4x8k for instance."""
-        match = re.fullmatch(rf"(\d+)x{sizes.PATTERN}", text)
-        if match is None:
-            raise UsageError(f"shape {text!r} is not BATCHxTOKENS, 4x8k for instance")
-        return cls(int(match[1]), sizes.parse(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.batch} x {sizes.show(self.tokens)}"
-
-
-def compose_config(overrides: list[str]) -> SftConfig:
-    """What experiments.sft would run with these overrides."""
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base=None), as_usage_errors():
-        config: Any = OmegaConf.to_object(compose("sft", overrides=overrides))
-    return config
 
 
 def keeping(model: ModelConfig, text: str) -> ModelConfig:
@@ -72,34 +40,6 @@ def keeping(model: ModelConfig, text: str) -> ModelConfig:
     saved, _, offloaded = text.partition("/")
     names = [tuple(name for name in part.split("+") if name) for part in (saved, offloaded)]
     return dataclasses.replace(model, remat="names", saved=names[0], offloaded=names[1])
-
-
-def random_batch(model: ModelConfig, shape: Shape, accumulation: int) -> dict[str, jax.Array]:
-    """One batch on the mesh: random tokens, each the target of the one before, all of them learned."""
-    rows = rows_here(shape.batch, accumulation)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (shape.batch, shape.tokens + 1), np.int32)[rows]
-    batch = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "weights": np.ones((len(rows), shape.tokens), np.float32),
-        "positions": np.tile(np.arange(shape.tokens, dtype=np.int32), (len(rows), 1)),
-    }
-    return place_batch(batch, accumulation)
-
-
-def compile_step(config: SftConfig, shape: Shape) -> tuple[Any, tuple, dict[str, Any]]:
-    """The step, its batch and rate, and what it takes: seconds to compile, bytes on a device, bytes on the host."""
-    model, optimizer = config.model, make_optimizer(config.optim)
-    train_step = make_train_step(model, optimizer, config.train.loss_chunk)
-    arguments = random_batch(model, shape, config.train.grad_accumulation), jnp.float32(1e-4)
-    start = time.perf_counter()
-    compiled = train_step.lower(abstract_state(model, optimizer), *arguments).compile()
-    memory = compiled.memory_analysis()
-    return compiled, arguments, {
-        "compile_seconds": time.perf_counter() - start,
-        "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        "host_bytes": memory.host_temp_size_in_bytes,
-    }  # fmt: skip
 
 
 def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, Any]:
@@ -211,10 +151,7 @@ def main() -> None:
             print(f"ceiling: {peak / 1e12:,.1f} TFLOP/s, product of bfloat16 matrices\n", flush=True)
             for shape in shapes:
                 rows = bench(config, shape, models, peak, args.trace)
-                print(report.table(str(shape), COLUMNS, rows), flush=True)
-                results["rows"] += rows
-                if args.json:
-                    report.write_json(args.json, results)
+                report.publish(str(shape), COLUMNS, rows, results, args.json)
 
 
 if __name__ == "__main__":

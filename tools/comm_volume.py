@@ -64,23 +64,16 @@ def _group_size(rest: str) -> int:
 def compiled_step(overrides: list[str], text: str) -> str:
     """The partitioned program of a step over a batch of shape `text` on all devices."""
     import jax
-    import jax.numpy as jnp
 
     from mla_jax.mesh import make_mesh
-    from mla_jax.optim import make_optimizer
-    from mla_jax.state import abstract_state
-    from mla_jax.step import make_train_step
-    from tools.bench_train import Shape, compose_config, random_batch
+    from tools.benchmarking.steps import Shape, compile_step, compose_config
 
     config = compose_config(overrides)
     if config.train.grad_accumulation > 1:
         raise UsageError("train.grad_accumulation puts communication into a loop; count one micro-batch with --shape")
     model = dataclasses.replace(config.model, unroll=-1, attention="xla")  # no loop around collectives
-    optimizer = make_optimizer(config.optim)
     with jax.set_mesh(make_mesh(config.mesh)):
-        step = make_train_step(model, optimizer, config.train.loss_chunk)
-        batch = random_batch(model, Shape.parse(text), config.train.grad_accumulation)
-        return step.lower(abstract_state(model, optimizer), batch, jnp.float32(0)).compile().as_text()
+        return compile_step(dataclasses.replace(config, model=model), Shape.parse(text))[0].as_text()
 
 
 def main() -> None:

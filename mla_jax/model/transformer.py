@@ -126,6 +126,8 @@ class Transformer(nnx.Module):
             h_BTD in the compute type; `logits` makes scores of it.
         """
         if positions_BT is None:
+            if mesh.sequence_shares(tokens_BT) > 1:
+                raise ValueError("positions_BT must be given where sequences are spread: tokens are in zig-zag order")
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         turns = rotations(self.config, positions_BT)
 

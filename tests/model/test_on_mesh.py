@@ -87,6 +87,13 @@ def test_tokens_do_not_depend_on_the_mesh(on_one_device):
         assert sample(init_params(CONFIG, 0)) == expected
 
 
+def test_positions_of_spread_sequences_must_be_given(on_one_device):
+    with jax.set_mesh(mesh.make_mesh(MeshConfig(data=1, fsdp=2, context=4))):
+        tokens = mesh.place_batch({"tokens": np.zeros((8, 32), np.int32)}, 1)["tokens"][0]
+        with pytest.raises(ValueError, match="positions_BT must be given"):
+            bind(CONFIG, on_one_device[0])(tokens)
+
+
 def test_a_weight_that_does_not_divide_is_a_usage_error():
     config = dataclasses.replace(CONFIG, hidden_size=36)
     eight = mesh.make_mesh(MeshConfig(data=1, fsdp=4, context=2))

@@ -71,6 +71,17 @@ def table(title: str, columns: dict[str, Callable[[dict[str, Any]], str]], rows:
     return "\n".join(text).rstrip() + "\n"
 
 
+def publish(
+    title: str, columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]],
+    results: dict[str, Any], path: Path | None,
+) -> None:  # fmt: skip
+    """Prints rows as a table, adds them to `results["rows"]`, and writes all results to `path` if there is one."""
+    print(table(title, columns, rows), flush=True)
+    results["rows"] += rows
+    if path:
+        write_json(path, results)
+
+
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Writes the report; the file is complete whenever it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
