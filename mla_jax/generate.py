@@ -6,7 +6,6 @@ chat or many questions about one long text, are read once.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError
-from mla_jax.memory import MemoryPlan, device_limit, longest_that_fits, round_up, room_for
+from mla_jax.memory import MemoryPlan, device_limit, most_that_fits, room_for, round_up
 from mla_jax.model import decoder
 from mla_jax.model.cache import LatentCache, LayerCache, init_layer, resized
 from mla_jax.sampling import Sampling, SamplingPlan, choose, knobs
@@ -138,7 +137,9 @@ class Generator:
         if len(context.tokens) != len(prompts):
             raise InputError(f"the context has {len(context.tokens)} rows, but there are {len(prompts)} prompts")
         # Nothing beyond these is valid any more, should this be interrupted.
-        context.tokens = [_common_prefix(held, prompt[:-1]) for held, prompt in zip(context.tokens, prompts, strict=True)]
+        context.tokens = [
+            _common_prefix(held, prompt[:-1]) for held, prompt in zip(context.tokens, prompts, strict=True)
+        ]
         self._make_room(context, len(prompts), max(map(len, prompts)) + max_new_tokens)
         lengths = self._prefill(context, prompts, on_prefill)
         new = self._decode(context, prompts, lengths, max_new_tokens, eos_id, sampling, on_tokens)
@@ -166,7 +167,7 @@ class Generator:
         plan, limit = self._plan(rows=rows, tokens=tokens), self.memory_limit * mesh.size() - others
         if plan.total <= limit:
             return
-        longest = longest_that_fits(lambda tokens: self._plan(rows=rows, tokens=tokens).total, limit)
+        longest = most_that_fits(lambda tokens: self._plan(rows=rows, tokens=tokens).total, limit)
         raise InputError(
             f"{rows} x {tokens:,} tokens need {plan}, but there are {limit / 2**30:.2f} GiB; "
             + (f"the longest that fits is {longest:,} tokens a row" if longest else "not even one token fits")
@@ -264,7 +265,8 @@ def _padded(rows: int) -> int:
 
 
 def _common_prefix(held: list[int], wanted: list[int]) -> list[int]:
-    return os.path.commonprefix([held, wanted])
+    same = next((i for i, pair in enumerate(zip(held, wanted, strict=False)) if pair[0] != pair[1]), None)
+    return held[: min(len(held), len(wanted)) if same is None else same]
 
 
 def _seen(prompts: list[list[int]], rows: int, vocabulary: int) -> np.ndarray:

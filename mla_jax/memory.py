@@ -95,15 +95,15 @@ def _workspace(config: ModelConfig, rows: int, tokens: int, int8_weights: bool) 
     return residual + max(attention, feed_forward) + scores + (size * layer if int8_weights else 0)
 
 
-def longest_that_fits(total: Callable[[int], int], limit: int) -> int:
-    """The most tokens, a multiple of the granule, for which `total(tokens)` is within the limit; 0 if there are none."""
+def most_that_fits(total: Callable[[int], int], limit: int, step: int = GRANULE) -> int:
+    """The largest multiple n of `step` for which `total(n)` is within the limit; 0 if there is none."""
     fits, too_many = 0, 1
-    while total(too_many * GRANULE) <= limit:
+    while total(too_many * step) <= limit:
         fits, too_many = too_many, 2 * too_many
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if total(middle * GRANULE) <= limit else (fits, middle)
-    return fits * GRANULE
+        fits, too_many = (middle, too_many) if total(middle * step) <= limit else (fits, middle)
+    return fits * step
 
 
 def device_limit() -> int | None:

@@ -23,7 +23,7 @@ class Sampling:
     min_p: float = 0.0
     """Only tokens at least this times as likely as the most likely one (arXiv 2407.01082)."""
     repetition_penalty: float = 1.0
-    """Divides positive scores of tokens seen in the prompt or generated, multiplies negative ones (arXiv 1909.05858)."""
+    """Divides positive scores of tokens in the prompt or generated, multiplies negative ones (arXiv 1909.05858)."""
     seed: int = 0
 
     def __post_init__(self):
@@ -72,6 +72,7 @@ def choose(
         key: of the draw.
     """
     if plan.penalty:
+        assert seen_BX is not None
         penalty = knobs["repetition_penalty"]
         scores_BX = jnp.where(seen_BX, jnp.where(scores_BX > 0, scores_BX / penalty, scores_BX * penalty), scores_BX)
     if plan.greedy:

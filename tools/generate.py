@@ -147,7 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Sampling):
         add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     add("--step", default="latest", help="of a run: latest, best or a number")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="compute type (default: the model's); float16 on Turing")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="compute type (default: the model's); float16 on Turing",
+    )
     add("--int8-weights", action="store_true", help="8-bit weights")
     add("--int8-cache", action="store_true", help="8-bit cache")
     add("--prefill-chunk", type=int, default=PREFILL_CHUNK, help="prompt tokens at one time; fewer take less memory")

@@ -5,7 +5,7 @@ import argparse
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError, one_line_errors
 from mla_jax.generate import PREFILL_CHUNK
-from mla_jax.memory import GIB, GPUS, RESERVED, MemoryPlan, longest_that_fits
+from mla_jax.memory import GIB, GPUS, RESERVED, MemoryPlan, most_that_fits
 from tools.benchmarking.steps import compose_config
 
 MODES = {"16 / 16": (False, None), "16 / 8": (False, "int8"), "8 / 8": (True, "int8")}
@@ -21,7 +21,7 @@ def longest_context(config: ModelConfig, limit: int, rows: int, chunk: int, int8
         ).total
 
     longest = config.max_position_embeddings
-    return longest if total(longest) <= limit else longest_that_fits(total, limit)
+    return longest if total(longest) <= limit else most_that_fits(total, limit)
 
 
 def _gib(gpu: str) -> float:
@@ -53,7 +53,8 @@ def _number(own: dict[str, str], key: str, default: int) -> int:
 def report(config: ModelConfig, gpus: dict[str, float], rows: int, chunk: int) -> str:
     """A line for each GPU and mode, as Markdown."""
     lines = [
-        "| GPU | GiB | bits of weights / cache | weights | workspace | cache of 1,024 tokens | longest context | in all |",
+        "| GPU | GiB | bits of weights / cache | weights | workspace | cache of 1,024 tokens | longest context "
+        "| in all |",
         "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for gpu, gib in gpus.items():
@@ -90,9 +91,10 @@ def main() -> None:
         gpus = {own["gpu"]: _gib(own["gpu"])} if "gpu" in own else dict(GPUS)
         print(report(config, gpus, rows, chunk))
         print(
-            f"\n{rows} sequence{'s' * (rows > 1)} of at most {config.max_position_embeddings:,} tokens (the model's limit), "
-            f"prompt and answer together.\n{RESERVED / GIB:.1f} GiB of each GPU are left to the CUDA context and libraries; "
-            "JAX must be allowed to take the rest:\nXLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (its default is 0.75)."
+            f"\n{rows} sequence{'s' * (rows > 1)} of at most {config.max_position_embeddings:,} tokens (the model's "
+            f"limit), prompt and answer together.\n{RESERVED / GIB:.1f} GiB of each GPU are left to the CUDA context "
+            "and libraries; JAX must be allowed to take\nthe rest: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (its default is "
+            "0.75)."
         )
 
 

@@ -21,7 +21,7 @@ SCALE_BYTES = 2 * 4
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Of one layer. How many tokens of a row are held, from the start of axis S on, is kept elsewhere; the rest is stale.
+    """Of one layer. How many tokens of a row are held, from the start of axis S, is kept elsewhere; the rest is stale.
 
     The int8 form is that of `latent_attention.quantize_cache`: a scale a token for the latent, one for the rotary key.
     """
@@ -98,7 +98,7 @@ def write(
 
 
 def read(cache: LayerCache, start: jax.Array, size: int, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Latents [B, size, C] and rotary keys [B, size, R] in slots [start, start + size); beyond the capacity, anything."""
+    """Latents [B, size, C] and rotary keys [B, size, R] in slots [start, start + size); past the capacity, anything."""
     # A slice at the end starts early (it may not overrun); rolling moves what was asked for to the front again.
     first = jnp.minimum(start, cache.capacity - size)
 
@@ -114,7 +114,7 @@ def read(cache: LayerCache, start: jax.Array, size: int, dtype: jax.typing.DType
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def resized(cache: LayerCache, batch: int, capacity: int) -> LayerCache:
-    """A copy with room for `capacity` tokens, of whose `batch` rows all hold what the only row held if there was one."""
+    """A copy with room for `capacity` tokens, whose `batch` rows all hold what the only row held if there was one."""
 
     def copy(x: jax.Array, axis: int) -> jax.Array:
         more = [(0, capacity - cache.capacity if i == axis else 0) for i in range(x.ndim)]

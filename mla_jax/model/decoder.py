@@ -4,38 +4,19 @@
 (`prefill_layer`), so that one compiled function serves all layers and no chunk needs the last one's output.
 """
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
-from latent_attention import dequantize, quantize
+from latent_attention import quantize
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import LatentCache, LayerCache
-from mla_jax.model.layers import product, rms_norm
+from mla_jax.model.layers import Int8Weight, product, rms_norm
 from mla_jax.model.rope import rotations
 from mla_jax.model.transformer import Layer, embed
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Int8Weight:
-    """A matrix [in, out] in int8 with a scale for each output; stands where `layers.product` takes a weight."""
-
-    units: jax.Array
-    scale_out: jax.Array
-
-    def __getitem__(self, everything: Any) -> "Int8Weight":
-        return self
-
-    def astype(self, dtype: DTypeLike) -> jax.Array:
-        """The matrix it stands for."""
-        return dequantize(self.units.T, self.scale_out, dtype).T
 
 
 def _is_norm(path: tuple) -> bool:
@@ -69,8 +50,8 @@ def inference_weights(config: ModelConfig, params: dict, int8: bool = False) -> 
 
     Args:
         config: the model.
-        params: see `transformer.init_params`; on the host (NumPy, or JAX arrays of the CPU), they go to the device layer
-            by layer, already converted.
+        params: see `transformer.init_params`; on the host (NumPy, or JAX arrays of the CPU), they go to the device
+            layer by layer, already converted.
         int8: matrices of layers in 8 bits with a scale for each output; embeddings and head stay in the compute type.
     """
     params = jax.tree.map(_for_the_default_device, params)
@@ -100,6 +81,11 @@ def _rotations(config: ModelConfig, lengths_B: jax.Array, queries: int) -> tuple
     return rotations(config, lengths_B[:, None] + jnp.arange(queries))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 7))  # traced and lowered once for all layers
+def _extend_layer(config, weights, h_BTD, turns, cache: LayerCache, lengths_B, valid_B, absorbed: bool):
+    return _bind_layer(config, weights).extend(h_BTD, turns, cache, lengths_B, valid_B, absorbed)
+
+
 def extend(
     config: ModelConfig, weights: dict, tokens_BT: jax.Array, cache: LatentCache, valid_B: jax.Array | None = None,
     *, absorbed: bool,
@@ -121,8 +107,9 @@ def extend(
     turns = _rotations(config, cache.lengths_B, tokens_BT.shape[1])
     h_BTD, layers = embed(config, weights["embed_tokens"], tokens_BT), []
     for layer_weights, layer_cache in zip(weights["layers"], cache.layers, strict=True):
-        layer = _bind_layer(config, layer_weights)
-        h_BTD, layer_cache = layer.extend(h_BTD, turns, layer_cache, cache.lengths_B, valid_B, absorbed)
+        h_BTD, layer_cache = _extend_layer(
+            config, layer_weights, h_BTD, turns, layer_cache, cache.lengths_B, valid_B, absorbed
+        )
         layers.append(layer_cache)
     h_BTD = rms_norm(h_BTD, weights["norm"], config.rms_norm_eps)
     return h_BTD, LatentCache(tuple(layers), cache.lengths_B + valid_B)

@@ -11,9 +11,9 @@ from mla_jax import mesh
 from mla_jax.config import MeshConfig
 from mla_jax.errors import UsageError
 from mla_jax.generate import generate
-from mla_jax.sampling import Sampling
 from mla_jax.losses import chunked_cross_entropy
 from mla_jax.model.transformer import abstract_params, bind, init_params
+from mla_jax.sampling import Sampling
 from tiny import MODEL
 
 CONFIG = dataclasses.replace(
