@@ -16,7 +16,7 @@ import numpy as np
 
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError, one_line_errors
-from mla_jax.flops import nominal_peak
+from mla_jax.flops import forward_flops, nominal_peak
 from mla_jax.generate import PREFILL_CHUNK, Context, Generator
 from mla_jax.memory import GRANULE, MemoryPlan, most_that_fits
 from mla_jax.model.transformer import init_params
@@ -31,18 +31,8 @@ NEW = 128
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> float:
-    """Of reading a prompt, counted as `mla_jax.flops` does: products, causal attention at half of all pairs."""
-    matrices = config.hidden_size * (3 * config.intermediate_size + config.cache_width)
-    queries = config.num_attention_heads * config.qk_head_dim
-    if config.q_lora_rank is None:
-        matrices += config.hidden_size * queries
-    else:
-        matrices += config.q_lora_rank * (config.hidden_size + queries)
-    matrices += config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
-    matrices += config.num_attention_heads * config.v_head_dim * config.hidden_size
-    pairs = tokens * tokens / 2
-    attention = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * pairs
-    return 2.0 * config.num_hidden_layers * (matrices * tokens + attention)
+    """Of reading a prompt of one row: a forward pass without the head, with all of every layer."""
+    return forward_flops(config, 1, tokens) - 2 * tokens * config.hidden_size * config.vocab_size
 
 
 class Bench:

@@ -54,20 +54,25 @@ def report(config: ModelConfig, gpus: dict[str, float], rows: int, chunk: int) -
     """A line for each GPU and mode, as Markdown."""
     lines = [
         "| GPU | GiB | bits of weights / cache | weights | workspace | cache of 1,024 tokens | longest context "
-        "| in all |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
+        "| in all | so long at a time |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for gpu, gib in gpus.items():
         limit = round(gib * GIB) - RESERVED
         for mode, (int8, dtype) in MODES.items():
             tokens = longest_context(config, limit, rows, chunk, int8, dtype)
-            plan = MemoryPlan.of(
-                config, rows=rows, tokens=max(tokens, 1024), cache_dtype=dtype, int8_weights=int8, prefill_chunk=chunk
-            )
+
+            def planned(rows: int, tokens: int = max(tokens, 1024), int8: bool = int8, dtype: str | None = dtype):
+                return MemoryPlan.of(
+                    config, rows=rows, tokens=tokens, cache_dtype=dtype, int8_weights=int8, prefill_chunk=chunk
+                )
+
+            plan, together = planned(rows), most_that_fits(lambda n: planned(n).total, limit, step=1)
             per_1024 = plan.cache / rows / max(tokens, 1024) * 1024
             lines.append(
                 f"| {gpu} | {gib:g} | {mode} | {plan.weights / GIB:.2f} GiB | {plan.workspace / GIB:.2f} GiB "
-                f"| {per_1024 / 2**20:.2f} MiB | {tokens:,} | {plan.total / GIB:.2f} GiB |"
+                f"| {per_1024 / 2**20:.2f} MiB | {tokens:,} | {plan.total / GIB:.2f} GiB "
+                f"| {together} |"
             )
     return "\n".join(lines)
 

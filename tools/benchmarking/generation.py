@@ -46,13 +46,14 @@ def random_context(generator: Generator, rows: int, tokens: int, capacity: int |
 def time_decode(generator: Generator, context: Context, tokens: int) -> Decoding:
     """Greedy decoding over the first `tokens` of the context, as `Generator.generate` does it."""
     rows, plan = len(context.layers[0].c_BSC), Sampling().plan
-    tokens_B, lengths_B = jnp.zeros(rows, jnp.int32), jnp.full(rows, tokens, jnp.int32)
+    tokens_B, lengths_B, done_B = jnp.zeros(rows, jnp.int32), jnp.full(rows, tokens, jnp.int32), jnp.zeros(rows, bool)
+    values, key = knobs(Sampling()), jax.random.key(0)
     seconds = []
     for _ in range(BLOCKS + 1):
         start = time.perf_counter()
         new_NB, tokens_B, layers, _, _ = _decode(
-            generator.config, generator.weights, tokens_B, tuple(context.layers), lengths_B, jnp.zeros(rows, bool),
-            None, knobs(Sampling()), jax.random.key(0), plan=plan, steps=DECODE_BLOCK,
+            generator.config, generator.weights, tokens_B, tuple(context.layers), lengths_B, done_B, None, values, key,
+            plan=plan, steps=DECODE_BLOCK,
         )  # fmt: skip
         np.asarray(new_NB)
         context.layers = list(layers)

@@ -45,7 +45,7 @@ class Transformers:
             ).eval()
         state = self.model.state_dict()
         for tensor in tensors(config):
-            state[tensor.name].copy_(self.torch.from_numpy(np.ascontiguousarray(tensor.take(params))))
+            state[tensor.name].copy_(self.torch.from_numpy(np.array(tensor.take(params))))
 
     def measure(self, tokens: int) -> dict[str, Any]:
         """Seconds to read a prompt (the second time) and of a step behind it, and the most memory PyTorch had."""
