@@ -43,10 +43,10 @@ def keeping(model: ModelConfig, text: str) -> ModelConfig:
 
 
 def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, Any]:
-    """Seconds a step, the first loss, and what `compile_step` says."""
+    """Seconds a step, loss and gradient norm of the first, and what `compile_step` says."""
     compiled, (batch, rate), takes = compile_step(config, shape)
     state, metrics = compiled(init_state(config.model, make_optimizer(config.optim), config.seed), batch, rate)
-    loss = float(metrics["loss"] / metrics["weight"])
+    first = {"loss": float(metrics["loss"] / metrics["weight"]), "grad_norm": float(metrics["grad_norm"])}
     seconds: list[float] = []
     while len(seconds) < LEAST_STEPS or (len(seconds) < STEPS and sum(seconds) < SECONDS):
         start = time.perf_counter()
@@ -57,7 +57,7 @@ def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, An
         with jax.profiler.trace(trace):
             jax.block_until_ready(compiled(state, batch, rate))
     median = sorted(seconds)[len(seconds) // 2]
-    return takes | {"seconds": median, "spread": (max(seconds) - min(seconds)) / median, "loss": loss}
+    return takes | first | {"seconds": median, "spread": (max(seconds) - min(seconds)) / median}
 
 
 def print_memory(config: SftConfig, shape: Shape, models: dict[str, ModelConfig]) -> None:
@@ -109,6 +109,7 @@ COLUMNS = {
     "GB": lambda row: f"{row['bytes'] / 1e9:.1f}",
     "GB on host": lambda row: f"{row['host_bytes'] / 1e9:.1f}",
     "loss": lambda row: f"{row['loss']:.4f}",
+    "gradient norm": lambda row: f"{row['grad_norm']:.4f}",
     "compiled in s": lambda row: f"{row['compile_seconds']:.0f}",
 }
 

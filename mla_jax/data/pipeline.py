@@ -12,6 +12,7 @@ from typing import Protocol
 import grain
 import numpy as np
 from absl import flags
+from grain._src.python.dataset.transformations import process_prefetch
 
 from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, StageConfig
 from mla_jax.data.needle import NeedleGenerator, Purpose, stream
@@ -28,6 +29,11 @@ Rows = dict[int, np.ndarray]
 
 ENDLESS = 2**48
 """Batches in a source: more than any run takes."""
+
+# Grain stops its workers one after the other. One with a batch on its way that is larger than a pipe waits for a
+# reader, and there is none any more: Grain kills it after 25 s. With eight workers that is minutes, which a job told to
+# stop does not have. Nothing is lost with a killed worker: batches are made again from their number.
+process_prefetch._PROCESS_KILL_TIMEOUT_S = 1
 
 
 class BatchSource(Protocol):

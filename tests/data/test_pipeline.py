@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -142,7 +143,24 @@ def test_closing_ends_the_workers(start):
     next(pipeline)
     assert multiprocessing.active_children()
     pipeline.close()
+    end = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.05)
     assert not multiprocessing.active_children()
+
+
+def test_closing_does_not_wait_for_batches_that_nobody_reads():
+    """They are larger than a pipe (64 KiB), and Grain alone waits 25 s for each worker."""
+    data = NeedleDataConfig(
+        tokenizer="needle-bpe", tasks={"passkey": 1.0}, haystacks={"noise": 1.0}, workers=2
+    )  # fmt: skip
+    stage = StageConfig(seq_len=8192, batch_size=64, steps=1, learning_rate=1)
+    pipeline = make_pipeline(data, TOKENIZER, [stage], 0, 0)
+    _take(pipeline, 4)
+    time.sleep(3)  # the workers get ahead
+    start = time.monotonic()
+    pipeline.close()
+    assert time.monotonic() - start < 20
 
 
 def test_earlier_lengths_stay_in_the_mix(start):
