@@ -4,6 +4,7 @@ Batch i of a stage is a pure function of (config, seed, stage, i). So a position
 for any number of workers, and a resumed run sees the batches it would have seen.
 """
 
+import contextlib
 import signal
 import weakref
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from typing import Protocol
 import grain
 import numpy as np
 from absl import flags
-from grain._src.python.dataset.transformations import process_prefetch
 
 from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, StageConfig
 from mla_jax.data.needle import NeedleGenerator, Purpose, stream
@@ -33,7 +33,10 @@ ENDLESS = 2**48
 # Grain stops its workers one after the other. One with a batch on its way that is larger than a pipe waits for a
 # reader, and there is none any more: Grain kills it after 25 s. With eight workers that is minutes, which a job told to
 # stop does not have. Nothing is lost with a killed worker: batches are made again from their number.
-process_prefetch._PROCESS_KILL_TIMEOUT_S = 1
+with contextlib.suppress(ImportError):  # private to Grain; without it, closing takes longer
+    from grain._src.python.dataset.transformations import process_prefetch
+
+    process_prefetch._PROCESS_KILL_TIMEOUT_S = 1
 
 
 class BatchSource(Protocol):
