@@ -380,6 +380,8 @@ class PasskeyConfig:
     """Prompts in each cell."""
     batch_size: int = 8
     max_new_tokens: int = 10
+    cache_dtype: Optional[str] = None
+    """`int8` for the 8-bit cache; None for the model's compute type."""
     seed: int = 1_000_003
     """Seed of the prompts; keep it apart from the training seed, so that prompts are held out."""
 
@@ -389,6 +391,8 @@ class PasskeyConfig:
         require(all(0 <= d <= 1 for d in self.depths), f"eval.depths must be in [0, 1], got {self.depths}")
         for name in ("samples", "batch_size", "max_new_tokens"):
             require_at_least(1, **{f"eval.{name}": getattr(self, name)})
+        if self.cache_dtype is not None:
+            require_choice("eval.cache_dtype", self.cache_dtype, ("int8", "bfloat16", "float16", "float32"))
 
 
 @schema

@@ -23,7 +23,8 @@ from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.provenance import provenance
 from mla_jax.evals.report import Cell, format_table, over_depths, plot_heatmap, write_json
-from mla_jax.generate import generate
+from mla_jax.generate import Generator
+from mla_jax.model.cache import bytes_per_token
 
 FAILURES_KEPT = 3
 """Failed prompts reported for each cell."""
@@ -92,6 +93,7 @@ def evaluate_passkey(
         InputError: a length that does not fit the model or holds no passkey prompt; found before anything is computed.
     """
     _check(config, tokenizer, grid)
+    generator = Generator(config, params, cache_dtype=grid.cache_dtype)
     correct = {(length, depth): 0 for length in grid.lengths for depth in grid.depths}
     failures: list[Failure] = []
     pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
@@ -101,9 +103,7 @@ def evaluate_passkey(
             bar.set_description(f"passkey at {length} tokens")
             for batch in _batches(length, grid):
                 prompts, answers = zip(*(_prompt(tokenizer, length, *place, grid) for place in batch), strict=True)
-                new = generate(
-                    config, params, list(prompts), max_new_tokens=grid.max_new_tokens, eos_id=tokenizer.eos_id
-                )
+                new = generator.generate(prompts, max_new_tokens=grid.max_new_tokens, eos_id=tokenizer.eos_id)
                 fresh = dict(zip(batch, zip(answers, new, strict=True), strict=True))  # without the padding
                 for (depth, sample), (answer, ids) in fresh.items():
                     text = tokenizer.decode(ids)
@@ -173,7 +173,7 @@ def run_passkey(run: Run, grid: PasskeyConfig, out_dir: Path) -> PasskeyReport:
     passkey.json holds:
 
         task              "passkey"
-        model             name, step, parameters, cache_bytes_per_token (16 bits), trained_lengths
+        model             name, step, parameters, cache_bytes_per_token (16 bits unless eval.cache_dtype is set), trained_lengths
         provenance        date, command, git_revision, hardware, python, jax
         seconds           duration of the evaluation, compilation included
         config            the grid as configured
@@ -194,7 +194,7 @@ def run_passkey(run: Run, grid: PasskeyConfig, out_dir: Path) -> PasskeyReport:
         raise InputError(f"could not create {out_dir} ({e.strerror}); name a folder that can be written") from e
     name = run.path.resolve().name
     parameters = sum(x.size for x in jax.tree.leaves(run.params))
-    cache_bytes = run.model.cache_bytes_per_token()
+    cache_bytes = bytes_per_token(run.model, grid.cache_dtype or "bfloat16")
     start = time.perf_counter()
     report = evaluate_passkey(run.model, run.params, run.tokenizer, grid, progress=True)
     measured = {

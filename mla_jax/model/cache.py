@@ -13,7 +13,6 @@ from latent_attention import dequantize, quantize
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 
-CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 SCALE_BYTES = 2 * 4
 """Of an int8 cache, per token and layer: a float32 scale for the latent and one for the rotary key."""
 

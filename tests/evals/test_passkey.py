@@ -22,14 +22,17 @@ KEY = re.compile(r"The pass key is ([0-9]+)\.")
 
 
 class Generator:
-    """Stands in for `generate`: reads the key in the prompt and answers what `answer(key, depth)` says."""
+    """Stands in for `generate.Generator`: reads the key in the prompt and answers what `answer(key, depth)` says."""
 
     def __init__(self, answer):
         self.answer = answer
         self.batches: list[list[list[int]]] = []
         self.options: list[dict] = []
 
-    def __call__(self, config, params, prompts, **options):
+    def __call__(self, config, params, cache_dtype):
+        return self
+
+    def generate(self, prompts, **options):
         self.batches.append(prompts)
         self.options.append(options)
         texts = [TOKENIZER.decode(prompt) for prompt in prompts]
@@ -46,7 +49,7 @@ def evaluate(monkeypatch):
 
     def run(answer, grid=GRID, config=MODEL):
         generator = Generator(answer)
-        monkeypatch.setattr(passkey, "generate", generator)
+        monkeypatch.setattr(passkey, "Generator", generator)
         return evaluate_passkey(config, {}, TOKENIZER, grid), generator
 
     return run
@@ -158,6 +161,19 @@ def test_a_random_model_end_to_end(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "128 tokens" in out and "192 tokens" in out and "passkey.png" in out
     assert evaluate_passkey(MODEL, params, TOKENIZER, grid) == report
+
+
+def test_the_cache_may_have_8_bits(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        passkey, "Generator", lambda *_, cache_dtype: made.append(cache_dtype) or Generator(lambda *_: "1")
+    )
+    grid = dataclasses.replace(GRID, cache_dtype="int8")
+    run = Run(tmp_path, MODEL, init_params(MODEL, 0), TOKENIZER, step=0, trained_lengths=())
+    run_passkey(run, grid, tmp_path / "eval")
+    written = json.loads((tmp_path / "eval" / "passkey.json").read_text())
+    assert written["model"]["cache_bytes_per_token"] == 2 * (16 + 8 + 2 * 4)
+    assert made == ["int8"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
