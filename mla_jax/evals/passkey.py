@@ -173,7 +173,7 @@ def run_passkey(run: Run, grid: PasskeyConfig, out_dir: Path) -> PasskeyReport:
     passkey.json holds:
 
         task              "passkey"
-        model             name, step, parameters, cache_bytes_per_token (16 bits, or of eval.cache_dtype), trained_lengths
+        model             name, step, parameters, cache_bytes_per_token (16 bits unless configured), trained_lengths
         provenance        date, command, git_revision, hardware, python, jax
         seconds           duration of the evaluation, compilation included
         config            the grid as configured
