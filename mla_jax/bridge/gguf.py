@@ -24,6 +24,9 @@ from mla_jax.model.rope import amplitude, softmax_scale
 
 TYPES = ("f16", "bf16", "q8_0")
 
+_LITE_LAYERS = (26, 27)
+_BETAS = (32.0, 1.0)
+
 
 def export_gguf(hf_dir: str | Path, out: str | Path, *, type: str = "f16", overwrite: bool = False) -> Path:
     """Writes one file, a tensor at a time; it appears under its name only when it is complete.
@@ -74,8 +77,19 @@ def check_representable(config: ModelConfig) -> None:
     """Raises InputError, with the reason, for a model that llama.cpp would not load or would compute otherwise."""
     if config.q_lora_rank is None:
         raise InputError(
-            "llama.cpp cannot run this model: q_lora_rank is null, and its deepseek2 architecture takes a plain q_proj "
-            "only for the layer counts of DeepSeek-V2-Lite; train with model.q_lora_rank=768, for instance"
+            "llama.cpp cannot run this model: q_lora_rank is null, and its deepseek2 architecture wants the query in two "
+            "low-rank matrices; train with model.q_lora_rank=768, for instance"
+        )
+    if config.num_hidden_layers in _LITE_LAYERS:
+        raise InputError(
+            f"llama.cpp cannot run this model: it takes any deepseek2 of {config.num_hidden_layers} layers for "
+            "DeepSeek-V2-Lite, which has no q_lora_rank; train with another model.num_hidden_layers"
+        )
+    yarn = config.rope_scaling
+    if yarn is not None and (yarn.beta_fast, yarn.beta_slow) != _BETAS:
+        raise InputError(
+            f"llama.cpp cannot run this model: YaRN has beta_fast={yarn.beta_fast:g} and beta_slow={yarn.beta_slow:g}, and "
+            f"its deepseek2 architecture reads neither but takes {_BETAS[0]:g} and {_BETAS[1]:g}"
         )
 
 
@@ -114,11 +128,9 @@ def _add_yarn(writer: Any, config: ModelConfig) -> None:
     """
     yarn = config.rope_scaling
     assert yarn is not None
-    writer.add_rope_scaling_type(_yarn_type())
+    writer.add_rope_scaling_type(import_gguf().RopeScalingType.YARN)
     writer.add_rope_scaling_factor(yarn.factor)
     writer.add_rope_scaling_orig_ctx_len(yarn.original_max_position_embeddings)
-    writer.add_rope_scaling_yarn_beta_fast(yarn.beta_fast)
-    writer.add_rope_scaling_yarn_beta_slow(yarn.beta_slow)
     rotary = amplitude(yarn)
     temperature = math.sqrt(softmax_scale(config) * config.qk_head_dim**0.5)
     multiplier = (temperature / rotary - 1) / math.log(yarn.factor) if yarn.factor > 1 else 0.0
@@ -127,10 +139,6 @@ def _add_yarn(writer: Any, config: ModelConfig) -> None:
     else:
         rotary /= 0.1 * math.log(yarn.factor) + 1
     writer.add_rope_scaling_attn_factors(rotary)
-
-
-def _yarn_type() -> Any:
-    return import_gguf().RopeScalingType.YARN
 
 
 @dataclass(frozen=True)

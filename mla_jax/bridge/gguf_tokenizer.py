@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face folder as GGUF keys, for llama.cpp's byte-level BPE."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,11 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
         types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
     writer.add_token_list([texts.get(i, f"[UNUSED{i}]") for i in range(vocab_size)])
     writer.add_token_types([types.get(i, gguf.TokenType.UNUSED) for i in range(vocab_size)])
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of templates for pairs of texts
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
+    # llama.cpp wants merges; this one never applies, since a text has no token of several characters to begin with.
+    special.merges = special.merges or ["<|merged|> <|merged|>"]
     special.add_special_token = {"bos": False, "eos": False, **special.add_special_token}
-    if not special.merges:  # a byte tokenizer; llama.cpp wants the key
-        writer.add_token_merges([])
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -57,7 +59,8 @@ def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
     name = _NAMES.get(tuple(step for step in steps if step))
     if name is None or bool(model.get("ignore_merges")) != (name == "llama-bpe"):
         raise InputError(
-            f"{folder}: llama.cpp has no name for how this tokenizer cuts words; it can be as in {', '.join(_NAMES.values())}"
+            f"{folder}: llama.cpp has no name for how this tokenizer cuts words; "
+            f"those it can get here are {', '.join(_NAMES.values())}"
         )
     normalizer = (content.get("normalizer") or {}).get("type")
     if normalizer is not None and (name, normalizer) != ("qwen2", "NFC"):
