@@ -17,7 +17,9 @@ class LlamaCpp:
         self.url = url
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)
 

@@ -1,7 +1,7 @@
 """Writes a Hugging Face folder as a GGUF file, architecture deepseek2, which llama.cpp runs with a latent cache.
 
-Keys and tensors are those of llama.cpp's src/models/deepseek2.cpp and conversion/deepseek.py: the attention is written in
-its absorbed form, as one key head of the width of the latent cache, and kv_b is split into its key and value halves.
+Keys and tensors are those of llama.cpp's src/models/deepseek2.cpp and conversion/deepseek.py: the attention is written
+in its absorbed form, as one key head of the width of the latent cache, and kv_b is split into its key and value halves.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ from mla_jax.model.rope import amplitude, softmax_scale
 
 TYPES = ("f16", "bf16", "q8_0")
 
-_LITE_LAYERS = (26, 27)
+_LITE_LAYERS, _LITE_SIZES = (26, 27), (48, 128_256)
+"""Layers, and layers and vocabulary, by which llama.cpp knows DeepSeek-V2-Lite, GigaChat3 and Kanana-2."""
 _BETAS = (32.0, 1.0)
 
 
@@ -77,19 +78,19 @@ def check_representable(config: ModelConfig) -> None:
     """Raises InputError, with the reason, for a model that llama.cpp would not load or would compute otherwise."""
     if config.q_lora_rank is None:
         raise InputError(
-            "llama.cpp cannot run this model: q_lora_rank is null, and its deepseek2 architecture wants the query in two "
-            "low-rank matrices; train with model.q_lora_rank=768, for instance"
+            "llama.cpp cannot run this model: q_lora_rank is null, and its deepseek2 architecture wants the query in "
+            "two low-rank matrices; train with model.q_lora_rank=768, for instance"
         )
-    if config.num_hidden_layers in _LITE_LAYERS:
+    if config.num_hidden_layers in _LITE_LAYERS or (config.num_hidden_layers, config.vocab_size) == _LITE_SIZES:
         raise InputError(
-            f"llama.cpp cannot run this model: it takes any deepseek2 of {config.num_hidden_layers} layers for "
+            f"llama.cpp cannot run this model: it takes a deepseek2 of {config.num_hidden_layers} layers for a kind of "
             "DeepSeek-V2-Lite, which has no q_lora_rank; train with another model.num_hidden_layers"
         )
     yarn = config.rope_scaling
     if yarn is not None and (yarn.beta_fast, yarn.beta_slow) != _BETAS:
         raise InputError(
-            f"llama.cpp cannot run this model: YaRN has beta_fast={yarn.beta_fast:g} and beta_slow={yarn.beta_slow:g}, and "
-            f"its deepseek2 architecture reads neither but takes {_BETAS[0]:g} and {_BETAS[1]:g}"
+            f"llama.cpp cannot run this model: YaRN has beta_fast={yarn.beta_fast:g} and beta_slow={yarn.beta_slow:g}, "
+            f"and its deepseek2 architecture reads neither but takes {_BETAS[0]:g} and {_BETAS[1]:g}"
         )
 
 

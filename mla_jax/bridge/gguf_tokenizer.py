@@ -7,8 +7,8 @@ from typing import Any
 
 from mla_jax.errors import InputError
 
-# How a text is cut into words, and llama.cpp's name for it (src/llama-vocab.cpp). llama.cpp has the rules in its code and
-# takes only a name, so a rule that has none cannot be expressed.
+# How a text is cut into words, and llama.cpp's name for it (src/llama-vocab.cpp). llama.cpp has the rules in its code
+# and takes only a name, so a rule that has none cannot be expressed.
 _WORDS, _DIGITS = "GPT-2's words", "single digits"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

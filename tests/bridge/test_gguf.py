@@ -6,18 +6,19 @@ import sys
 import tracemalloc
 
 import gguf
+import jax
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from mla_jax.bridge.gguf import export_gguf
+from mla_jax.bridge.gguf import check_representable, export_gguf
 from mla_jax.bridge.hf_export import export
 from mla_jax.bridge.hf_layout import tensors
 from mla_jax.config import YarnConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
-from mla_jax.model.transformer import init_params
+from mla_jax.model.transformer import abstract_params, init_params
 from tiny import MODEL
 from tools import export_gguf as tool
 
@@ -41,7 +42,8 @@ def hf_dir(params, tmp_path_factory):
 
 def exported(tmp_path, config, **changes):
     config = dataclasses.replace(config, **changes)
-    return export(config, init_params(config, 0), TOKENIZER, tmp_path / "hf")
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_params(config))
+    return export(config, params, TOKENIZER, tmp_path / "hf")
 
 
 def read(path):
@@ -67,12 +69,12 @@ def test_tensors_equal_the_source(type, params, hf_dir, tmp_path):
     }
     for i in range(CONFIG.num_hidden_layers):
         layer = {name: source[f"model.layers.{i}.{name}.weight"] for name in (
-            "input_layernorm self_attn.q_a_proj self_attn.q_a_layernorm self_attn.q_b_proj self_attn.kv_a_proj_with_mqa "
-            "self_attn.kv_a_layernorm self_attn.o_proj post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj"
+            "input_layernorm self_attn.q_a_proj self_attn.q_a_layernorm self_attn.q_b_proj "
+            "self_attn.kv_a_proj_with_mqa self_attn.kv_a_layernorm self_attn.o_proj post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj"
         ).split()}  # fmt: skip
         names = (
-            "attn_norm attn_q_a attn_q_a_norm attn_q_b attn_kv_a_mqa attn_kv_a_norm attn_output ffn_norm ffn_gate ffn_up "
-            "ffn_down"
+            "attn_norm attn_q_a attn_q_a_norm attn_q_b attn_kv_a_mqa attn_kv_a_norm attn_output ffn_norm ffn_gate "
+            "ffn_up ffn_down"
         ).split()
         expected |= {f"blk.{i}.{name}": array for name, array in zip(names, layer.values(), strict=True)}
         kv_b = source[f"model.layers.{i}.self_attn.kv_b_proj.weight"]
@@ -90,9 +92,9 @@ def test_tensors_equal_the_source(type, params, hf_dir, tmp_path):
         want = expected[name]
         vector, short = want.ndim == 1, want.shape[-1] % 32 != 0
         assert kind == ("F32" if vector else "F16" if type == "q8_0" and short else type.upper()), name
-        if kind == "Q8_0":  # half a step of each block of 32
+        if kind == "Q8_0":  # half a step of each block of 32; the step is rounded to a half float
             steps = np.abs(want.reshape(-1, 32)).max(1, keepdims=True) / 127
-            assert (np.abs((array - want).reshape(-1, 32)) <= 0.51 * steps + 1e-7).all(), name
+            assert (np.abs((array - want).reshape(-1, 32)) <= 0.57 * steps + 1e-7).all(), name
         else:
             tolerance = 1e-7 if kind == "F16" else 0  # subnormal halves
             np.testing.assert_allclose(array, want, rtol=0, atol=tolerance, err_msg=str(name))
@@ -155,14 +157,18 @@ def test_a_tied_head_is_written_once(tmp_path):
     ("changes", "message"),
     [
         ({"q_lora_rank": None}, "q_lora_rank is null, and its deepseek2 architecture wants"),
-        ({"num_hidden_layers": 27}, "takes any deepseek2 of 27 layers for DeepSeek-V2-Lite"),
+        ({"num_hidden_layers": 27}, "takes a deepseek2 of 27 layers for a kind of"),
         ({"rope_scaling": dataclasses.replace(YARN, beta_slow=2.0)}, "beta_fast=32 and beta_slow=2, and its"),
     ],
 )
-def test_what_llama_cpp_cannot_represent(changes, message, tmp_path):
-    folder = exported(tmp_path, CONFIG, **changes)
+def test_what_llama_cpp_cannot_represent(changes, message):
     with pytest.raises(InputError, match=message):
-        export_gguf(folder, tmp_path / "out.gguf")
+        check_representable(dataclasses.replace(CONFIG, **changes))
+
+
+def test_a_refused_export_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="q_lora_rank is null"):
+        export_gguf(exported(tmp_path, CONFIG, q_lora_rank=None), tmp_path / "out.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
@@ -199,7 +205,9 @@ def large(params, value):
 @pytest.mark.parametrize(("value", "type"), [(-7e4, "f16"), (9e6, "q8_0")])
 def test_values_that_do_not_fit(value, type, params, tmp_path):
     folder = export(CONFIG, large(params, value), TOKENIZER, tmp_path / "hf")
-    with pytest.raises(InputError, match=rf"layers\.1\.mlp\.up_proj\.weight reaches {abs(value):.3g}".replace("+", r"\+")):
+    with pytest.raises(
+        InputError, match=rf"layers\.1\.mlp\.up_proj\.weight reaches {abs(value):.3g}".replace("+", r"\+")
+    ):
         export_gguf(folder, tmp_path / "out.gguf", type=type)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     export_gguf(folder, tmp_path / "out.gguf", type="bf16")
@@ -235,14 +243,14 @@ def test_existing_files(hf_dir, tmp_path):
 
 
 def test_one_tensor_at_a_time(tmp_path):
-    folder = exported(tmp_path, CONFIG, num_hidden_layers=24, intermediate_size=4096, hidden_size=64)
-    largest, total = 4096 * 64 * 4, 24 * 3 * 4096 * 64 * 4
+    folder = exported(tmp_path, CONFIG, num_hidden_layers=16, intermediate_size=2048, hidden_size=64)
+    largest, total = 2048 * 64 * 4, 16 * 3 * 2048 * 64 * 4
     export_gguf(folder, tmp_path / "warm.gguf")
     tracemalloc.start()
     export_gguf(folder, tmp_path / "out.gguf", type="q8_0")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert largest < peak < 6 * largest < total / 10
+    assert largest < peak < 6 * largest < total / 7
 
 
 def test_command_line(hf_dir, tmp_path, monkeypatch, capsys):

@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llamacpp_server import serve
 from mla_jax.bridge import gguf as bridge
@@ -15,8 +16,8 @@ from mla_jax.bridge.gguf import export_gguf
 from mla_jax.bridge.gguf_tokenizer import _NAMES
 from mla_jax.bridge.hf_export import export
 from mla_jax.config import YarnConfig
-from mla_jax.data.tokenizer import load_tokenizer
-from mla_jax.model.transformer import init_params
+from mla_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from mla_jax.model.transformer import abstract_params
 from tiny import MODEL
 
 pytest.importorskip("xllamacpp")
@@ -38,16 +39,13 @@ SOURCE = {"f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
 
 def random_params(config):
     """Norms differ from 1, so that one left out shows."""
-    import jax
-    import jax.numpy as jnp
-
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
         mean, spread = (1.0, 0.2) if "norm" in path[-1].key else (0.0, config.initializer_range)
-        return jnp.asarray(rng.normal(mean, spread, leaf.shape), leaf.dtype)
+        return rng.normal(mean, spread, leaf.shape).astype(leaf.dtype)
 
-    return jax.tree.map_with_path(draw, init_params(config, 0))
+    return jax.tree.map_with_path(draw, abstract_params(config))
 
 
 def export_both(config, folder, type="f16"):
@@ -70,11 +68,11 @@ def hf_greedy(hf_dir, ids):
 
 def compare(hf_dir, model, config, tolerance, lengths=(1, 80)):
     """Where both chose the same so far, log-probabilities agree; where they part, two tokens were as good as equal."""
-    for length in lengths:
-        ids = np.random.default_rng(length).integers(0, 500, length).tolist()
+    prompts = [np.random.default_rng(length).integers(0, 500, length).tolist() for length in lengths]
+    with serve(model) as llama:
+        answers = [llama.complete(ids, NEW_TOKENS, config.vocab_size) for ids in prompts]
+    for length, ids, (ours, steps) in zip(lengths, prompts, answers, strict=True):
         theirs, log_probs = hf_greedy(hf_dir, ids)
-        with serve(model) as llama:
-            ours, steps = llama.complete(ids, NEW_TOKENS, config.vocab_size)
         parted = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
         differences = [np.abs(np.array(p) - log_probs[i]).max() for i, p in steps.items() if i <= parted]
         assert differences and max(differences) < tolerance, (length, differences)
@@ -146,7 +144,7 @@ TEXTS = (
 def trained(name, rule):
     """A BPE of 320 tokens that cuts words by a rule of the table."""
     ours = load_tokenizer("bytes")
-    backend = tokenizers.Tokenizer.from_str(ours._backend.to_str())
+    backend = tokenizers.Tokenizer(models.BPE())
     steps = {
         "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -155,14 +153,14 @@ def trained(name, rule):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    special = [token.content for token in ours._backend.get_added_tokens_decoder().values()]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=320, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )  # fmt: skip
     backend.train_from_iterator(TEXTS * 4, trainer)
     backend.model.ignore_merges = name == "llama-bpe"
-    return type(ours)(backend, ours._config, name)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, ours._config, name)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "needle-bpe", *_NAMES.values()])
@@ -170,15 +168,15 @@ def test_texts_are_cut_alike(tokenizer, tmp_path):
     rules = {name: rule for rule, name in _NAMES.items()}
     ours = trained(tokenizer, rules[tokenizer]) if tokenizer in rules else load_tokenizer(tokenizer)
     config = dataclasses.replace(MODEL, q_lora_rank=8)
-    hf_dir = export(config, init_params(config, 0), ours, tmp_path / "hf")
+    hf_dir = export(config, random_params(config), ours, tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(hf_dir)
-    messages = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "There."}]
+    turns = ("system", "Be brief."), ("user", "Where?"), ("assistant", "There."), ("user", "Sure?")
+    messages = [{"role": role, "content": content} for role, content in turns]
     with serve(export_gguf(hf_dir, tmp_path / "model.gguf")) as llama:
         for text in TEXTS:
             assert llama.tokenize(text) == theirs.encode(text, add_special_tokens=False), text
             assert llama.tokenize(text, add_special=True) == theirs.encode(text), text
-        for end in (False, True):
-            prompt = llama.post("/apply-template", messages=messages[: 1 + (not end)], add_generation_prompt=end)
-            expected = theirs.apply_chat_template(messages[: 1 + (not end)], tokenize=False, add_generation_prompt=end)
-            # llama.cpp takes the bos token off, because it adds one when it tokenizes.
-            assert prompt["prompt"] == expected.removeprefix(theirs.bos_token)
+        prompt = llama.post("/apply-template", messages=messages)["prompt"]
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # Where it adds a bos token when it tokenizes, llama.cpp takes it off here.
+        assert prompt.removeprefix(theirs.bos_token) == expected.removeprefix(theirs.bos_token)
