@@ -70,7 +70,8 @@ def test_tensors_equal_the_source(type, params, hf_dir, tmp_path):
     for i in range(CONFIG.num_hidden_layers):
         layer = {name: source[f"model.layers.{i}.{name}.weight"] for name in (
             "input_layernorm self_attn.q_a_proj self_attn.q_a_layernorm self_attn.q_b_proj "
-            "self_attn.kv_a_proj_with_mqa self_attn.kv_a_layernorm self_attn.o_proj post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj"
+            "self_attn.kv_a_proj_with_mqa self_attn.kv_a_layernorm self_attn.o_proj post_attention_layernorm "
+            "mlp.gate_proj mlp.up_proj mlp.down_proj"
         ).split()}  # fmt: skip
         names = (
             "attn_norm attn_q_a attn_q_a_norm attn_q_b attn_kv_a_mqa attn_kv_a_norm attn_output ffn_norm ffn_gate "
