@@ -14,7 +14,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration slurm slurm-stop test-slurm lint format clean
+.PHONY: help quickstart test integration slurm slurm-stop test-slurm lint format clean llamacpp test-llamacpp
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export 
 	@echo "weights   $(EXPORT) (Hugging Face format)"
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
-	$(BIN)/python -m pytest -m "not integration and not slurm" -n 2 $(ARGS)
+	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp" -n 2 $(ARGS)
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration $(ARGS)
@@ -43,6 +43,11 @@ slurm-stop: ## end the SLURM of `make slurm`
 
 test-slurm: $(VENV)/.installed-slurm ## training on that SLURM: sweeps, requeue, preemption, time limit, a killed process
 	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(ARGS)
+
+llamacpp: $(VENV)/.installed-llamacpp ## a real llama.cpp in the environment (a prebuilt wheel)
+
+test-llamacpp: $(VENV)/.installed-llamacpp ## exported GGUF files on that llama.cpp against transformers
+	$(BIN)/python -m pytest -m llamacpp -rs tests/llamacpp $(ARGS)
 
 lint: $(VENV)/.installed-dev ## formatting, style and types
 	$(BIN)/ruff format --check .
@@ -74,4 +79,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed-hf
 
 $(VENV)/.installed-slurm: $(VENV)/.installed-dev
 	$(INSTALL) --no-build-isolation -e '.[hf,dev,slurm]'
+	@touch $@
+
+$(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
+	$(INSTALL) --no-build-isolation -e '.[hf,dev,llamacpp]'
 	@touch $@

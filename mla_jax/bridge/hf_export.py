@@ -138,12 +138,18 @@ def _converted(tensor: HfTensor, params: dict, dtype: str) -> np.ndarray:
     assert array.shape == tensor.shape, (tensor, array.shape)
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(array, dtype=jnp.dtype(dtype))
-    if not np.isfinite(converted).all():
-        if not np.isfinite(array).all():
-            raise InputError(f"{tensor.name} has values that are NaN or infinite; export an earlier checkpoint")
-        largest = np.abs(array).max()
-        raise InputError(f"{tensor.name} reaches {largest:.3g}, too large for {dtype}; export as bfloat16 or float32")
+    check_values(tensor.name, array, converted, dtype, instead="bfloat16 or float32")
     return converted
+
+
+def check_values(name: str, array: np.ndarray, converted: np.ndarray, dtype: str, instead: str) -> None:
+    """Raises InputError, naming the tensor and its largest magnitude, unless all is finite after conversion too."""
+    if np.isfinite(converted).all():
+        return
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} has values that are NaN or infinite; export an earlier checkpoint")
+    largest = np.abs(array).max()
+    raise InputError(f"{name} reaches {largest:.3g}, too large for {dtype}; export as {instead}")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,34 @@ def load(hf_dir: str | Path) -> tuple[ModelConfig, dict, Tokenizer]:
         InputError: a file is missing or cannot be read, the architecture is another one (experts, biases, ...), or
             tensors are missing, left over or of the wrong shape.
     """
+    with open_checkpoint(hf_dir) as checkpoint:
+        return checkpoint.config, _read_params(checkpoint), checkpoint.tokenizer
+
+
+@dataclass(frozen=True)
+class HfCheckpoint:
+    """A checkpoint whose files are open and whose tensors are known to be all there."""
+
+    config: ModelConfig
+    tensors: list[HfTensor]
+    """All of them, without the head if it is tied."""
+    tokenizer: Tokenizer
+    _stored: "_Stored"
+    _interleaved: bool
+
+    def read(self, tensor: HfTensor) -> np.ndarray:
+        """One tensor, [out, in], in the type it is stored in; rotary rows are interleaved pairs."""
+        array = self._stored.read(tensor.name)
+        return array if self._interleaved else _interleave(array, tensor, self.config)
+
+
+@contextlib.contextmanager
+def open_checkpoint(hf_dir: str | Path) -> Iterator[HfCheckpoint]:
+    """Checks a Hugging Face folder and keeps its files open; reads no weights but those of the head.
+
+    Raises:
+        InputError: as `load` does.
+    """
     folder = Path(hf_dir)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and model.safetensors")
@@ -52,7 +81,7 @@ def load(hf_dir: str | Path) -> tuple[ModelConfig, dict, Tokenizer]:
         tokenizer = load_tokenizer(str(folder))
         check_tokenizer(tokenizer, config)
         interleaved = hf["model_type"] == "deepseek_v2" or bool(hf.get("rope_interleave", True))
-        return config, _read_params(config, expected, stored, interleaved), tokenizer
+        yield HfCheckpoint(config, expected, tokenizer, stored, interleaved)
 
 
 class _Stored:
@@ -119,22 +148,20 @@ def _model_config(folder: Path, hf: dict, stored: _Stored) -> ModelConfig:
         raise InputError(f"{folder / 'config.json'}: {e}") from e
 
 
-def _read_params(config: ModelConfig, expected: list[HfTensor], stored: _Stored, interleaved: bool) -> dict:
+def _read_params(checkpoint: HfCheckpoint) -> dict:
     """Leaf by leaf, so that little more than the parameters themselves is in memory."""
     by_path: dict[tuple[str, ...], list[HfTensor]] = {}
-    for tensor in expected:
+    for tensor in checkpoint.tensors:
         by_path.setdefault(tensor.path, []).append(tensor)
 
     def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         whole = np.empty(leaf.shape, leaf.dtype)
         for tensor in by_path[tuple(key.key for key in path)]:
-            array = stored.read(tensor.name)
-            if not interleaved:
-                array = _interleave(array, tensor, config)
+            array = checkpoint.read(tensor)
             whole[... if tensor.layer is None else tensor.layer] = array.T if tensor.transposed else array
         return jax.device_put(whole, leaf.sharding)
 
-    return jax.tree_util.tree_map_with_path(read, placed(abstract_params(config)))
+    return jax.tree_util.tree_map_with_path(read, placed(abstract_params(checkpoint.config)))
 
 
 def _interleave(array: np.ndarray, tensor: HfTensor, config: ModelConfig) -> np.ndarray:

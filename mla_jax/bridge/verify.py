@@ -1,8 +1,9 @@
 """Checks an exported folder against transformers: the same logits, tokens and token ids."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -10,11 +11,13 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError, UsageError
 from mla_jax.generate import generate
+from mla_jax.model.layers import rms_norm
 from mla_jax.model.transformer import bind
 
 TOLERANCE = 1e-4
@@ -41,6 +44,8 @@ class Verification:
     """Prompts that AutoTokenizer cuts into the same ids."""
     same_tokens: int
     """Prompts with the same greedy continuation, ties within the tolerance aside."""
+    first_difference: str | None = None
+    """Where the logits differ: the first part of the model, in Hugging Face's names, whose output does."""
 
     @property
     def passed(self) -> bool:
@@ -59,7 +64,10 @@ class Verification:
             ("prompts with the same token ids", f"{self.same_ids}/{self.prompts}", "all"),
             (f"prompts with the same {NEW_TOKENS} greedy tokens", f"{self.same_tokens}/{self.prompts}", "all"),
         ]
-        return "\n".join(f"{what:<48}{measured:>10}{required:>10}" for what, measured, required in rows)
+        table = [f"{what:<48}{measured:>10}{required:>10}" for what, measured, required in rows]
+        if self.first_difference is not None:
+            table.append(f"the first part that differs: {self.first_difference}")
+        return "\n".join(table)
 
 
 def import_transformers() -> tuple[ModuleType, ModuleType]:
@@ -106,7 +114,10 @@ def verify(
     all_ids = [tokenizer.encode(prompt)[-room:] for prompt in prompts]
     with jax.default_matmul_precision("highest"), torch.inference_mode():
         ours_BTX = np.asarray(_logits(config, params, tokens_BT))
-        theirs_BTX = hf_model(torch.from_numpy(tokens_BT)).logits.numpy()
+        with _layer_outputs(hf_model) as theirs_LBTD:
+            theirs_BTX = hf_model(torch.from_numpy(tokens_BT)).logits.numpy()
+        difference = float(np.abs(ours_BTX - theirs_BTX).max())
+        first = None if difference <= TOLERANCE else _first_difference(config, params, tokens_BT, theirs_LBTD)
         continuations = generate(config, params, all_ids, max_new_tokens=NEW_TOKENS, eos_id=tokenizer.eos_id)
         same_tokens = sum(
             _same_tokens(torch, hf_model, ids, ours, tokenizer.eos_id)
@@ -114,10 +125,11 @@ def verify(
         )
     return Verification(
         random_tokens=shape,
-        logit_difference=float(np.abs(ours_BTX - theirs_BTX).max()),
+        logit_difference=difference,
         prompts=len(prompts),
         same_ids=sum(hf_tokenizer.encode(p, add_special_tokens=False) == tokenizer.encode(p) for p in prompts),
         same_tokens=same_tokens,
+        first_difference=first,
     )
 
 
@@ -125,6 +137,43 @@ def verify(
 def _logits(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
     model = bind(config, params)
     return model.logits(model(tokens_BT))
+
+
+@contextlib.contextmanager
+def _layer_outputs(hf_model) -> Iterator[list[np.ndarray]]:
+    """A list that takes, during a forward pass, the embeddings and what each layer gives."""
+    outputs = []
+
+    def keep(_module, _inputs, output):
+        outputs.append((output[0] if isinstance(output, tuple) else output).numpy())
+
+    modules = [hf_model.model.embed_tokens, *hf_model.model.layers]
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_difference(config: ModelConfig, params: dict, tokens_BT: np.ndarray, theirs_LBTD: list[np.ndarray]) -> str:
+    """The first part whose output differs by more than the tolerance, relative to the size of a hidden state."""
+    embeddings_BTD, *layers_LBTD = theirs_LBTD
+    if np.abs(params["embed_tokens"][tokens_BT] - embeddings_BTD).max() > TOLERANCE:
+        return "model.embed_tokens"
+    params = {**params, "norm": jnp.ones_like(params["norm"])}
+    for i, theirs_BTD in enumerate(layers_LBTD):
+        beginning = dataclasses.replace(config, num_hidden_layers=i + 1)
+        first_layers = {**params, "layers": jax.tree.map(lambda x, end=i + 1: x[:end], params["layers"])}
+        ours_BTD = np.asarray(_hidden(beginning, first_layers, tokens_BT))
+        if np.abs(ours_BTD - rms_norm(jnp.asarray(theirs_BTD), nnx.Param(params["norm"]), config.rms_norm_eps)).max() > TOLERANCE:
+            return f"model.layers.{i}"
+    return "model.norm or lm_head"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
+    return bind(config, params)(tokens_BT)
 
 
 def _same_tokens(torch: ModuleType, hf_model, prompt: list[int], ours: list[int], eos_id: int | None) -> bool:

@@ -4,6 +4,10 @@ import dataclasses
 import json
 import math
 import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -267,3 +271,30 @@ def test_a_parent_that_cannot_be_made(params, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="could not write"):
         export(MODEL, params, TOKENIZER, tmp_path / "file" / "out")
+
+
+def test_a_killed_export_leaves_nothing_that_looks_complete(tmp_path):
+    """SIGKILL while the second shard is written: no folder of that name; the same call then works."""
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import numpy as np
+from mla_jax.bridge import hf_export
+from mla_jax.data.tokenizer import load_tokenizer
+from tiny import MODEL
+
+def save_file(shard, path, **kwargs):
+    if "00002" in path.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    path.write_bytes(b"half")
+
+hf_export.save_file = save_file
+hf_export._converted = lambda tensor, params, dtype: np.zeros(tensor.shape, dtype)
+hf_export.export(MODEL, {{}}, load_tokenizer("bytes"), {str(tmp_path / "out")!r}, max_shard_bytes={SHARD})
+"""
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+    export(MODEL, init_params(MODEL, 0), TOKENIZER, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    hf_import.load(tmp_path / "out")

@@ -114,12 +114,39 @@ def test_verify_compares_logits_tokens_and_ids(tmp_path):
     out = export(config, params, TOKENIZER, tmp_path / "out")
     verification = verify.verify(out, config, params, TOKENIZER)
     assert verification.passed
+    assert verification.first_difference is None
     assert verification.same_tokens == len(verify.PROMPTS)
 
     verification = verify.verify(out, config, {**params, "norm": -params["norm"]}, TOKENIZER)
     assert not verification.passed
     assert verification.logit_difference > TOLERANCE
     assert verification.same_tokens == 0
+
+
+def changed(params, *path):
+    if not path:
+        return params.at[-1].multiply(1.5)
+    return {**params, path[0]: changed(params[path[0]], *path[1:])}
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        (("embed_tokens",), "model.embed_tokens"),
+        (("layers", "mlp", "down_proj"), "model.layers.1"),
+        (("layers", "self_attn", "kv_a_proj_with_mqa"), "model.layers.1"),
+        (("norm",), "model.norm or lm_head"),
+        (("lm_head",), "model.norm or lm_head"),
+    ],
+)
+def test_verify_names_the_first_part_that_differs(path, part, tmp_path):
+    config = dataclasses.replace(PEAKY, tie_word_embeddings=False, num_hidden_layers=2, vocab_size=264)
+    params = random_params(config)
+    out = export(config, changed(params, *path), TOKENIZER, tmp_path / "out")
+    verification = verify.verify(out, config, params, TOKENIZER, prompts=["a"])
+    assert verification.first_difference == part
+    assert f"the first part that differs: {part}" in str(verification)
+    assert not verification.passed
 
 
 HF_SMALL = {
