@@ -34,7 +34,7 @@ from latent_attention.mosaic_tiles import (
     tiled,
     wgmma_zeros,
 )
-from latent_attention.quantize import LOW_UNITS, split_queries
+from latent_attention.int8 import LOW_UNITS, split_queries
 
 TILE = 64
 """Tokens of a tile: M of wgmma."""
