@@ -2,19 +2,24 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
+import transformers
 
 from mla_jax.config import ModelConfig, YarnConfig
 from mla_jax.generate import generate
@@ -24,6 +29,7 @@ from tiny import MODEL
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 NEW = 24
+TOLERANCE = 1e-4
 LONGEST = 512
 BLOCK = 16
 YARN = YarnConfig(factor=8.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0)
@@ -35,7 +41,7 @@ def model(kv_lora_rank: int, nope: int, rope: int, v: int, **changes) -> ModelCo
     return dataclasses.replace(
         MODEL,
         kv_lora_rank=kv_lora_rank,
-        initializer_range=0.1,
+        initializer_range=0.2,
         max_position_embeddings=LONGEST,
         tie_word_embeddings=False,
         **heads,
@@ -69,11 +75,33 @@ def ours(config: ModelConfig, params: dict, prompts: list[list[int]]) -> list[li
     return generate(config, params, prompts, max_new_tokens=NEW)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: dict, tokens: jax.Array) -> jax.Array:
+    return bind(config, params).logits(bind(config, params)(tokens))
+
+
 def our_logprobs(config: ModelConfig, params: dict, prompt: list[int], new: list[int]) -> np.ndarray:
-    """Of each new token, from the whole forward pass."""
-    tokens = jnp.asarray([prompt + new[:-1]])
-    logits = bind(config, params).logits(bind(config, params)(tokens))[0, len(prompt) - 1 :]
+    """Of each new token, from the whole forward pass, padded to one length so that it compiles once."""
+    tokens = np.zeros((1, LONGEST), np.int32)
+    tokens[0, : len(prompt) + len(new)] = prompt + new
+    logits = _logits(config, params, tokens)[0, len(prompt) - 1 :][: len(new)]
     return np.asarray(jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(new)[:, None], 1))[:, 0]
+
+
+def theirs(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], np.ndarray]]:
+    """Greedy tokens of transformers, and their logprobs."""
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            tokens = hf_model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW
+            )
+            new = tokens[0, len(prompt) :]
+            logits = hf_model(tokens[:, :-1]).logits[0, len(prompt) - 1 :]
+            answers.append((new.tolist(), logits.log_softmax(-1).gather(1, new[:, None])[:, 0].numpy()))
+    return answers
 
 
 @dataclasses.dataclass
@@ -97,9 +125,35 @@ class Server:
             return tokens_of(json.load(response)["choices"][0]["logprobs"])
 
     def stop(self, seconds: float = 60) -> int:
-        """Asks it to end, and gives its exit code; fails if it does not end."""
+        """Asks it to end, and gives its exit code; fails if it or a process of its does not end."""
         self.process.terminate()
-        return self.process.wait(seconds)
+        code = self.process.wait(seconds)
+        assert not alive(self.process.pid), "a process of the server is left"
+        return code
+
+
+def check_answers(server: Server, config: ModelConfig, params: dict, folder: Path, lengths: tuple[int, ...]) -> None:
+    """vLLM, asked all prompts at once, answers as our generation and as transformers."""
+    prompts = random_prompts(config, *lengths)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(server.complete, prompts))
+    expected = ours(config, params, prompts)
+    assert len({token for row in expected for token in row}) > 20, "the test would not notice much"
+    for prompt, (tokens, logprobs), our, (their, their_logprobs) in zip(
+        prompts, answers, expected, theirs(folder, prompts), strict=True
+    ):
+        assert tokens == our == their
+        np.testing.assert_allclose(logprobs, our_logprobs(config, params, prompt, our), atol=TOLERANCE)
+        np.testing.assert_allclose(logprobs, their_logprobs, atol=TOLERANCE)
+
+
+def alive(group: int) -> bool:
+    """Whether the process group still has a process."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def completion_of(prompt: list[int], **options) -> dict:
@@ -133,7 +187,12 @@ def serve(folder: Path, *flags: str, seconds: float = 300, **environment: str) -
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, env=kept | settings | environment, stdout=out, stderr=subprocess.STDOUT, cwd=folder
+            command,
+            env=kept | settings | environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            start_new_session=True,  # its engine and workers are in its process group
         )
     try:
         end = time.monotonic() + seconds
@@ -143,13 +202,9 @@ def serve(folder: Path, *flags: str, seconds: float = 300, **environment: str) -
             time.sleep(0.5)
         yield Server(process, port, log)
     finally:
-        if process.poll() is None:
-            process.terminate()  # it ends its engine, which is a process of its own
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def healthy(port: int) -> bool:

@@ -12,7 +12,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from latent_attention.dispatch import IMPLEMENTATIONS, UnavailableError, attention, decode, merge, merge_over, resolve
+    from latent_attention.dispatch import (
+        IMPLEMENTATIONS,
+        UnavailableError,
+        attention,
+        decode,
+        merge,
+        merge_over,
+        resolve,
+    )
     from latent_attention.int8 import dequantize, quantize, quantize_cache
 
 __all__ = [

@@ -17,8 +17,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each sequence's queries to its own keys.
 
-    PyTorch's memory-efficient kernel (from xFormers, built for sm_50 and newer) runs on CUDA devices: it takes sequences
-    of any lengths in one launch, without the CPU waiting for them. Elsewhere the sequences go one by one.
+    PyTorch's memory-efficient kernel (from xFormers, built for sm_50 and newer) runs on CUDA devices: it takes
+    sequences of any lengths in one launch, without the CPU waiting for them. Elsewhere they go one by one.
 
     Args:
         q: [T, H, K], all sequences end to end.
@@ -34,9 +34,9 @@ def attention(
     Returns:
         out [T, H, V] in the type of v and the log-sum-exp float32 [H, T]; 0 and -inf where there are no keys.
     """
-    run = _efficient if q.is_cuda else _one_by_one
-    out, lse = run(q, k, v, q_starts, k_starts, q_longest, k_longest, scale, causal)
-    return out, lse
+    if q.is_cuda:
+        return _efficient(q, k, v, q_starts, k_starts, q_longest, k_longest, scale, causal)
+    return _one_by_one(q, k, v, q_starts, k_starts, scale, causal)
 
 
 def _efficient(q, k, v, q_starts, k_starts, q_longest, k_longest, scale, causal):
@@ -53,7 +53,7 @@ def _efficient(q, k, v, q_starts, k_starts, q_longest, k_longest, scale, causal)
     return out, lse_TH.masked_fill(unseen[:, None], -torch.inf).T.contiguous()
 
 
-def _one_by_one(q, k, v, q_starts, k_starts, q_longest, k_longest, scale, causal):
+def _one_by_one(q, k, v, q_starts, k_starts, scale, causal):
     out = v.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
     ends = zip(q_starts.tolist(), q_starts[1:].tolist(), k_starts.tolist(), k_starts[1:].tolist(), strict=False)
