@@ -128,7 +128,10 @@ class Server:
         """Asks it to end, and gives its exit code; fails if it or a process of its does not end."""
         self.process.terminate()
         code = self.process.wait(seconds)
-        assert not alive(self.process.pid), "a process of the server is left"
+        end = time.monotonic() + seconds
+        while alive(self.process.pid):
+            assert time.monotonic() < end, "a process of the server is left"
+            time.sleep(0.1)
         return code
 
 
