@@ -9,8 +9,8 @@ CUSTOM = "CUSTOM"
 """vLLM's name for a backend from outside, which it uses only where its command line says so."""
 _FLASH_ATTENTION = (8, 0)
 _OURS = (7, 5)
-_FIRST_TRIED = {10: "FLASHINFER_MLA", 12: "TRITON_MLA"}
-"""The MLA backend that vLLM tries first, by the major compute capability (vllm/platforms/cuda.py)."""
+_FIRST_TRIED = {7: "FLASH_ATTN_MLA", 8: "FLASH_ATTN_MLA", 9: "FLASH_ATTN_MLA", 10: "FLASHINFER_MLA"}
+"""The MLA backend that vLLM tries first and has others behind, by the major compute capability (platforms/cuda.py)."""
 
 
 class Choice(NamedTuple):
@@ -59,5 +59,7 @@ def choose(mode: str, device: str, capability: tuple[int, int] | None, *, interp
         prefill, reason = (CUSTOM, "FLASH_ATTN"), f"{gpu} has no FlashAttention"
     if mode == "auto":
         return Choice((CUSTOM,), prefill, reason)
-    first = _FIRST_TRIED.get(capability[0], "FLASH_ATTN_MLA")
+    first = _FIRST_TRIED.get(capability[0])
+    if first is None:  # in the place of vLLM's only one, models that ours cannot do would have none
+        return Choice((CUSTOM,), prefill, f"{reason}, which {VARIABLE}=on does not replace")
     return Choice((CUSTOM, first), prefill, f"{VARIABLE}=on, {reason}")
