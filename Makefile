@@ -50,7 +50,7 @@ test-slurm: $(VENV)/.installed-slurm ## training on that SLURM: sweeps, requeue,
 vllm: $(VLLM_VENV)/.installed ## vLLM for CPUs and our plugin, in an environment of its own (.venv-vllm)
 
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed ## exported models on real vLLM servers, against JAX and transformers
-	$(BIN)/python -m pytest -m vllm -rs tests/vllm $(ARGS)
+	$(BIN)/python -m pytest -m vllm -rs tests/serving $(ARGS)
 
 lint: $(VENV)/.installed-dev ## formatting, style and types
 	$(BIN)/ruff format --check .

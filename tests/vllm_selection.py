@@ -1,7 +1,7 @@
-"""What vLLM selects on GPUs that are not here; `tests/vllm/test_vllm_selection.py` runs this in vLLM's environment.
+"""What vLLM selects on GPUs that are not here, as `test_vllm_selection.py` asks in vLLM's environment.
 
-Arguments like `75:auto` are compute capabilities and values of INFINITECONTEXT_VLLM. Prints a JSON object: for each, the
-classes that vLLM's own code for CUDA comes to, by width and type of the cache, or its error.
+Arguments like `75:auto` are compute capabilities and values of INFINITECONTEXT_VLLM. Prints a JSON object: for each,
+the classes that vLLM's own code for CUDA comes to, by width and type of the cache, or its error.
 """
 
 import json
