@@ -21,7 +21,7 @@ EXPORT ?= exports/nano-needle
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export it, check the export (minutes, on a CPU)
 	$(BIN)/python -m experiments.sft run_dir=$(RUN)

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -28,6 +29,7 @@ from tiny import MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+MARKS = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing; make vllm")]
 NEW = 12
 TOLERANCE = 1e-4
 LONGEST = 512

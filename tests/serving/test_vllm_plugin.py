@@ -9,6 +9,7 @@ from mla_jax.bridge.hf_export import export
 from mla_jax.data.tokenizer import load_tokenizer
 from vllm_server import (
     BLOCK,
+    MARKS,
     TOLERANCE,
     WIDTH_256,
     WIDTH_320_YARN,
@@ -19,7 +20,7 @@ from vllm_server import (
     serve,
 )
 
-pytestmark = pytest.mark.vllm
+pytestmark = MARKS
 MODELS = {"320, yarn": WIDTH_320_YARN, "256": WIDTH_256}
 
 

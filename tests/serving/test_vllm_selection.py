@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from vllm_server import PYTHON, ROOT
+from vllm_server import MARKS, PYTHON, ROOT
 
-pytestmark = pytest.mark.vllm
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,20 @@ import transformers
 
 from mla_jax.bridge.hf_export import export
 from mla_jax.data.tokenizer import load_tokenizer
-from vllm_server import BLOCK, PYTHON, ROOT, WIDTH_576, check_answers, completion_of, random_params, serve, tokens_of
+from vllm_server import (
+    BLOCK,
+    MARKS,
+    PYTHON,
+    ROOT,
+    WIDTH_576,
+    check_answers,
+    completion_of,
+    random_params,
+    serve,
+    tokens_of,
+)
 
-pytestmark = pytest.mark.vllm
+pytestmark = MARKS
 PARAMS = random_params(WIDTH_576)
 
 

@@ -87,6 +87,11 @@ class Backend(TritonMLABackend):
         return _WIDTHS
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """How the keys are dealt out depends on the whole batch."""
+        return False
+
+    @classmethod
     def supports_non_causal(cls) -> bool:
         """The kernel's queries are causal among themselves."""
         return False
