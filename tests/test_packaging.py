@@ -45,8 +45,8 @@ def test_transformers_imports_from_the_repository_root():
 
 
 @pytest.fixture(scope="module")
-def wheel_files(tmp_path_factory) -> set[str]:
-    """Names of the files in a wheel built from a copy of the sources."""
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the sources."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("mla_jax", "kernels", "experiments", "tools", "conf", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
@@ -54,7 +54,26 @@ def wheel_files(tmp_path_factory) -> set[str]:
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     (wheel,) = out.glob("infinitecontext-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_files(wheel) -> set[str]:
+    """Names of the files in it."""
     return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_vllm_finds_its_plugin_in_the_wheel(wheel, tmp_path):
+    """As `pip install --no-deps` puts it beside a vLLM, without JAX."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.modules['jax'] = None; from importlib.metadata import entry_points;"
+        "(plugin,) = entry_points(group='vllm.general_plugins', name='infinitecontext');"
+        "import mla_jax; print(plugin.load().__module__, mla_jax.__file__)"
+    )
+    module, file = in_clean_interpreter(code, tmp_path, python_path=str(tmp_path / "site")).split()
+    assert module == "mla_jax.bridge.vllm"
+    assert Path(file).is_relative_to(tmp_path / "site")
 
 
 def sources(folder: str, package: str) -> set[str]:

@@ -4,10 +4,24 @@
 `merge_over` combine partial results, `quantize` makes the 8-bit cache. Letters in names: B batch, T queries, S keys (or
 tokens of a page), P pages of the cache, N pages of a row, H heads, K query/key width, V value width, C latent width,
 R rotary width, W = C + R.
+
+JAX is imported with the first of these names; `triton_decode_torch` has none, so that PyTorch programs need none.
 """
 
-from latent_attention.dispatch import IMPLEMENTATIONS, UnavailableError, attention, decode, merge, merge_over, resolve
-from latent_attention.quantize import dequantize, quantize, quantize_cache
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latent_attention.dispatch import (
+        IMPLEMENTATIONS,
+        UnavailableError,
+        attention,
+        decode,
+        merge,
+        merge_over,
+        resolve,
+    )
+    from latent_attention.int8 import dequantize, quantize, quantize_cache
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -21,3 +35,10 @@ __all__ = [
     "quantize_cache",
     "resolve",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "int8" if "quantize" in name else "dispatch"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

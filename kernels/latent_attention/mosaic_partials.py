@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from latent_attention.int8 import LOW_UNITS, split_queries
 from latent_attention.mosaic_tiles import (
     CHUNK,
     COLUMNS_OF_TILE,
@@ -34,7 +35,6 @@ from latent_attention.mosaic_tiles import (
     tiled,
     wgmma_zeros,
 )
-from latent_attention.quantize import LOW_UNITS, split_queries
 
 TILE = 64
 """Tokens of a tile: M of wgmma."""

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from latent_attention.quantize import dequantize
+from latent_attention.int8 import dequantize
 from latent_attention.shapes import AttentionShape, DecodeShape, Gpu
 
 MAX_SCORE_BYTES = 4 << 30

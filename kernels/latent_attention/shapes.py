@@ -1,8 +1,7 @@
 """What an implementation is asked before it is chosen: can it run calls of this shape on this GPU?"""
 
+from types import ModuleType
 from typing import Any, NamedTuple
-
-import jax
 
 _KIB = 1 << 10
 _SHARED_MEMORY = {
@@ -91,9 +90,11 @@ def local_gpu() -> Gpu | None:
     That is the device of the current mesh, which may be abstract (`jax.sharding.AbstractDevice`, to lower for a GPU
     that is not here), else JAX's default device.
     """
+    import jax  # not above: triton_decode_torch runs where there is no JAX
+
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is None:
-        return _gpu_of(_default_device())
+        return _gpu_of(_default_device(jax))
     if abstract.platform != "gpu":
         return None
     for device in jax.local_devices():
@@ -103,9 +104,9 @@ def local_gpu() -> Gpu | None:
     return next((make_gpu(_KINDS[word], abstract.num_cores) for word in words if word in _KINDS), None)
 
 
-def _default_device() -> Any:
+def _default_device(jax: ModuleType) -> Any:
     """`jax.default_device` may be a device, the name of a platform, or unset."""
-    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    chosen = jax.config.jax_default_device
     if isinstance(chosen, str):
         return jax.local_devices(backend=chosen)[0]
     return jax.local_devices()[0] if chosen is None else chosen

@@ -12,8 +12,8 @@ import pytest
 
 import latent_attention
 from latent_attention import UnavailableError, mosaic_decode
+from latent_attention.int8 import LOW_UNITS, split_queries
 from latent_attention.mosaic_tiles import restore_order
-from latent_attention.quantize import LOW_UNITS, split_queries
 from latent_attention.shapes import DecodeShape, make_gpu
 
 H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)

@@ -1,0 +1,37 @@
+"""vLLM's interface of an MLA prefill backend, for GPUs that have no FlashAttention."""
+
+# pyright: reportMissingImports=false
+
+import torch
+from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+
+from mla_jax.bridge.vllm import ragged
+
+
+class Prefill(MLAPrefillBackend):
+    """Expanded attention of new tokens, and of new tokens to cached ones, whose chunks vLLM merges."""
+
+    @staticmethod
+    def get_name() -> str:
+        """In vLLM's log."""
+        return "INFINITECONTEXT"
+
+    def run_prefill_new_tokens(self, q, k, v, return_softmax_lse, out=None, output_scale=None):
+        """Causal attention among the new tokens, each sequence by itself."""
+        if output_scale is not None:
+            raise ValueError("8-bit output of prefill is not supported")
+        starts, longest = self._prefill_metadata.query_start_loc, self._prefill_metadata.max_query_len
+        result, lse = ragged.attention(
+            q, k, v, starts, starts, q_longest=longest, k_longest=longest, scale=self.scale, causal=True
+        )
+        if out is not None:
+            result = out.copy_(result)
+        return (result, lse) if return_softmax_lse else result
+
+    def run_prefill_context_chunk(self, chunk, q, k, v, out=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of new tokens to a chunk of the cache before them."""
+        result, lse = ragged.attention(
+            q, k, v, chunk.query_start_loc, chunk.cu_seq_lens,
+            q_longest=chunk.max_query_len, k_longest=chunk.max_seq_len, scale=self.scale, causal=False,
+        )  # fmt: skip
+        return (result if out is None else out.copy_(result)), lse

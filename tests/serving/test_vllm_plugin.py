@@ -1,0 +1,62 @@
+"""Our Triton kernel inside vLLM, in Triton's interpreter: widths that stock vLLM refuses on a CPU, and YaRN."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mla_jax.bridge.hf_export import export
+from mla_jax.data.tokenizer import load_tokenizer
+from vllm_server import (
+    BLOCK,
+    MARKS,
+    TOLERANCE,
+    WIDTH_256,
+    WIDTH_320_YARN,
+    check_answers,
+    our_logprobs,
+    random_params,
+    random_prompts,
+    serve,
+)
+
+pytestmark = MARKS
+MODELS = {"320, yarn": WIDTH_320_YARN, "256": WIDTH_256}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+def served(request, tmp_path_factory):
+    """(config, parameters, folder, server)"""
+    params = random_params(request.param)
+    folder = export(request.param, params, load_tokenizer("bytes"), tmp_path_factory.mktemp("exports") / "tiny")
+    with serve(folder, INFINITECONTEXT_VLLM="on", TRITON_INTERPRET="1") as server:
+        yield request.param, params, folder, server
+
+
+def test_tokens_and_logprobs_of_requests_at_once(served):
+    config, params, folder, server = served
+    check_answers(server, config, params, folder, (1, BLOCK, 300))
+
+
+def test_the_log_says_what_was_chosen(served):
+    *_, server = served
+    log = server.log.read_text()
+    assert "infinitecontext plugin: decode as CPU_MLA; prefill as CPU: INFINITECONTEXT_VLLM=on" in log
+    assert "Using INFINITECONTEXT MLA prefill backend" in log
+
+
+def test_sigterm_ends_an_idle_server(served):
+    """The last test: it ends the server."""
+    *_, server = served
+    assert server.stop() == 0
+
+
+def test_yarn_matters():
+    """Otherwise the tests above would pass without it."""
+    config, params = WIDTH_320_YARN, random_params(WIDTH_320_YARN)
+    (tokens,) = random_prompts(config, 300)
+    with_yarn, without = (
+        our_logprobs(c, params, tokens[:280], tokens[280:])
+        for c in (config, dataclasses.replace(config, rope_scaling=None))
+    )
+    assert np.abs(with_yarn - without).max() > 100 * TOLERANCE
