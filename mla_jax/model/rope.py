@@ -22,7 +22,7 @@ def softmax_scale(config: ModelConfig) -> float:
     return config.qk_head_dim**-0.5 * temperature**2
 
 
-def _amplitude(yarn: YarnConfig | None) -> float:
+def amplitude(yarn: YarnConfig | None) -> float:
     """Factor of cos and sin; 1 where mscale equals mscale_all_dim, as in DeepSeek-V3."""
     if yarn is None:
         return 1.0
@@ -61,8 +61,8 @@ def rotations(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax
     fraction = (p.astype(jnp.float32) * jnp.asarray(turns - whole, jnp.float32)).astype(jnp.uint32)
     angles = (p * jnp.asarray(whole.astype(np.uint32)) + fraction).astype(jnp.int32).astype(jnp.float32)
     angles *= 2 * np.pi / TURN
-    amplitude = _amplitude(config.rope_scaling)
-    return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+    size = amplitude(config.rope_scaling)
+    return jnp.cos(angles) * size, jnp.sin(angles) * size
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,0 +1,78 @@
+"""Low-rank factors with an RMSNorm between them: W x ~ up norm(down x), as MLA has them for keys, values and queries.
+
+The subspace is that of the SVD of weight^1/2 W C^1/2 with C the second moment of x over calibration texts: of all of its
+rank it changes least what the outputs are used for.
+
+The norm divides the latent by its RMS, which a linear map cannot undo. But within the subspace the basis is free, and x
+has been normalised itself: |x|^2 = D. At rank D with an orthogonal basis the latent has that same length, and the norm
+changes nothing: the factors are exact. Below, the length varies from token to token. The basis is chosen so that it
+varies least, between orthonormal (right for the full rank) and whitening (right where a small part of x is seen), and
+`up` is fitted to the normalised latents.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_RIDGE = 1e-4
+"""Of the mean of the second moments, added to each direction: texts are finite."""
+
+
+class Factors(NamedTuple):
+    """The norm between has weight 1."""
+
+    down_RD: np.ndarray
+    up_YR: np.ndarray
+    rms_variation: float
+    """Standard deviation of the latent's RMS over tokens, of its mean; what the norm loses."""
+
+
+def second_moment(x_ND: np.ndarray) -> np.ndarray:
+    """float64 mean of x x^T, with a ridge that makes it invertible."""
+    moment_DD = np.asarray(x_ND.T @ x_ND, np.float64) / len(x_ND)
+    return moment_DD + _RIDGE * np.trace(moment_DD) / len(moment_DD) * np.eye(len(moment_DD))
+
+
+def factorise(
+    w_YD: np.ndarray, cost_DD: np.ndarray, x_ND: np.ndarray, moment_DD: np.ndarray, rank: int
+) -> Factors:
+    """Factors of w of this rank.
+
+    Args:
+        w_YD: the matrix, [out, in].
+        cost_DD: w^T weight w, with the weight of errors of the outputs.
+        x_ND: normalised inputs of the calibration texts, |x|^2 = D.
+        moment_DD: their `second_moment`.
+        rank: from 1 to D.
+    """
+    values, vectors = np.linalg.eigh(moment_DD)
+    root, inverse_root = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
+    gram_DD = root @ cost_DD @ root
+    # What w does not see comes last, by energy; at a rank beyond that of w it helps to keep the latent's length.
+    gram_DD += 1e-9 * np.trace(gram_DD) / np.trace(moment_DD) * moment_DD
+    leading_DR = np.linalg.eigh(gram_DD)[1][:, ::-1][:, :rank]
+    basis_DR = np.linalg.qr(inverse_root @ leading_DR)[0]
+
+    z_NR = x_ND @ basis_DR.astype(x_ND.dtype)
+    candidates = []
+    for power in _POWERS:
+        square_RR = basis_DR.T @ (vectors * values**power) @ vectors.T @ basis_DR
+        mix_RR = _power(square_RR, -0.5)
+        rms_N = np.sqrt(np.mean(np.square(z_NR @ mix_RR.astype(z_NR.dtype)), axis=1, dtype=np.float64))
+        candidates.append((rms_N.std() / rms_N.mean(), power, mix_RR / rms_N.mean()))
+    variation, _, mix_RR = min(candidates, key=lambda candidate: candidate[:2])
+    down_RD = (basis_DR @ mix_RR).T
+
+    c_NR = z_NR @ mix_RR.astype(z_NR.dtype)
+    c_NR /= np.sqrt(np.mean(np.square(c_NR), axis=1, keepdims=True))
+    # First as if there was no norm, which is exact at full rank; then what is left, by least squares.
+    up_YR = w_YD @ moment_DD @ down_RD.T @ np.linalg.inv(down_RD @ moment_DD @ down_RD.T)
+    seen_DR, seen_RR = (np.asarray(a.T @ c_NR, np.float64) / len(c_NR) for a in (x_ND, c_NR))
+    up_YR += (w_YD @ seen_DR - up_YR @ seen_RR) @ np.linalg.inv(seen_RR + _RIDGE * np.eye(rank))
+    return Factors(down_RD, up_YR, float(variation))
+
+
+def _power(symmetric: np.ndarray, exponent: float) -> np.ndarray:
+    values, vectors = np.linalg.eigh(symmetric)
+    return (vectors * values**exponent) @ vectors.T
