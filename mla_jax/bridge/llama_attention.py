@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mla_jax.bridge.llama_config import LlamaConfig
-from mla_jax.bridge.llama_factor import factorise, second_moment
+from mla_jax.bridge.llama_factor import factorise, normalised, second_moment
 from mla_jax.bridge.llama_layer import LlamaLayer
 from mla_jax.bridge.llama_rope import Decoupled, decouple
 from mla_jax.config import ModelConfig
@@ -23,7 +23,12 @@ class Converted(NamedTuple):
 
 
 def convert_attention(
-    source: LlamaConfig, target: ModelConfig, layer: LlamaLayer, x_ND: np.ndarray, held_out_ND: np.ndarray
+    source: LlamaConfig,
+    target: ModelConfig,
+    layer: LlamaLayer,
+    attended_GT: np.ndarray,
+    x_ND: np.ndarray,
+    held_out_ND: np.ndarray,
 ) -> Converted:
     """Latent attention for one layer.
 
@@ -31,13 +36,14 @@ def convert_attention(
         source: the checkpoint's attention.
         target: what it becomes.
         layer: its weights.
+        attended_GT: how far back its heads attend; see `llama_layer.attended`.
         x_ND: normalised inputs of the layer over calibration texts, float32.
         held_out_ND: other such inputs, to state errors on.
     """
     q_HND, k_GND, v_GND, o_DHN = (np.asarray(w, np.float64) for w in layer[:4])
     d, groups = target.hidden_size, source.kv_heads
     moment_DD = second_moment(x_ND)
-    decoupled = decouple(q_HND, k_GND, moment_DD, target.qk_rope_head_dim)
+    decoupled = decouple(q_HND, k_GND, moment_DD, attended_GT, source.frequencies, target.qk_rope_head_dim)
 
     key_cost, value_cost = _costs(q_HND, v_GND, o_DHN, moment_DD, source.score_scale)
     k_nope_GND = decoupled.k_nope_GND
@@ -96,6 +102,5 @@ def _costs(q_HND, v_GND, o_DHN, moment_DD, scale: float) -> tuple[np.ndarray, np
 def _error(w_YD: np.ndarray, down_RD: np.ndarray, up_YR: np.ndarray, x_ND: np.ndarray) -> float:
     """Energy of what the factors, norm included, get wrong, as a share of that of the outputs."""
     wanted_NY = x_ND @ w_YD.T
-    c_NR = x_ND @ down_RD.T
-    c_NR /= np.sqrt(np.mean(np.square(c_NR), axis=1, keepdims=True))
-    return float(np.square(wanted_NY - c_NR @ up_YR.T).sum() / np.square(wanted_NY).sum())
+    got_NY = normalised(x_ND @ down_RD.T) @ up_YR.T
+    return float(np.square(wanted_NY - got_NY).sum() / np.square(wanted_NY).sum())

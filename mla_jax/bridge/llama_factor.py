@@ -30,7 +30,7 @@ class Factors(NamedTuple):
 
 def second_moment(x_ND: np.ndarray) -> np.ndarray:
     """float64 mean of x x^T, with a ridge that makes it invertible."""
-    moment_DD = np.asarray(x_ND.T @ x_ND, np.float64) / len(x_ND)
+    moment_DD = _mean_products(x_ND, x_ND)
     return moment_DD + _RIDGE * np.trace(moment_DD) / len(moment_DD) * np.eye(len(moment_DD))
 
 
@@ -54,23 +54,32 @@ def factorise(
     leading_DR = np.linalg.eigh(gram_DD)[1][:, ::-1][:, :rank]
     basis_DR = np.linalg.qr(inverse_root @ leading_DR)[0]
 
-    z_NR = x_ND @ basis_DR.astype(x_ND.dtype)
+    z_NR = x_ND @ basis_DR
     candidates = []
     for power in _POWERS:
         square_RR = basis_DR.T @ (vectors * values**power) @ vectors.T @ basis_DR
         mix_RR = _power(square_RR, -0.5)
-        rms_N = np.sqrt(np.mean(np.square(z_NR @ mix_RR.astype(z_NR.dtype)), axis=1, dtype=np.float64))
+        rms_N = np.sqrt(np.mean(np.square(z_NR @ mix_RR), axis=1))
         candidates.append((rms_N.std() / rms_N.mean(), power, mix_RR / rms_N.mean()))
     variation, _, mix_RR = min(candidates, key=lambda candidate: candidate[:2])
     down_RD = (basis_DR @ mix_RR).T
 
-    c_NR = z_NR @ mix_RR.astype(z_NR.dtype)
-    c_NR /= np.sqrt(np.mean(np.square(c_NR), axis=1, keepdims=True))
+    c_NR = normalised(z_NR @ mix_RR)
     # First as if there was no norm, which is exact at full rank; then what is left, by least squares.
     up_YR = w_YD @ moment_DD @ down_RD.T @ np.linalg.inv(down_RD @ moment_DD @ down_RD.T)
-    seen_DR, seen_RR = (np.asarray(a.T @ c_NR, np.float64) / len(c_NR) for a in (x_ND, c_NR))
-    up_YR += (w_YD @ seen_DR - up_YR @ seen_RR) @ np.linalg.inv(seen_RR + _RIDGE * np.eye(rank))
+    left_YR = w_YD @ _mean_products(x_ND, c_NR) - up_YR @ (seen_RR := _mean_products(c_NR, c_NR))
+    up_YR += left_YR @ np.linalg.inv(seen_RR + _RIDGE * np.eye(rank))
     return Factors(down_RD, up_YR, float(variation))
+
+
+def normalised(c_NR: np.ndarray) -> np.ndarray:
+    """Each row divided by its RMS."""
+    return c_NR / np.sqrt(np.mean(np.square(c_NR), axis=1, keepdims=True))
+
+
+def _mean_products(a_NX: np.ndarray, b_NY: np.ndarray) -> np.ndarray:
+    """float64 mean of a b^T. Where texts say nothing, a rounding error would be taken for something."""
+    return a_NX.T.astype(np.float64) @ b_NY.astype(np.float64) / len(a_NX)
 
 
 def _power(symmetric: np.ndarray, exponent: float) -> np.ndarray:

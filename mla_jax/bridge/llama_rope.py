@@ -1,11 +1,16 @@
-"""Decoupled rotary positions: which part of the keys keeps turning, once for all heads, and which no longer does.
+"""Decoupled rotary positions: which part of the keys keeps turning, once for all heads, and what stands for the rest.
 
-In MLA one rotary key of width R serves all heads. Here it holds, for each frequency, one complex number in place of
-those of all key heads: mixing pairs of different heads that turn at the same rate commutes with turning, so the pairs
-are rotated onto their principal component, which keeps its position, and the rest becomes part of the keys without
-position (RoRoPE of TransMLA, arXiv 2502.07864). Where R is less than the head width, every s-th frequency is kept, as
-"uniform" in MHA2MLA (arXiv 2502.14837), and the s frequencies from it on share its component (FreqFold of TransMLA).
-Heads are weighted by how strongly their queries look at each pair: what counts is the error of the scores.
+A pair of a query and of a key, as complex numbers, adds Re(conj(q) k exp(-i f t)) to the score, with t tokens between
+the two and f the pair's frequency. In MLA one rotary key of width R serves all heads. Here it holds, for each frequency,
+one complex number in place of those of all key heads: mixing pairs of different heads that turn at the same rate
+commutes with turning, so they are taken onto their principal component (RoRoPE of TransMLA, arXiv 2502.07864). Where R
+is less than the head width, every s-th frequency is kept, as "uniform" in MHA2MLA (arXiv 2502.14837), and the
+frequencies up to the next share its component (FreqFold of TransMLA).
+
+What is left becomes part of the keys without position, for which the papers stop the turning: exp(-i f t) is taken for
+1. Here it is taken for what is nearest to it over the distances that the layer attends over, its mean: about 1 where a
+frequency hardly turns, about 0 where it turns often, in which case 1 would add a score that has nothing to do with the
+source's. In the same way frequencies that share a component take the nearest a exp(-i f0 t) + b.
 """
 
 from typing import NamedTuple
@@ -14,37 +19,42 @@ import numpy as np
 
 
 class Decoupled(NamedTuple):
-    """Projections of the normalised input, [out, in]; with all positions 0 their scores add up to the source's."""
+    """Projections of the normalised input, [out, in]."""
 
     q_rope_HRD: np.ndarray
     k_rope_RD: np.ndarray
     k_nope_GND: np.ndarray
-    """Of each key head: its key less what the rotary key stands for. The queries for it are the source's."""
+    """Keys without position, of each key head; the queries for it are the source's."""
     share: float
-    """Of the keys' energy, weighted by the queries, the part that still turns."""
+    """Of the change of scores with distance, in energy, the part that the rotary key can represent."""
 
 
-def decouple(q_HND: np.ndarray, k_GND: np.ndarray, moment_DD: np.ndarray, width: int) -> Decoupled:
+def decouple(
+    q_HND: np.ndarray, k_GND: np.ndarray, moment_DD: np.ndarray, attended_GT: np.ndarray, frequencies: np.ndarray, width: int
+) -> Decoupled:
     """Splits keys into one rotary key and the keys without position.
 
     Args:
         q_HND: query projection, rotary pairs interleaved.
         k_GND: key projection of each of G key heads.
         moment_DD: second moment of what they project.
+        attended_GT: how much the heads of each key head attend to 0, 1, 2, ... tokens back; sums of 1.
+        frequencies: of the pairs, radians per token.
         width: of the rotary key; divides N.
     """
     heads, n, d = q_HND.shape
-    groups = len(k_GND)
+    groups, fold = len(k_GND), n // width
     q_HPD, k_GPD = (w[:, 0::2] + 1j * w[:, 1::2] for w in (q_HND, k_GND))
-    looked_at_HP = np.einsum("hpd,hpd->hp", (q_HPD.reshape(-1, d) @ moment_DD).reshape(q_HPD.shape), q_HPD.conj()).real
-    looked_at_GP = looked_at_HP.reshape(groups, heads // groups, n // 2).mean(1)
-    weight_GP = np.sqrt(looked_at_GP + 1e-12 * looked_at_GP.max() + np.finfo(np.float64).tiny)
+    energy_HP = np.einsum("hpd,hpd->hp", (q_HPD.reshape(-1, d) @ moment_DD).reshape(q_HPD.shape), q_HPD.conj()).real
+    energy_GP = energy_HP.reshape(groups, heads // groups, n // 2).mean(1)
+    turning_GP, still_GP, alone_GP, gain_GP = _nearest(attended_GT, frequencies, fold)
+    weight_GP = np.sqrt(energy_GP * np.maximum(gain_GP, 1e-9))
+    weight_GP = np.maximum(weight_GP, 1e-9 * weight_GP.max())
 
-    fold = n // width
     q_rope_HSD = np.zeros((heads, width // 2, d), complex)
     k_rope_SD = np.zeros((width // 2, d), complex)
-    k_nope_GPD = k_GPD.copy()
-    kept = total = 0.0
+    k_nope_GPD = alone_GP[..., None] * k_GPD
+    kept = 0.0
     for slot in range(width // 2):
         pairs = slice(slot * fold, (slot + 1) * fold)
         weighted_MD = (weight_GP[:, pairs, None] * k_GPD[:, pairs]).reshape(-1, d)
@@ -53,12 +63,28 @@ def decouple(q_HND: np.ndarray, k_GND: np.ndarray, moment_DD: np.ndarray, width:
         k_rope_SD[slot] = first_M.conj() @ weighted_MD
         # In each pair, the rotary key times `back` is the component that the pair has in it.
         back_GF = first_M.reshape(groups, fold) / weight_GP[:, pairs]
-        k_nope_GPD[:, pairs] -= back_GF[..., None] * k_rope_SD[slot]
-        back_HF = np.repeat(back_GF, heads // groups, axis=0)
-        q_rope_HSD[:, slot] = np.einsum("hf,hfd->hd", back_HF.conj(), q_HPD[:, pairs])
+        k_nope_GPD[:, pairs] += ((still_GP - alone_GP)[:, pairs] * back_GF)[..., None] * k_rope_SD[slot]
+        turned_HF = np.repeat(turning_GP[:, pairs] * back_GF, heads // groups, axis=0)
+        q_rope_HSD[:, slot] = np.einsum("hf,hfd->hd", turned_HF.conj(), q_HPD[:, pairs])
         kept += energies[-1]
-        total += energies.sum()
-    return Decoupled(_pairs(q_rope_HSD), _pairs(k_rope_SD), _pairs(k_nope_GPD), float(kept / total))
+    k_energy_GP = np.einsum("gpd,gpd->gp", (k_GPD.reshape(-1, d) @ moment_DD).reshape(k_GPD.shape), k_GPD.conj()).real
+    share = kept / (energy_GP * k_energy_GP * (1 - np.abs(alone_GP) ** 2)).sum()
+    return Decoupled(_pairs(q_rope_HSD), _pairs(k_rope_SD), _pairs(k_nope_GPD), float(share))
+
+
+def _nearest(attended_GT: np.ndarray, frequencies: np.ndarray, fold: int):
+    """By least squares over the distances, for each key head and pair: a, b and c, [G, P], of
+
+    exp(-i f t) ~ a exp(-i f0 t) + b, with f0 the first frequency of the pair's slot, and exp(-i f t) ~ c; and how much
+    more of it the first explains than the second, of 1.
+    """
+    turns_TP = np.exp(-1j * np.arange(attended_GT.shape[1])[:, None] * frequencies)
+    first_TP = turns_TP[:, np.arange(len(frequencies)) // fold * fold]
+    c_GP, c0_GP = attended_GT @ turns_TP, attended_GT @ first_TP
+    covariance_GP = attended_GT @ (turns_TP * first_TP.conj()) - c_GP * c0_GP.conj()
+    variance_GP = np.maximum(1 - np.abs(c0_GP) ** 2, 1e-12)
+    a_GP = np.where(first_TP[1 % len(first_TP)] == turns_TP[1 % len(first_TP)], 1, covariance_GP / variance_GP)
+    return a_GP, c_GP - a_GP * c0_GP, c_GP, np.abs(covariance_GP) ** 2 / variance_GP
 
 
 def _pairs(complex_XPD: np.ndarray) -> np.ndarray:
