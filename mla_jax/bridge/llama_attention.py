@@ -26,7 +26,7 @@ def convert_attention(
     source: LlamaConfig,
     target: ModelConfig,
     layer: LlamaLayer,
-    attended_GT: np.ndarray,
+    length: int,
     x_ND: np.ndarray,
     held_out_ND: np.ndarray,
 ) -> Converted:
@@ -36,14 +36,14 @@ def convert_attention(
         source: the checkpoint's attention.
         target: what it becomes.
         layer: its weights.
-        attended_GT: how far back its heads attend; see `llama_layer.attended`.
+        length: tokens over which the decoupling of positions is to hold.
         x_ND: normalised inputs of the layer over calibration texts, float32.
         held_out_ND: other such inputs, to state errors on.
     """
     q_HND, k_GND, v_GND, o_DHN = (np.asarray(w, np.float64) for w in layer[:4])
     d, groups = target.hidden_size, source.kv_heads
     moment_DD = second_moment(x_ND)
-    decoupled = decouple(q_HND, k_GND, moment_DD, attended_GT, source.frequencies, target.qk_rope_head_dim)
+    decoupled = decouple(q_HND, k_GND, moment_DD, source.frequencies, length, target.qk_rope_head_dim)
 
     key_cost, value_cost = _costs(q_HND, v_GND, o_DHN, moment_DD, source.score_scale)
     k_nope_GND = decoupled.k_nope_GND

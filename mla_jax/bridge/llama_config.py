@@ -14,6 +14,8 @@ from mla_jax.model import rope
 
 LLAMA_STYLE = ("llama", "mistral", "qwen2", "qwen3")
 """Values of model_type that are converted."""
+WIDEST_ROPE = 64
+"""The default: DeepSeek's own width, and what vLLM's and FlashAttention's kernels are made for."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Ranks:
     """The shape of the latent attention to make; widths in numbers."""
 
     kv_lora_rank: int
-    qk_rope_head_dim: int
+    qk_rope_head_dim: int | None = None
+    """None for the source's head width, WIDEST_ROPE at most."""
     q_lora_rank: int | None = None
 
 
@@ -81,10 +84,12 @@ def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied
         UsageError: ranks that this checkpoint cannot have.
         InputError: something in config.json that the model here has not.
     """
-    if ranks.qk_rope_head_dim < 2 or ranks.qk_rope_head_dim % 2 or source.head_dim % ranks.qk_rope_head_dim:
-        possible = [n for n in range(2, source.head_dim + 1, 2) if source.head_dim % n == 0]
+    possible = [n for n in range(2, source.head_dim + 1, 2) if source.head_dim % n == 0]
+    if ranks.qk_rope_head_dim is None:
+        ranks = dataclasses.replace(ranks, qk_rope_head_dim=max(n for n in possible if n <= WIDEST_ROPE))
+    if ranks.qk_rope_head_dim not in possible:
         raise UsageError(
-            f"--rope-dim {ranks.qk_rope_head_dim} cannot hold every s-th of {source.head_dim // 2} frequencies; "
+            f"--rope-dim {ranks.qk_rope_head_dim} cannot hold every s-th frequency of heads {source.head_dim} wide; "
             f"possible are {', '.join(map(str, possible))}"
         )
     for flag, rank in (("--kv-lora-rank", ranks.kv_lora_rank), ("--q-lora-rank", ranks.q_lora_rank)):

@@ -3,18 +3,16 @@
 The subspace is that of the SVD of weight^1/2 W C^1/2 with C the second moment of x over calibration texts: of all of its
 rank it changes least what the outputs are used for.
 
-The norm divides the latent by its RMS, which a linear map cannot undo. But within the subspace the basis is free, and x
-has been normalised itself: |x|^2 = D. At rank D with an orthogonal basis the latent has that same length, and the norm
-changes nothing: the factors are exact. Below, the length varies from token to token. The basis is chosen so that it
-varies least, between orthonormal (right for the full rank) and whitening (right where a small part of x is seen), and
-`up` is fitted to the normalised latents.
+The norm divides the latent by its RMS, which a linear map cannot undo. But the basis within the subspace is free, and x
+has been normalised itself: |x|^2 = D. With an orthonormal basis the latent at rank D has that same length, the norm
+changes nothing, and the factors are exact. At a lower rank its length is that of the part of x that is seen and varies
+from token to token; `up` is fitted to the normalised latents. (Whitening the latent made its length vary more.)
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _RIDGE = 1e-4
 """Of the mean of the second moments, added to each direction: texts are finite."""
 
@@ -55,21 +53,13 @@ def factorise(
     basis_DR = np.linalg.qr(inverse_root @ leading_DR)[0]
 
     z_NR = x_ND @ basis_DR
-    candidates = []
-    for power in _POWERS:
-        square_RR = basis_DR.T @ (vectors * values**power) @ vectors.T @ basis_DR
-        mix_RR = _power(square_RR, -0.5)
-        rms_N = np.sqrt(np.mean(np.square(z_NR @ mix_RR), axis=1))
-        candidates.append((rms_N.std() / rms_N.mean(), power, mix_RR / rms_N.mean()))
-    variation, _, mix_RR = min(candidates, key=lambda candidate: candidate[:2])
-    down_RD = (basis_DR @ mix_RR).T
-
-    c_NR = normalised(z_NR @ mix_RR)
+    rms_N = np.sqrt(np.mean(np.square(z_NR), axis=1))
+    down_RD, c_NR = basis_DR.T / rms_N.mean(), z_NR / rms_N[:, None]
     # First as if there was no norm, which is exact at full rank; then what is left, by least squares.
     up_YR = w_YD @ moment_DD @ down_RD.T @ np.linalg.inv(down_RD @ moment_DD @ down_RD.T)
     left_YR = w_YD @ _mean_products(x_ND, c_NR) - up_YR @ (seen_RR := _mean_products(c_NR, c_NR))
     up_YR += left_YR @ np.linalg.inv(seen_RR + _RIDGE * np.eye(rank))
-    return Factors(down_RD, up_YR, float(variation))
+    return Factors(down_RD, up_YR, float(rms_N.std() / rms_N.mean()))
 
 
 def normalised(c_NR: np.ndarray) -> np.ndarray:
@@ -80,8 +70,3 @@ def normalised(c_NR: np.ndarray) -> np.ndarray:
 def _mean_products(a_NX: np.ndarray, b_NY: np.ndarray) -> np.ndarray:
     """float64 mean of a b^T. Where texts say nothing, a rounding error would be taken for something."""
     return a_NX.T.astype(np.float64) @ b_NY.astype(np.float64) / len(a_NX)
-
-
-def _power(symmetric: np.ndarray, exponent: float) -> np.ndarray:
-    values, vectors = np.linalg.eigh(symmetric)
-    return (vectors * values**exponent) @ vectors.T

@@ -15,7 +15,7 @@ from mla_jax.bridge.hf_layout import EMBEDDING, HEAD
 from mla_jax.bridge.llama_attention import convert_attention
 from mla_jax.bridge.llama_calibration import Calibration, in_batches, perplexity, read_calibration
 from mla_jax.bridge.llama_config import Ranks, frequency_error, target_config
-from mla_jax.bridge.llama_layer import LlamaLayer, Rotary, attended, forward, forward_decoupled, norm, turns
+from mla_jax.bridge.llama_layer import LlamaLayer, Rotary, forward, forward_decoupled, norm, turns
 from mla_jax.bridge.llama_report import Report
 from mla_jax.bridge.llama_source import FINAL_NORM, LlamaCheckpoint, open_llama
 from mla_jax.checkpoint import check_tokenizer
@@ -24,9 +24,6 @@ from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.mesh import placed
 from mla_jax.model.rope import frequencies
 from mla_jax.model.transformer import abstract_params, bind
-
-_ATTENDED = 16
-"""Sequences on which it is measured how far back heads attend."""
 
 
 def convert(
@@ -105,9 +102,8 @@ class _Conversion:
         x_ND, held_out_ND = (
             x.reshape(-1, x.shape[-1]) for x in (x_BTD[: self.calibration.fitted], x_BTD[self.calibration.fitted :])
         )
-        attended_GT = np.asarray(attended(h_BTD[:_ATTENDED], layer, self.turns, **self.how), np.float64)
         attention, decoupled, errors = convert_attention(
-            self.source.config, self.target, layer, attended_GT, x_ND, held_out_ND
+            self.source.config, self.target, layer, h_BTD.shape[1], x_ND, held_out_ND
         )
 
         of_layer = self.params["layers"]

@@ -69,26 +69,6 @@ def forward_decoupled(
     return _rest(h_BTD, layer, q, k, _project(x_BTD, layer.v_GND), eps, scale)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "scale"))
-def attended(h_BTD: jax.Array, layer: LlamaLayer, positions: Turns, *, eps: float, scale: float) -> jax.Array:
-    """[G, T]: how much the query heads of each key head attend to 0, 1, 2, ... tokens back, on average; sums of 1."""
-    x_BTD = norm(h_BTD, eps)
-    q_BTHN, k_BTGN = (_turned(_project(x_BTD, w), positions) for w in (layer.q_HND, layer.k_GND))
-    groups, length = k_BTGN.shape[2], k_BTGN.shape[1]
-    back_TT = jnp.arange(length)[:, None] - jnp.arange(length)
-
-    def of_row(total_GT, q_and_k):
-        q_THN, k_TGN = q_and_k
-        q_TGHN = q_THN.reshape(length, groups, -1, q_THN.shape[-1])
-        scores_GHTS = scale * jnp.einsum("tghn,sgn->ghts", q_TGHN, k_TGN)
-        share_GTS = jax.nn.softmax(jnp.where(back_TT >= 0, scores_GHTS, -jnp.inf), axis=-1).mean(1)
-        by_distance = jax.vmap(lambda s_TS: jnp.zeros(length).at[jnp.abs(back_TT)].add(s_TS) / length)
-        return total_GT + by_distance(share_GTS), None
-
-    total_GT, _ = jax.lax.scan(of_row, jnp.zeros((groups, length)), (q_BTHN, k_BTGN))
-    return total_GT / len(h_BTD)
-
-
 def _project(x_BTD: jax.Array, w_HND: jax.Array | np.ndarray) -> jax.Array:
     return jnp.einsum("btd,hnd->bthn", x_BTD, w_HND)
 
