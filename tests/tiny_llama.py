@@ -79,6 +79,8 @@ def train_llama(
     model: transformers.LlamaForCausalLM, rows_BT: np.ndarray, steps: int, rate: float, batch: int, seed: int
 ) -> None:
     """AdamW with a short warm-up and a rate that decays over the last 40 %."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # waiting for each other costs more than small matrices, the more so on busy cores
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     rng = np.random.default_rng(seed)
     for step in range(steps):
@@ -90,3 +92,4 @@ def train_llama(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    torch.set_num_threads(threads)

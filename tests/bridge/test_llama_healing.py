@@ -44,8 +44,8 @@ def source(tmp_path_factory):
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(std=0.3)
-    data = rows(tokenizer, 1, 4000)
-    train_llama(model, data, steps=400, rate=3e-3, batch=BATCH, seed=0)
+    data = rows(tokenizer, 1, 2000)
+    train_llama(model, data, steps=300, rate=4e-3, batch=BATCH, seed=0)
     model.save_pretrained(folder)
     tokenizer.save(folder)
     (folder / "calibration.txt").write_text(stories(2, 600))
@@ -84,7 +84,7 @@ def test_what_conversion_costs_and_healing_wins_back(source, tmp_path):
     table = {}
     for name, rank in (("full rank", 64), ("half rank", 32), ("eighth rank", 8)):
         config, params, tokenizer, report = convert(
-            folder, Ranks(rank), folder / "calibration.txt", tokens=32_768, length=LENGTH
+            folder, Ranks(rank), folder / "calibration.txt", tokens=16_384, length=LENGTH
         )
         run_dir = save_imported(tmp_path / name.replace(" ", "-"), config, params, tokenizer)
         held_out = rows(tokenizer, 3, 64)
