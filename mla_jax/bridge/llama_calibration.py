@@ -1,6 +1,5 @@
 """Calibration texts: what the layers see is measured on them, and perplexity on those that are held out."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,7 +4,6 @@ The residual stream is scaled so that norms with the epsilon of the source do th
 of s h with epsilon s^2 e is the norm of h with epsilon e.
 """
 
-import functools
 from pathlib import Path
 
 import jax
@@ -86,8 +85,7 @@ class _Conversion:
         params = jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), self.params, leaves)
 
         def of(h_BTD: np.ndarray) -> float:
-            out_BTD = np.asarray(norm(h_BTD, self.how["eps"])) * final_norm_D
-            return perplexity(out_BTD, head_XD.T, held_out)
+            return perplexity(norm(h_BTD, self.how["eps"]) * final_norm_D, head_XD.T, held_out)
 
         perplexities = {
             "source": of(h_BTD[fitted:]),
@@ -98,7 +96,7 @@ class _Conversion:
 
     def _layer(self, i: int, layer: LlamaLayer, h_BTD, decoupled_BTD):
         """Converts layer i; hidden states behind it, of the source and with decoupled positions, and its errors."""
-        x_BTD = in_batches(functools.partial(norm, eps=self.how["eps"]), h_BTD)
+        x_BTD = norm(h_BTD, self.how["eps"])
         x_ND, held_out_ND = (
             x.reshape(-1, x.shape[-1]) for x in (x_BTD[: self.calibration.fitted], x_BTD[self.calibration.fitted :])
         )

@@ -41,9 +41,9 @@ def turns(frequencies: np.ndarray, length: int) -> Turns:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def norm(h_BTD: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm without its weight."""
-    return h_BTD * jax.lax.rsqrt(jnp.mean(jnp.square(h_BTD), axis=-1, keepdims=True) + eps)
+def norm(h_BTD, eps: float):
+    """RMSNorm without its weight, of arrays on the host or the device."""
+    return h_BTD / ((h_BTD**2).mean(axis=-1, keepdims=True) + eps) ** 0.5
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "scale"))

@@ -69,8 +69,9 @@ def decouple(
         q_rope_HSD[:, slot] = np.einsum("hf,hfd->hd", turned_HF.conj(), q_HPD[:, pairs])
         kept += energies[-1]
     k_energy_GP = np.einsum("gpd,gpd->gp", (k_GPD.reshape(-1, d) @ moment_DD).reshape(k_GPD.shape), k_GPD.conj()).real
-    share = kept / (energy_GP * k_energy_GP * (1 - np.abs(alone_P) ** 2)).sum()
-    return Decoupled(_pairs(q_rope_HSD), _pairs(k_rope_SD), _pairs(k_nope_GPD), float(share))
+    turning = (energy_GP * k_energy_GP * (1 - np.abs(alone_P) ** 2)).sum()
+    share = float(kept / turning) if turning > 0 else 1.0
+    return Decoupled(_pairs(q_rope_HSD), _pairs(k_rope_SD), _pairs(k_nope_GPD), share)
 
 
 def _nearest(frequencies: np.ndarray, length: int, fold: int):

@@ -37,7 +37,7 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     tokenizer = stories_tokenizer()
     config = transformers.LlamaConfig(**{
-        **SIZES, "vocab_size": tokenizer.vocab_size, "intermediate_size": 128, "rope_theta": 100.0,
+        **SIZES, "vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 128, "rope_theta": 100.0,
         "tie_word_embeddings": True, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
     })  # fmt: skip
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def heal(run_dir, folder, name):
 def test_what_conversion_costs_and_healing_wins_back(source, tmp_path):
     folder, model, data = source
     table = {}
-    for name, rank in (("full rank", 64), ("half rank", 32), ("eighth rank", 8)):
+    for name, rank in (("full rank", 32), ("half rank", 16)):
         config, params, tokenizer, report = convert(
             folder, Ranks(rank), folder / "calibration.txt", tokens=16_384, length=LENGTH
         )
@@ -101,11 +101,11 @@ def test_what_conversion_costs_and_healing_wins_back(source, tmp_path):
         print(f"{name:<14}{before:>12.3f}{after:>12.3f}{(before - after) / (before - original):>12.0%}")
         print(report)
 
-    (full, full_healed, report), (half, half_healed, _), (eighth, eighth_healed, _) = table.values()
+    (full, full_healed, report), (half, half_healed, _) = table.values()
     # At full rank nothing but the decoupled positions costs anything.
     assert report.perplexity["converted"] == pytest.approx(report.perplexity["positions_decoupled"], rel=1e-3)
     assert original * 1.02 < full < 1.5 * original
-    assert full * 0.99 < half < eighth < 4 * original
-    for before, after in ((full, full_healed), (half, half_healed), (eighth, eighth_healed)):
+    assert full < half < 3 * original
+    for before, after in ((full, full_healed), (half, half_healed)):
         # Against the source that has been trained as much longer: healing is not just more training.
         assert after - longer < 0.5 * (before - original)

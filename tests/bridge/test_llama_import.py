@@ -15,7 +15,9 @@ from mla_jax.bridge import llama_attention, llama_config, llama_rope
 from mla_jax.bridge.llama_config import Ranks, frequency_error, read_config, target_config
 from mla_jax.bridge.llama_import import convert
 from mla_jax.config import ModelConfig
+from mla_jax.bridge.llama_source import open_llama
 from mla_jax.errors import InputError, UsageError
+from mla_jax.model.rope import frequencies
 from mla_jax.model.transformer import bind
 from tiny_llama import SIZES, save_llama, stories
 
@@ -38,14 +40,14 @@ def positions_left_out(monkeypatch):
     """As if all tokens of a text were in one place: nothing turns, and nothing stands for what turned."""
     one_place = functools.partial(llama_rope.decouple, length=1)
 
-    def decouple(q, k, moment, frequencies, length, width):
-        return one_place(q, k, moment, frequencies, width=width)
+    def decouple(q, k, moment, pairs, length, width):
+        return one_place(q, k, moment, pairs, width=width)
 
     monkeypatch.setattr(llama_attention, "decouple", decouple)
 
 
 def small(folder, texts, ranks, **how):
-    return convert(folder, ranks, texts, **{"tokens": 4096, "length": 128, **how})
+    return convert(folder, ranks, texts, **{"tokens": 2048, "length": 64, **how})
 
 
 def largest_difference(model, config: ModelConfig, params, *, positions: bool):
@@ -60,9 +62,10 @@ def largest_difference(model, config: ModelConfig, params, *, positions: bool):
 
 
 FULL_RANK = {
-    "grouped": ({"num_key_value_heads": 2}, Ranks(64)),
     "multi-head, half of the frequencies": ({"num_key_value_heads": 4}, Ranks(64, 8)),
-    "untied": ({"num_key_value_heads": 2, "tie_word_embeddings": False}, Ranks(64)),
+    "untied, another epsilon": (
+        {"num_key_value_heads": 2, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}, Ranks(64)
+    ),
     "queries too": ({"num_key_value_heads": 2}, Ranks(64, 16, 64)),
     "wider than its rank": ({"num_key_value_heads": 1, "head_dim": 8}, Ranks(64, 4)),
     "head_dim of its own": ({"num_key_value_heads": 2, "head_dim": 24}, Ranks(64, 24)),
@@ -75,23 +78,15 @@ def test_factors_of_full_rank_are_exact_with_positions_left_out(changes, ranks, 
     config, params, _, report = small(tmp_path, texts, ranks)
     assert config.tie_word_embeddings == changes.get("tie_word_embeddings", False)
     difference, spread = largest_difference(model, config, params, positions=False)
-    assert difference < 3e-5 * spread
+    # A norm of what was normed does not see the first one's epsilon.
+    assert difference < 30 * max(model.config.rms_norm_eps, 1e-6) * spread
     assert all(errors["key_error"] < 1e-9 and errors["value_error"] < 1e-9 for errors in report.layers)
     assert largest_difference(model, config, params, positions=True)[0] > 0.01 * spread, "positions do not matter"
-
-
-def test_a_lower_rank_is_not_exact(texts, positions_left_out, tmp_path):
-    model = save_llama(tmp_path, num_key_value_heads=2)
-    config, params, _, report = small(tmp_path, texts, Ranks(32))
-    difference, spread = largest_difference(model, config, params, positions=False)
-    assert difference > 0.01 * spread
-    assert all(errors["latent_rms_variation"] > 1e-3 for errors in report.layers)
 
 
 ONE_KEY_HEAD = {
     "plain": ({}, 3e-5),
     "another epsilon": ({"rms_norm_eps": 1e-5}, 3e-4),
-    "another epsilon, untied": ({"rms_norm_eps": 1e-5, "tie_word_embeddings": False}, 3e-4),
     "yarn": ({"rope_parameters": YARN}, 3e-5),
 }
 
@@ -121,9 +116,8 @@ def test_mistral_and_qwen_without_biases(texts, positions_left_out, tmp_path):
             if name.endswith("bias"):
                 parameter.zero_()
     model.save_pretrained(tmp_path / "qwen2")
-    config, params, _, _ = small(tmp_path / "qwen2", texts, Ranks(64))
-    difference, spread = largest_difference(model, config, params, positions=False)
-    assert difference < 3e-5 * spread
+    with open_llama(tmp_path / "qwen2") as source:
+        source.check(target_config(source.hf, source.config, Ranks(64), tied=source.tied, dtype="float32"))
 
 
 def test_qwen3_is_refused(texts, tmp_path):
@@ -154,16 +148,10 @@ def test_the_scaling_of_llama_3_is_near_a_yarn():
     source = read_config(hf)
     target = target_config(hf, source, Ranks(512), tied=True, dtype="bfloat16")
     assert (target.qk_nope_head_dim, target.qk_rope_head_dim, target.v_head_dim) == (64, 64, 64)
-    kept = llama_rope_frequencies(target)
+    kept = frequencies(target)
     different = np.abs(kept / source.frequencies - 1) > 1e-6
     assert 0 < different.sum() <= 5
     assert frequency_error(source, target) == pytest.approx(np.abs(kept / source.frequencies - 1).max())
-
-
-def llama_rope_frequencies(config):
-    from mla_jax.model.rope import frequencies
-
-    return frequencies(config)
 
 
 HF = {**SIZES, "model_type": "llama", "num_key_value_heads": 2}
