@@ -1,4 +1,4 @@
-"""Makes a run of a Hugging Face folder: `python -m tools.import_hf DIR RUN`; Llama-style models become latent attention."""
+"""Makes a run of a Hugging Face folder, of a Llama too, by conversion: `python -m tools.import_hf DIR RUN`."""
 
 import argparse
 from pathlib import Path

@@ -47,11 +47,9 @@ def convert_attention(
 
     key_cost, value_cost = _costs(q_HND, v_GND, o_DHN, moment_DD, source.score_scale)
     k_nope_GND = decoupled.k_nope_GND
-    cost_DD = sum(
-        w.T @ cost @ w
-        for ws, costs in ((k_nope_GND, key_cost), (v_GND, value_cost))
-        for w, cost in zip(ws, costs, strict=True)
-    )
+    cost_DD = np.zeros((d, d))
+    for w, cost in zip((*k_nope_GND, *v_GND), (*key_cost, *value_cost), strict=True):
+        cost_DD += w.T @ cost @ w
     kv_YD = np.concatenate([k_nope_GND, v_GND], axis=1).reshape(-1, d)  # of each key head: key, then value
     kv = factorise(kv_YD, cost_DD, x_ND, moment_DD, target.kv_lora_rank)
     kv_up_RGX = kv.up_YR.T.reshape(target.kv_lora_rank, groups, -1)
@@ -87,7 +85,7 @@ def _costs(q_HND, v_GND, o_DHN, moment_DD, scale: float) -> tuple[np.ndarray, np
     An error e of a value becomes the error O e of what a head adds to the residual stream. An error e of a key shifts a
     score by q e, and with it weight to or from a token whose share of the output is O v.
     """
-    heads, n, d = q_HND.shape
+    heads, n, _ = q_HND.shape
     groups = len(v_GND)
     o_HDN = np.moveaxis(o_DHN, 1, 0)
     outputs_HNN = np.swapaxes(o_HDN, 1, 2) @ o_HDN

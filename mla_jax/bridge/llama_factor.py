@@ -1,7 +1,7 @@
 """Low-rank factors with an RMSNorm between them: W x ~ up norm(down x), as MLA has them for keys, values and queries.
 
-The subspace is that of the SVD of weight^1/2 W C^1/2 with C the second moment of x over calibration texts: of all of its
-rank it changes least what the outputs are used for.
+The subspace is that of the SVD of weight^1/2 W C^1/2, with C the second moment of x over calibration texts: of all of
+its rank it changes least what the outputs are used for.
 
 The norm divides the latent by its RMS, which a linear map cannot undo. But the basis within the subspace is free, and x
 has been normalised itself: |x|^2 = D. With an orthonormal basis the latent at rank D has that same length, the norm
@@ -32,9 +32,7 @@ def second_moment(x_ND: np.ndarray) -> np.ndarray:
     return moment_DD + _RIDGE * np.trace(moment_DD) / len(moment_DD) * np.eye(len(moment_DD))
 
 
-def factorise(
-    w_YD: np.ndarray, cost_DD: np.ndarray, x_ND: np.ndarray, moment_DD: np.ndarray, rank: int
-) -> Factors:
+def factorise(w_YD: np.ndarray, cost_DD: np.ndarray, x_ND: np.ndarray, moment_DD: np.ndarray, rank: int) -> Factors:
     """Factors of w of this rank.
 
     Args:

@@ -1,10 +1,10 @@
 """Decoupled rotary positions: which part of the keys keeps turning, once for all heads, and what stands for the rest.
 
 A pair of a query and of a key, as complex numbers, adds Re(conj(q) k exp(-i f t)) to the score, with t tokens between
-the two and f the pair's frequency. In MLA one rotary key of width R serves all heads. Here it holds, for each frequency,
-one complex number in place of those of all key heads: mixing pairs of different heads that turn at the same rate
-commutes with turning, so they are taken onto their principal component (RoRoPE of TransMLA, arXiv 2502.07864). Where R
-is less than the head width, every s-th frequency is kept, as "uniform" in MHA2MLA (arXiv 2502.14837), and the
+the two and f the pair's frequency. In MLA one rotary key of width R serves all heads. Here it holds, for each
+frequency, one complex number in place of those of all key heads: mixing pairs of different heads that turn at the same
+rate commutes with turning, so they are taken onto their principal component (RoRoPE of TransMLA, arXiv 2502.07864).
+Where R is less than the head width, every s-th frequency is kept, as "uniform" in MHA2MLA (arXiv 2502.14837), and the
 frequencies up to the next share its component (FreqFold of TransMLA).
 
 What is left becomes part of the keys without position, for which the papers stop the turning: exp(-i f t) is taken for
@@ -75,10 +75,10 @@ def decouple(
 
 
 def _nearest(frequencies: np.ndarray, length: int, fold: int):
-    """By least squares over the distances, for each pair: a, b and c, [P], of
+    """What turning is taken for: a, b, c and a share, [P] each, by least squares over the distances.
 
-    exp(-i f t) ~ a exp(-i f0 t) + b, with f0 the first frequency of the pair's slot, and exp(-i f t) ~ c; and how much
-    more the first explains than the second, of 1.
+    exp(-i f t) ~ a exp(-i f0 t) + b, with f0 the first frequency of the pair's slot, and exp(-i f t) ~ c. The share is
+    how much more of it the first explains than the second, of 1.
     """
     t_T = np.arange(length)
     counts_T = 1 / (t_T + 1)
@@ -94,5 +94,5 @@ def _nearest(frequencies: np.ndarray, length: int, fold: int):
 
 def _pairs(complex_XPD: np.ndarray) -> np.ndarray:
     """[..., P, D] complex to [..., 2 P, D], real and imaginary parts interleaved."""
-    both = np.stack([complex_XPD.real, complex_XPD.imag], axis=-2)
+    both = np.stack([np.real(complex_XPD), np.imag(complex_XPD)], axis=-2)
     return both.reshape(*complex_XPD.shape[:-2], -1, complex_XPD.shape[-1])

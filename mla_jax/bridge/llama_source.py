@@ -102,8 +102,8 @@ class LlamaCheckpoint:
         for name in sorted(self._stored.shapes):
             if name.endswith((".q_norm.weight", ".k_norm.weight")):
                 raise InputError(
-                    f"{folder} normalises its queries and keys ({name}); latent attention makes keys by a matrix, which "
-                    "cannot divide by their length: this checkpoint cannot be converted"
+                    f"{folder} normalises its queries and keys ({name}); latent attention makes keys by a matrix, "
+                    "which cannot divide by their length: this checkpoint cannot be converted"
                 )
             if name.endswith("_proj.bias"):
                 if self._read(name).any():

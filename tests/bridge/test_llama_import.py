@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mla_jax.bridge import llama_attention, llama_config, llama_rope
 from mla_jax.bridge.llama_config import Ranks, frequency_error, read_config, target_config
 from mla_jax.bridge.llama_import import convert
-from mla_jax.config import ModelConfig
 from mla_jax.bridge.llama_source import open_llama
+from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.model.rope import frequencies
 from mla_jax.model.transformer import bind
@@ -64,7 +64,8 @@ def largest_difference(model, config: ModelConfig, params, *, positions: bool):
 FULL_RANK = {
     "multi-head, half of the frequencies": ({"num_key_value_heads": 4}, Ranks(64, 8)),
     "untied, another epsilon": (
-        {"num_key_value_heads": 2, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}, Ranks(64)
+        {"num_key_value_heads": 2, "tie_word_embeddings": False, "rms_norm_eps": 1e-5},
+        Ranks(64),
     ),
     "queries too": ({"num_key_value_heads": 2}, Ranks(64, 16, 64)),
     "wider than its rank": ({"num_key_value_heads": 1, "head_dim": 8}, Ranks(64, 4)),

@@ -43,7 +43,9 @@ def llama(tmp_path_factory):
 
 
 def test_convert_then_export_and_compare_with_transformers(call, llama, tmp_path):
-    options = "--kv-lora-rank 24 --rope-dim 8 --q-lora-rank 48 --calibration-tokens 2048 --calibration-length 64".split()
+    options = (
+        "--kv-lora-rank 24 --rope-dim 8 --q-lora-rank 48 --calibration-tokens 2048 --calibration-length 64".split()
+    )
     code, out, err = call(import_hf, llama, tmp_path / "run", *options, "--calibration", llama / "texts.txt")
     assert code == 0, err
     assert "positions decoupled, nothing factored" in out
