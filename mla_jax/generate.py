@@ -1,6 +1,12 @@
-"""Generation through the latent cache: prefill in chunks (expanded), decode in one compiled loop (absorbed)."""
+"""Generation through the latent cache: prefill in chunks (expanded), decode in a compiled loop (absorbed).
 
+A `Generator` has the weights. A `Context` is what it has read: prompts that start with the same tokens, the turns of a
+chat or many questions about one long text, are read once.
+"""
+
+import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +15,270 @@ import numpy as np
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError
-from mla_jax.model import transformer
-from mla_jax.model.cache import LatentCache, init_cache
+from mla_jax.memory import MemoryPlan, device_limit, most_that_fits, room_for, round_up
+from mla_jax.model import decoder
+from mla_jax.model.cache import LatentCache, LayerCache, init_layer, resized
+from mla_jax.sampling import Sampling, SamplingPlan, choose, knobs
 
-GRANULE = 64
-"""Chunks and capacities are rounded up to multiples of this, so that few shapes are compiled."""
+PREFILL_CHUNK = 8192
+"""Prompt tokens, of all rows together, that are processed at one time."""
+DECODE_BLOCK = 32
+"""Tokens that one call of the compiled loop adds; between calls, tokens are streamed and rows are stopped."""
+
+OnTokens = Callable[[int, list[int]], bool | None]
+"""Called with the row and its new tokens, a few at a time; True ends the row."""
+OnPrefill = Callable[[int, int], None]
+"""Called with how many tokens of all prompts have been read, and how many there are to read."""
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+@functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("layers", "seen_BX"))
+def _decode(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, *, plan: SamplingPlan, steps):
+    """The next `steps` tokens [N, B] of each row, and what the next call takes. Rows that are done hold still."""
+
+    def one_token(carry, key):
+        tokens_B, cache, seen_BX = carry
+        h_B1D, cache = decoder.extend(
+            config, weights, tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True
+        )
+        tokens_B = choose(plan, values, decoder.logits(config, weights, h_B1D[:, 0]), seen_BX, key)
+        if seen_BX is not None:
+            seen_BX = seen_BX.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
+        return (tokens_B, cache, seen_BX), tokens_B
+
+    start = tokens_B, LatentCache(layers, lengths_B), seen_BX
+    (tokens_B, cache, seen_BX), new_NB = jax.lax.scan(one_token, start, jax.random.split(key, steps))
+    return new_NB, tokens_B, cache.layers, cache.lengths_B, seen_BX
 
 
-def _check(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int, chunk: int, temperature: float) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", chunk)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    if not temperature >= 0:
-        raise InputError(f"temperature must be 0 (greedy) or above, got {temperature}")
+@dataclasses.dataclass
+class Context:
+    """What a generator has read, one row a prompt; `Generator.generate` reads on from it and leaves it extended."""
+
+    tokens: list[list[int]]
+    """Of each row, those that the cache holds."""
+    layers: list[LayerCache]
+    """Rows of a mesh's batch beyond `tokens` are unused."""
+
+    @classmethod
+    def empty(cls, rows: int) -> "Context":
+        """Has read nothing."""
+        return cls([[] for _ in range(rows)], [])
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.layers[0].capacity if self.layers else 0
+
+
+class Generator:
+    """A model ready to continue prompts, on the default device or the mesh that is set.
+
+    Args:
+        config: the model; its `dtype` is that of computations, 16-bit weights and, by default, the cache.
+        params: see `transformer.init_params`; from the host they reach the device converted, layer by layer.
+        int8_weights: matrices of layers in 8 bits.
+        cache_dtype: `int8` for half the cache; None for the model's dtype.
+        prefill_chunk: prompt tokens, of all rows together, processed at one time; bounds the memory of activations.
+        memory_limit: bytes of a device that may be used; None for what JAX may take, without a limit on CPUs.
+
+    Raises:
+        InputError: the weights alone do not fit.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: dict, *, int8_weights: bool = False, cache_dtype: str | None = None,
+        prefill_chunk: int = PREFILL_CHUNK, memory_limit: int | None = None,
+    ):  # fmt: skip
+        if prefill_chunk < 1:
+            raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+        self.config, self.cache_dtype, self.prefill_chunk = config, cache_dtype, prefill_chunk
+        self.memory_limit = device_limit() if memory_limit is None else memory_limit
+        self._plan = functools.partial(
+            MemoryPlan.of, config, cache_dtype=cache_dtype, int8_weights=int8_weights, prefill_chunk=prefill_chunk
+        )
+        self._require(rows=1, tokens=1)
+        self.weights = decoder.inference_weights(config, params, int8_weights)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_id: int | None = None,
+        sampling: Sampling | None = None,
+        context: Context | None = None,
+        on_tokens: OnTokens | None = None,
+        on_prefill: OnPrefill | None = None,
+    ) -> list[list[int]]:
+        """Continues each prompt; prompts may differ in length.
+
+        Args:
+            prompts: token ids.
+            max_new_tokens: the most tokens to add to a prompt.
+            eos_id: the token that ends a continuation; None never ends one early.
+            sampling: how tokens are chosen; None for greedy.
+            context: what was read before. Of each prompt, the tokens that its row of the context starts with are not
+                read again; the context holds the prompt and the continuation afterwards.
+            on_tokens: see OnTokens.
+            on_prefill: see OnPrefill.
+
+        Returns:
+            The new tokens of each prompt, without eos.
+
+        Raises:
+            InputError: an empty prompt, a token outside the vocabulary, a prompt that leaves no room for the new tokens
+                in the model or in the device's memory; found before anything is allocated.
+        """
+        sampling, context = sampling or Sampling(), context or Context.empty(len(prompts))
+        prompts = [list(prompt) for prompt in prompts]
+        _check(self.config, prompts, max_new_tokens)
+        if not prompts:
+            return []
+        if len(context.tokens) != len(prompts):
+            raise InputError(f"the context has {len(context.tokens)} rows, but there are {len(prompts)} prompts")
+        # Nothing beyond these is valid any more, should this be interrupted.
+        context.tokens = [
+            _common_prefix(held, prompt[:-1]) for held, prompt in zip(context.tokens, prompts, strict=True)
+        ]
+        self._make_room(context, len(prompts), max(map(len, prompts)) + max_new_tokens)
+        lengths = self._prefill(context, prompts, on_prefill)
+        new = self._decode(context, prompts, lengths, max_new_tokens, eos_id, sampling, on_tokens)
+        # The last token was never fed.
+        context.tokens = [(prompt + row)[:-1] for prompt, row in zip(prompts, new, strict=True)]
+        return new
+
+    def fork(self, context: Context, rows: int) -> Context:
+        """So many copies of a context with one row: one text, many questions at a time. The original stays as it is.
+
+        Raises:
+            InputError: the context has more rows than one, or the copies do not fit.
+        """
+        if len(context.tokens) != 1:
+            raise InputError(f"only a context of one row can be copied, this has {len(context.tokens)}")
+        self._require(rows=_padded(rows), tokens=context.capacity, beside=context)
+        layers = [resized(layer, _padded(rows), context.capacity) for layer in context.layers]
+        return Context([list(context.tokens[0]) for _ in range(rows)], layers)
+
+    def _require(self, rows: int, tokens: int, beside: Context | None = None) -> None:
+        """Raises InputError unless the weights and a cache for so many tokens a row fit in the memory."""
+        if self.memory_limit is None:
+            return
+        others = sum(x.nbytes for x in jax.tree.leaves(beside.layers)) if beside else 0
+        plan, limit = self._plan(rows=rows, tokens=tokens), self.memory_limit * mesh.size() - others
+        if plan.total <= limit:
+            return
+        longest = most_that_fits(lambda tokens: self._plan(rows=rows, tokens=tokens).total, limit)
+        raise InputError(
+            f"{rows} x {tokens:,} tokens need {plan}, but there are {limit / 2**30:.2f} GiB; "
+            + (f"the longest that fits is {longest:,} tokens a row" if longest else "not even one token fits")
+            + "; an 8-bit cache, 8-bit weights or a smaller prefill_chunk take less"
+        )
+
+    def _make_room(self, context: Context, prompts: int, tokens: int) -> None:
+        """Allocates or grows the cache, one layer after the other."""
+        capacity = min(room_for(tokens), round_up(self.config.max_position_embeddings, 64))
+        if context.capacity >= tokens:
+            return
+        self._require(rows=_padded(prompts), tokens=capacity)
+        if not context.layers:
+            layers = [self._new_layer(_padded(prompts), capacity) for _ in range(self.config.num_hidden_layers)]
+            context.layers = layers
+            return
+        for i, layer in enumerate(context.layers):
+            context.layers[i] = resized(layer, len(layer.c_BSC), capacity)
+            del layer  # so that its memory is free before the next grows
+
+    def _new_layer(self, rows: int, capacity: int) -> LayerCache:
+        return _init_layer(self.config, rows, capacity, self.cache_dtype)
+
+    def _prefill(self, context: Context, prompts: list[list[int]], on_prefill: OnPrefill | None) -> np.ndarray:
+        """Reads all but the last token of each prompt, with which decoding starts; how many are held then, [B]."""
+        rows = len(context.layers[0].c_BSC)
+        lengths, end = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        lengths[: len(prompts)] = [len(row) for row in context.tokens]
+        end[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]
+        total, most = int((end - lengths).sum()), int((end - lengths).max())
+        chunk = min(round_up(max(self.prefill_chunk // rows, 1), 64), room_for(most))
+        while (lengths < end).any():
+            valid = np.clip(end - lengths, 0, chunk)
+            tokens = np.zeros((rows, chunk), np.int32)
+            for row, prompt in enumerate(prompts):
+                tokens[row, : valid[row]] = prompt[lengths[row] : lengths[row] + valid[row]]
+            h_BTD = decoder.prefill_embed(self.config, self.weights["embed_tokens"], mesh.shard_batch(tokens))
+            lengths_B, valid_B = mesh.shard_batch(lengths), mesh.shard_batch(valid)
+            last = self.config.num_hidden_layers - 1
+            for i, weights in enumerate(self.weights["layers"]):
+                h_BTD, context.layers[i] = decoder.prefill_layer(
+                    self.config, weights, h_BTD, context.layers[i], lengths_B, valid_B, i == last
+                )
+            lengths = lengths + valid
+            context.tokens = [prompt[: lengths[row]] for row, prompt in enumerate(prompts)]
+            if on_prefill:
+                jax.block_until_ready(h_BTD)
+                on_prefill(total - int((end - lengths).sum()), total)
+        return lengths
+
+    def _decode(
+        self, context: Context, prompts: list[list[int]], lengths: np.ndarray, max_new_tokens: int, eos_id: int | None,
+        sampling: Sampling, on_tokens: OnTokens | None,
+    ) -> list[list[int]]:  # fmt: skip
+        rows, steps = len(lengths), min(DECODE_BLOCK, max_new_tokens)
+        new: list[list[int]] = [[] for _ in prompts]
+        done = np.arange(rows) >= len(prompts)
+        tokens = np.zeros(rows, np.int32)
+        tokens[: len(prompts)] = [prompt[-1] for prompt in prompts]
+        tokens_B, lengths_B = mesh.shard_batch(tokens), mesh.shard_batch(lengths)
+        seen_BX = mesh.shard_batch(_seen(prompts, rows, self.config.vocab_size)) if sampling.plan.penalty else None
+        values, key = knobs(sampling), jax.random.key(sampling.seed)
+        for block in range(-(-max_new_tokens // steps)):
+            new_NB, tokens_B, layers, lengths_B, seen_BX = _decode(
+                self.config, self.weights, tokens_B, tuple(context.layers), lengths_B, mesh.shard_batch(done), seen_BX,
+                values, jax.random.fold_in(key, block), plan=sampling.plan, steps=steps,
+            )  # fmt: skip
+            context.layers = list(layers)
+            fresh_NB = np.asarray(new_NB)
+            for row in np.flatnonzero(~done):
+                fresh = fresh_NB[: max_new_tokens - len(new[row]), row].tolist()
+                if eos_id in fresh:
+                    fresh, done[row] = fresh[: fresh.index(eos_id)], True
+                new[row] += fresh
+                done[row] |= bool(fresh and on_tokens and on_tokens(int(row), fresh)) or len(new[row]) == max_new_tokens
+            if done.all():
+                break
+        return new
+
+
+def generate(
+    config: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    eos_id: int | None = None, sampling: Sampling | None = None, prefill_chunk: int = PREFILL_CHUNK,
+) -> list[list[int]]:  # fmt: skip
+    """`Generator.generate` once, for weights that are used no more."""
+    generator = Generator(config, params, prefill_chunk=prefill_chunk)
+    return generator.generate(prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, sampling=sampling)
+
+
+_init_layer = jax.jit(init_layer, static_argnums=(0, 1, 2, 3))
+
+
+def _padded(rows: int) -> int:
+    return round_up(rows, mesh.size())
+
+
+def _common_prefix(held: list[int], wanted: list[int]) -> list[int]:
+    same = next((i for i, pair in enumerate(zip(held, wanted, strict=False)) if pair[0] != pair[1]), None)
+    return held[: min(len(held), len(wanted)) if same is None else same]
+
+
+def _seen(prompts: list[list[int]], rows: int, vocabulary: int) -> np.ndarray:
+    seen_BX = np.zeros((rows, vocabulary), bool)
+    for row, prompt in enumerate(prompts):
+        seen_BX[row, prompt] = True
+    return seen_BX
+
+
+def _check(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     limit = config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -40,101 +293,3 @@ def _check(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int, c
                 f"prompt {i} has token {min(prompt) if min(prompt) < 0 else max(prompt)}, outside the vocabulary of "
                 f"{config.vocab_size}; was it made with this model's tokenizer?"
             )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _compute_weights(config: ModelConfig, params: dict) -> dict:
-    """Matrices in the compute type, so that decoding reads no more bytes than it must; norms as they are."""
-    return jax.tree.map_with_path(lambda path, x: x if "norm" in path[-1].key else x.astype(config.dtype), params)
-
-
-_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _prefill(config: ModelConfig, params: dict, tokens_BT, cache: LatentCache, valid_B) -> LatentCache:
-    return transformer.bind(config, params).extend(tokens_BT, cache, valid_B, absorbed=False)[1]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=3)
-def _decode(config, params, tokens_B, cache: LatentCache, max_new_tokens, greedy, eos_id, temperature, done_B, key):
-    """Up to `max_new_tokens` [B, N] from the last token of each prompt, and how many of them count (before eos)."""
-    model = transformer.bind(config, params)
-
-    def not_over(state):
-        step, _, _, _, done_B, _ = state
-        return (step < max_new_tokens) & ~jnp.all(done_B)
-
-    def one_token(state):
-        step, tokens_B, cache, new_BN, done_B, counts_B = state
-        h_B1D, cache = model.extend(tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True)
-        logits_BX = model.logits(h_B1D[:, 0])
-        if greedy:
-            tokens_B = jnp.argmax(logits_BX, axis=-1).astype(jnp.int32)
-        else:
-            tokens_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BX / temperature)
-        done_B |= tokens_B == eos_id
-        new_BN = jax.lax.dynamic_update_index_in_dim(new_BN, tokens_B, step, 1)
-        return step + 1, tokens_B, cache, new_BN, done_B, counts_B + ~done_B
-
-    new_BN = jnp.broadcast_to(tokens_B[:, None], (tokens_B.size, max_new_tokens))
-    state = jnp.int32(0), tokens_B, cache, new_BN, done_B, jnp.zeros_like(tokens_B)
-    _, _, cache, new_BN, _, counts_B = jax.lax.while_loop(not_over, one_token, state)
-    return new_BN, counts_B, cache  # the cache too: a donated buffer must come back to be used in place
-
-
-def generate(
-    config: ModelConfig,
-    params: dict,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    eos_id: int | None = None,
-    prefill_chunk: int = 512,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[list[int]]:
-    """Continues each prompt; prompts may differ in length.
-
-    Args:
-        config: the model.
-        params: its parameters, see `transformer.init_params`.
-        prompts: token ids.
-        max_new_tokens: the most tokens to add to a prompt.
-        eos_id: the token that ends a continuation; None never ends one early.
-        prefill_chunk: prompt tokens processed at one time; bounds the memory of activations.
-        temperature: 0 for the most likely token, else samples from softmax(logits / temperature).
-        seed: of the samples.
-
-    Returns:
-        The new tokens of each prompt, without eos.
-
-    Raises:
-        InputError: an empty prompt, a token outside the vocabulary, or a prompt that leaves no room for the new tokens.
-    """
-    _check(config, prompts, max_new_tokens, prefill_chunk, temperature)
-    if not prompts:
-        return []
-    batch = _round_up(len(prompts), mesh.size())
-    # The last token of a prompt starts the decode loop; those before it are prefilled.
-    held = np.zeros(batch, np.int32)
-    held[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]
-    longest = int(held.max())
-    chunk = _round_up(min(prefill_chunk, max(longest, 1)), GRANULE)
-    tokens = np.zeros((batch, _round_up(longest, chunk)), np.int32)
-    last = np.zeros(batch, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : held[i]], last[i] = prompt[:-1], prompt[-1]
-
-    params = _compute_weights(config, params)
-    cache = _init_cache(config, batch, _round_up(longest + max_new_tokens, GRANULE))
-    for start in range(0, longest, chunk):
-        valid_B = mesh.shard_batch(np.clip(held - start, 0, chunk))
-        cache = _prefill(config, params, mesh.shard_batch(tokens[:, start : start + chunk]), cache, valid_B)
-    unused = mesh.shard_batch(np.arange(batch) >= len(prompts))
-    new_BN, counts_B, _ = _decode(
-        config, params, mesh.shard_batch(last), cache, max_new_tokens, temperature == 0,
-        -1 if eos_id is None else eos_id, temperature, unused, jax.random.key(seed),
-    )  # fmt: skip
-    new, counts = np.asarray(new_BN), np.asarray(counts_B)
-    return [new[i, : counts[i]].tolist() for i in range(len(prompts))]

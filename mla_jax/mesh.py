@@ -156,14 +156,18 @@ def automatic(function: Callable, result_like: Any) -> Callable:
     return auto_axes(function, out_sharding=shardings)
 
 
+def _default_device() -> Any:
+    return jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def placed(abstract: Any) -> Any:
-    """ShapeDtypeStructs with the concrete sharding each array has: on the mesh, or on the first device without one."""
+    """ShapeDtypeStructs with the concrete sharding each array has, on the mesh or else on the default device."""
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if has_mesh():
             sharding = NamedSharding(jax.sharding.get_mesh(), x.sharding.spec if x.sharding else REPLICATED)
         else:
-            sharding = SingleDeviceSharding(jax.devices()[0])
+            sharding = SingleDeviceSharding(_default_device())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(place, abstract)

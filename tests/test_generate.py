@@ -8,10 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_jax import generate as generate_module
+from latent_attention import dequantize, quantize
+from mla_jax.bridge import verify
+from mla_jax.bridge.hf_export import export
+from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
-from mla_jax.generate import generate
+from mla_jax.generate import Context, Generator, generate
+from mla_jax.memory import MemoryPlan
+from mla_jax.model import decoder
+from mla_jax.model.cache import init_layer
 from mla_jax.model.transformer import bind, init_params
+from mla_jax.sampling import Sampling
 from tiny import MODEL
 
 CONFIG = dataclasses.replace(MODEL, initializer_range=0.5, tie_word_embeddings=False, max_position_embeddings=200)
@@ -56,38 +63,183 @@ def test_a_row_ends_before_eos_and_the_others_go_on():
 
 def test_one_compiled_loop_serves_all_tokens_seeds_and_eos(monkeypatch):
     generate(CONFIG, PARAMS, PROMPTS[3:4], max_new_tokens=NEW)
-    monkeypatch.delattr(generate_module.transformer, "bind")  # nothing can be traced any more
-    assert generate(CONFIG, PARAMS, PROMPTS[3:4], max_new_tokens=NEW, eos_id=3, seed=5)
+    monkeypatch.delattr(decoder, "extend")  # nothing can be traced any more
+    assert generate(CONFIG, PARAMS, PROMPTS[3:4], max_new_tokens=NEW, eos_id=3)
     with pytest.raises(AttributeError):
         generate(CONFIG, PARAMS, PROMPTS[3:4], max_new_tokens=NEW + 1)
 
 
-def test_samples_follow_the_softmax_at_the_temperature():
-    n, temperature = 4000, 1.5
-    first = np.ravel(generate(CONFIG, PARAMS, [[5]] * n, max_new_tokens=1, temperature=temperature, seed=1))
-    model = bind(CONFIG, PARAMS)
-    probabilities = np.asarray(jax.nn.softmax(model.logits(model(jnp.array([[5]])))[0, 0] / temperature))
-    top = np.argsort(probabilities)[-5:]
-    expected = probabilities[top]
-    assert expected.max() > 0.02
-    spread = np.sqrt(expected * (1 - expected) / n)
-    np.testing.assert_array_less(np.abs([np.mean(first == t) for t in top] - expected), 4 * spread)
-
-
 def test_samples_are_a_function_of_the_seed():
-    sample = functools.partial(generate, CONFIG, PARAMS, PROMPTS, max_new_tokens=NEW, temperature=1.0)
-    assert sample(seed=1) == sample(seed=1) != sample(seed=2)
+    def sample(seed):
+        return generate(CONFIG, PARAMS, PROMPTS, max_new_tokens=NEW, sampling=Sampling(temperature=1.0, seed=seed))
+
+    assert sample(1) == sample(1) != sample(2)
 
 
 def test_memory_of_prefill_does_not_grow_with_the_cache():
+    weights = jax.eval_shape(lambda params: decoder.inference_weights(CONFIG, params), PARAMS)["layers"][0]
+
     def temporaries(capacity):
-        cache = jax.eval_shape(lambda: generate_module.init_cache(CONFIG, 2, capacity))
-        lowered = generate_module._prefill.lower(CONFIG, PARAMS, jnp.zeros((2, 64), int), cache, jnp.zeros(2, int))
+        cache = jax.eval_shape(lambda: init_layer(CONFIG, 2, capacity))
+        h, lengths = jnp.zeros((2, 64, CONFIG.hidden_size)), jnp.zeros(2, int)
+        lowered = decoder.prefill_layer.lower(CONFIG, weights, h, cache, lengths, lengths, False)
         analysis = lowered.compile().memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes
 
     assert temporaries(65536) == temporaries(16384)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return Generator(CONFIG, PARAMS, prefill_chunk=64)
+
+
+def continued(generator, prompts, **options):
+    return generator.generate(prompts, max_new_tokens=NEW, **options)
+
+
+def test_tokens_are_those_of_transformers(generator, tmp_path):
+    torch, transformers = verify.import_transformers()
+    tokenizer = load_tokenizer("bytes")
+    folder = export(CONFIG, PARAMS, tokenizer, tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        theirs.append(out[0, len(prompt) :].tolist())
+    assert continued(generator, PROMPTS) == theirs
+
+
+def test_a_chat_reads_only_what_is_new(generator):
+    context, read = Context.empty(1), []
+    history = list(PROMPTS[3])
+    for turn in ([], [5, 6, 7], PROMPTS[4][:40]):
+        history += turn
+        new = continued(
+            generator, [history], context=context, on_prefill=lambda done, total: read.append((done, total))
+        )
+        assert new == continued(generator, [history])
+        assert context.tokens == [(history + new[0])[:-1]]
+        history += new[0]
+    # All but the last token of the first prompt; then the last one generated and all but the last one of the turn.
+    assert read == [(63, 63), (3, 3), (40, 40)]
+
+
+def test_questions_about_one_text_read_it_once(generator):
+    text, context, read = PROMPTS[1][:100], Context.empty(1), []
+    questions = [text + PROMPTS[i] for i in (2, 3, 0)]
+    expected = continued(generator, questions)
+
+    def on_prefill(done, total):
+        if done == total:
+            read.append(total)
+
+    for question, answer in zip(questions, expected, strict=True):
+        assert continued(generator, [question], context=context, on_prefill=on_prefill) == [answer]
+    assert read == [101, 63]  # the third has nothing left to read
+    # The same, all at a time: copies of what has been read.
+    context = Context.empty(1)
+    continued(generator, [text], context=context)
+    copies = generator.fork(context, 3)
+    read.clear()
+    assert continued(generator, questions, context=copies, on_prefill=on_prefill) == expected
+    assert read == [1 + 63 + 0]
+    assert len(context.tokens) == 1, "the original is as it was"
+    assert continued(generator, questions[:1], context=context) == expected[:1]
+
+
+def test_a_prompt_unlike_the_context_is_read_whole(generator):
+    context = Context.empty(2)
+    continued(generator, PROMPTS[1:3], context=context)
+    assert continued(generator, PROMPTS[3:5], context=context) == continued(generator, PROMPTS[3:5])
+    same = continued(generator, PROMPTS[3:5], context=context)  # all but the last token of each is held
+    assert same == continued(generator, PROMPTS[3:5])
+
+
+def test_the_cache_grows_and_keeps_what_it_holds(generator):
+    context, capacities = Context.empty(1), []
+    for length in (20, 60, 100, 150):
+        prompt = PROMPTS[1][:length]
+        assert continued(generator, [prompt], context=context) == continued(generator, [prompt])
+        capacities.append(context.capacity)
+    assert capacities == [64, 128, 128, 192]
+
+
+def test_tokens_are_streamed_and_rows_are_ended(generator, monkeypatch):
+    monkeypatch.setattr("mla_jax.generate.DECODE_BLOCK", 5)
+    expected, streamed = continued(generator, PROMPTS), [[] for _ in PROMPTS]
+
+    def on_tokens(row, ids):
+        assert 0 < len(ids) <= 5
+        streamed[row] += ids
+        return row == 1 and len(streamed[row]) >= 5
+
+    got = continued(generator, PROMPTS, on_tokens=on_tokens)
+    assert got == streamed == [expected[0], expected[1][:5], *expected[2:]]
+
+
+def test_blocks_of_decoding_change_nothing_but_the_samples(generator, monkeypatch):
+    expected = continued(generator, PROMPTS)
+    monkeypatch.setattr("mla_jax.generate.DECODE_BLOCK", 5)  # 5 + 5 + 2
+    assert continued(generator, PROMPTS) == expected
+
+
+def test_a_repetition_penalty_keeps_tokens_from_coming_again(generator):
+    once = continued(generator, PROMPTS, sampling=Sampling(repetition_penalty=1e6))
+    for prompt, new in zip(PROMPTS, once, strict=True):
+        assert len(set(new)) == NEW and not set(new) & set(prompt)
+
+
+def test_int8_weights_compute_what_they_stand_for():
+    def rounded(path, x):
+        if "norm" in path[-1].key or path[0].key != "layers":
+            return x
+        units, scale = quantize(x.swapaxes(1, 2))
+        return dequantize(units, scale, "float32").swapaxes(1, 2)
+
+    rounded_params = jax.tree.map_with_path(rounded, PARAMS)
+    got = continued(Generator(CONFIG, PARAMS, int8_weights=True), PROMPTS)
+    assert got == generate(CONFIG, rounded_params, PROMPTS, max_new_tokens=NEW) != one_after_another()
+
+
+def test_weights_take_the_bytes_that_are_planned(generator):
+    for int8 in (False, True):
+        weights = decoder.inference_weights(CONFIG, PARAMS, int8)
+        planned = MemoryPlan.of(
+            CONFIG, rows=1, tokens=1, cache_dtype=None, int8_weights=int8, prefill_chunk=64
+        ).weights  # fmt: skip
+        assert sum(x.nbytes for x in jax.tree.leaves(weights)) == planned
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
+    plan = functools.partial(MemoryPlan.of, CONFIG, rows=1, cache_dtype=None, int8_weights=False, prefill_chunk=64)
+    limit = plan(tokens=128).total
+    generator = Generator(CONFIG, PARAMS, prefill_chunk=64, memory_limit=limit)
+    monkeypatch.setattr("mla_jax.generate._init_layer", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(InputError, match=r"1 x 192 tokens need .* the longest that fits is 128 tokens a row"):
+        continued(generator, [PROMPTS[1]])
+    with pytest.raises(InputError, match="3 x 64 tokens need .* not even one token fits"):
+        continued(Generator(CONFIG, PARAMS, memory_limit=plan(tokens=64).total - 64), [[1]] * 3)
+    with pytest.raises(InputError, match="1 x 1 tokens need"):
+        Generator(CONFIG, PARAMS, memory_limit=1000)
+    monkeypatch.undo()
+    fits = PROMPTS[1][: 128 - NEW]
+    context = Context.empty(1)
+    assert continued(generator, [fits], context=context) == continued(Generator(CONFIG, PARAMS), [fits])
+    with pytest.raises(InputError, match="5 x 128 tokens need"):
+        generator.fork(context, 5)
+
+
+def test_contexts_fit_their_prompts(generator):
+    with pytest.raises(InputError, match="the context has 1 rows, but there are 2 prompts"):
+        continued(generator, PROMPTS[:2], context=Context.empty(1))
+    with pytest.raises(InputError, match="only a context of one row can be copied, this has 2"):
+        generator.fork(Context.empty(2), 3)
 
 
 def test_nothing_to_do_gives_nothing():
@@ -108,8 +260,6 @@ def test_a_prompt_may_fill_the_model_to_the_last_position():
         ([[1, -1]], {}, "token -1, outside the vocabulary"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
-        ([[1]], {"temperature": -1.0}, "temperature must be 0"),
-        ([[1]], {"temperature": float("nan")}, "temperature must be 0"),
     ],
 )
 def test_bad_input_is_named(prompts, options, message):

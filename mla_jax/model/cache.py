@@ -1,64 +1,125 @@
-"""The latent cache: one latent and one rotary key per token and layer, for all heads (DeepSeek-V2, section 2.1)."""
+"""The latent cache: one latent and one rotary key per token and layer, for all heads (DeepSeek-V2, section 2.1).
+
+Each layer has arrays of its own: they are updated in place, and grown one layer after the other.
+"""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from latent_attention import dequantize, quantize
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
+
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+SCALE_BYTES = 2 * 4
+"""Of an int8 cache, per token and layer: a float32 scale for the latent and one for the rotary key."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Of one layer. How many tokens of a row are held, from the start of axis S, is kept elsewhere; the rest is stale.
+
+    The int8 form is that of `latent_attention.quantize_cache`: a scale a token for the latent, one for the rotary key.
+    """
+
+    c_BSC: jax.Array
+    k_rope_BSR: jax.Array
+    scales_B2S: jax.Array | None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit in a row."""
+        return self.c_BSC.shape[1]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LatentCache:
-    """Row b holds `lengths_B[b]` tokens from the start of axis S; what lies beyond is stale."""
+    """All layers; row b holds `lengths_B[b]` tokens in each."""
 
-    c_LBSC: jax.Array
-    k_rope_LBSR: jax.Array
+    layers: tuple[LayerCache, ...]
     lengths_B: jax.Array
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit in a row."""
-        return self.c_LBSC.shape[2]
 
-
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> LatentCache:
+def init_layer(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> LayerCache:
     """An empty cache of `dtype` (default: the compute type); on a mesh, rows of the batch are spread over it."""
-    shape, dtype = (config.num_hidden_layers, batch, capacity), dtype or config.dtype
-    return LatentCache(
-        c_LBSC=mesh.shard_batch(jnp.zeros((*shape, config.kv_lora_rank), dtype), axis=1),
-        k_rope_LBSR=mesh.shard_batch(jnp.zeros((*shape, config.qk_rope_head_dim), dtype), axis=1),
-        lengths_B=mesh.shard_batch(jnp.zeros(batch, jnp.int32)),
+    dtype = dtype or config.dtype
+
+    def empty(*shape: int, dtype: str = dtype) -> jax.Array:
+        return mesh.shard_batch(jnp.zeros(shape, dtype))
+
+    return LayerCache(
+        c_BSC=empty(batch, capacity, config.kv_lora_rank),
+        k_rope_BSR=empty(batch, capacity, config.qk_rope_head_dim),
+        scales_B2S=empty(batch, 2, capacity, dtype="float32") if dtype == "int8" else None,
     )
 
 
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> LatentCache:
+    """An empty cache of all layers, see `init_layer`."""
+    layers = tuple(init_layer(config, batch, capacity, dtype) for _ in range(config.num_hidden_layers))
+    return LatentCache(layers, mesh.shard_batch(jnp.zeros(batch, jnp.int32)))
+
+
+def bytes_per_token(config: ModelConfig, dtype: str | None = None) -> int:
+    """Bytes of a token in all layers of a cache of `dtype` (default: the compute type)."""
+    size = jnp.dtype(dtype or config.dtype).itemsize
+    return config.cache_bytes_per_token(size) + (SCALE_BYTES * config.num_hidden_layers if dtype == "int8" else 0)
+
+
 def write(
-    cache: LatentCache, layer: jax.Array, c_BTC: jax.Array, k_rope_BTR: jax.Array, valid_B: jax.Array
-) -> LatentCache:
-    """Puts the first `valid_B` of T tokens behind the tokens of their row in one layer; leaves the lengths as they are.
+    cache: LayerCache, lengths_B: jax.Array, c_BTC: jax.Array, k_rope_BTR: jax.Array, valid_B: jax.Array
+) -> LayerCache:
+    """Puts the first `valid_B` of T tokens behind the `lengths_B` tokens of their row.
 
     Tokens that do not fit are dropped: nothing that is held is ever overwritten.
     """
 
-    def scatter(new_BTX, cached_LBSX, lengths_B, valid_B, layer):
-        t = jnp.arange(new_BTX.shape[1])
-        # Out of bounds, hence dropped.
-        slots_BT = jnp.where(t < valid_B[:, None], lengths_B[:, None] + t, cached_LBSX.shape[2])
-        rows_B1 = jnp.arange(new_BTX.shape[0])[:, None]
-        return cached_LBSX.at[layer, rows_B1, slots_BT].set(new_BTX.astype(cached_LBSX.dtype), mode="drop")
+    def put(new_BTX: jax.Array, cached: jax.Array, axis: int = 1) -> jax.Array:
+        def scatter(new_BTX: jax.Array, cached: jax.Array, lengths_B: jax.Array, valid_B: jax.Array) -> jax.Array:
+            t = jnp.arange(new_BTX.shape[1])
+            # Out of bounds, hence dropped.
+            slots_BT = jnp.where(t < valid_B[:, None], lengths_B[:, None] + t, cached.shape[axis])
+            rows_B1 = jnp.arange(new_BTX.shape[0])[:, None]
+            places = cached.at[rows_B1, slots_BT] if axis == 1 else cached.at[rows_B1, :, slots_BT]
+            return places.set(new_BTX.astype(cached.dtype), mode="drop")
 
-    def put(new_BTX, cached_LBSX):
-        return mesh.per_device(scatter, new_BTX, cached_LBSX, cache.lengths_B, valid_B, layer, out_axes=1)
+        return mesh.per_device(scatter, new_BTX, cached, lengths_B, valid_B)
 
-    return dataclasses.replace(cache, c_LBSC=put(c_BTC, cache.c_LBSC), k_rope_LBSR=put(k_rope_BTR, cache.k_rope_LBSR))
+    scales_B2S = cache.scales_B2S
+    if scales_B2S is not None:
+        (c_BTC, c_scale_BT), (k_rope_BTR, k_rope_scale_BT) = quantize(c_BTC), quantize(k_rope_BTR)
+        scales_B2S = put(jnp.stack([c_scale_BT, k_rope_scale_BT], axis=-1), scales_B2S, axis=2)
+    return LayerCache(put(c_BTC, cache.c_BSC), put(k_rope_BTR, cache.k_rope_BSR), scales_B2S)
 
 
-def read(cache_LBSX: jax.Array, layer: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Slots [start, start + size) of one layer, [B, size, X]; those beyond the capacity hold anything."""
-    _, batch, capacity, width = cache_LBSX.shape
+def read(cache: LayerCache, start: jax.Array, size: int, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Latents [B, size, C] and rotary keys [B, size, R] in slots [start, start + size); past the capacity, anything."""
     # A slice at the end starts early (it may not overrun); rolling moves what was asked for to the front again.
-    first = jnp.minimum(start, capacity - size)
-    slots_1BSX = jax.lax.dynamic_slice(cache_LBSX, (layer, 0, first, 0), (1, batch, size, width))
-    return jnp.roll(slots_1BSX[0], first - start, axis=1)
+    first = jnp.minimum(start, cache.capacity - size)
+
+    def window(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.roll(jax.lax.dynamic_slice_in_dim(x, first, size, axis), first - start, axis)
+
+    c_BsC, k_rope_BsR = window(cache.c_BSC, 1), window(cache.k_rope_BSR, 1)
+    if cache.scales_B2S is None:
+        return c_BsC.astype(dtype), k_rope_BsR.astype(dtype)
+    scales_B2s = window(cache.scales_B2S, 2)
+    return dequantize(c_BsC, scales_B2s[:, 0], dtype), dequantize(k_rope_BsR, scales_B2s[:, 1], dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def resized(cache: LayerCache, batch: int, capacity: int) -> LayerCache:
+    """A copy with room for `capacity` tokens, whose `batch` rows all hold what the only row held if there was one."""
+
+    def copy(x: jax.Array, axis: int) -> jax.Array:
+        more = [(0, capacity - cache.capacity if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, more) if capacity >= cache.capacity else jax.lax.slice_in_dim(x, 0, capacity, axis=axis)
+        return mesh.shard_batch(jnp.repeat(x, batch, axis=0)) if len(x) < batch else x
+
+    scales = None if cache.scales_B2S is None else copy(cache.scales_B2S, 2)
+    return LayerCache(copy(cache.c_BSC, 1), copy(cache.k_rope_BSR, 1), scales)

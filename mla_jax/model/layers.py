@@ -1,6 +1,8 @@
 """What every layer is made of: weights, matrix products, RMSNorm."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from latent_attention import dequantize
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 
@@ -24,14 +27,33 @@ def norm_scale(config: ModelConfig, width: int) -> nnx.Param:
     return nnx.Param(jnp.ones(width, config.param_dtype))
 
 
-def gathered(w: nnx.Param | jax.Array, dtype: jnp.dtype) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Weight:
+    """A matrix [in, out] in int8 with a scale for each output, for inference; stands where a weight does."""
+
+    units: jax.Array
+    scale_out: jax.Array
+
+    def __getitem__(self, everything: Any) -> "Int8Weight":
+        return self
+
+    def astype(self, dtype: DTypeLike) -> jax.Array:
+        """The matrix it stands for."""
+        return dequantize(self.units.T, self.scale_out, dtype).T
+
+
+def gathered(w: nnx.Param | jax.Array | Int8Weight, dtype: jnp.dtype) -> jax.Array:
     """A whole weight in the compute type on every device; cast before it is sent."""
     return mesh.gather(w[...].astype(dtype))
 
 
-def product(x: jax.Array, w: nnx.Param | jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+def product(x: jax.Array, w: nnx.Param | jax.Array | Int8Weight, out_dtype: DTypeLike | None = None) -> jax.Array:
     """x [..., in] @ w [in, out] in `out_dtype`, by default the type of x, which multiplies in both directions."""
-    return _product(x, w[...], out_dtype or x.dtype)
+    w, out_dtype = w[...], out_dtype or x.dtype
+    if isinstance(w, Int8Weight):  # scaled afterwards, so that the matrix is read as it is
+        return jnp.multiply(_product(x, w.units.astype(x.dtype), jnp.float32), w.scale_out).astype(out_dtype)
+    return _product(x, w, out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

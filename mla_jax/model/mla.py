@@ -20,12 +20,14 @@ from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError
 from mla_jax.model import cache as latent_cache
-from mla_jax.model.cache import LatentCache
+from mla_jax.model.cache import LayerCache
 from mla_jax.model.layers import gathered, norm_scale, product, rms_norm, weight
 from mla_jax.model.rope import rotate, softmax_scale
 
-CACHE_CHUNK = 2048
-"""Cached tokens whose keys and values exist at one time during prefill."""
+CACHE_CHUNK = 8192
+"""Cached tokens, of all rows together, whose keys and values exist at one time during prefill."""
+LEAST_CACHE_CHUNK = 512
+"""Of each row."""
 
 Rotations = tuple[jax.Array, jax.Array]
 
@@ -71,24 +73,25 @@ class MLA(nnx.Module):
         kv_b_CX = mesh.gather(self.kv_b_proj[...])
         return self._output(mesh.per_device(attend, q_BTHK, latents, segments_BT, kv_b_CX))
 
-    def extend(
-        self,
-        x_BTD: jax.Array,
-        rotations: Rotations,
-        cache: LatentCache,
-        layer: jax.Array,
-        valid_B: jax.Array,
-        absorbed: bool,
-    ) -> tuple[jax.Array, LatentCache]:
-        """Attends from T new tokens to the cache and to themselves, and writes the first `valid_B` of them."""
+    def remember(
+        self, x_BTD: jax.Array, rotations: Rotations, cache: LayerCache, lengths_B: jax.Array, valid_B: jax.Array
+    ) -> tuple[LayerCache, jax.Array, jax.Array]:
+        """Writes the first `valid_B` of T new tokens behind the `lengths_B` that are cached; their latents too."""
         c_BTC, k_rope_BTR = self._latents(x_BTD, rotations)
-        cache = latent_cache.write(cache, layer, c_BTC, k_rope_BTR, valid_B)
+        return latent_cache.write(cache, lengths_B, c_BTC, k_rope_BTR, valid_B), c_BTC, k_rope_BTR
+
+    def extend(
+        self, x_BTD: jax.Array, rotations: Rotations, cache: LayerCache, lengths_B: jax.Array, valid_B: jax.Array,
+        absorbed: bool,
+    ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
+        """Attends from T new tokens to the cache and to themselves, and remembers them."""
+        cache, c_BTC, k_rope_BTR = self.remember(x_BTD, rotations, cache, lengths_B, valid_B)
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rotations)
         if absorbed:
-            out_BTHV = self._absorbed(q_nope_BTHN, q_rope_BTHR, cache, layer)
+            out_BTHV = self._absorbed(q_nope_BTHN, q_rope_BTHR, cache, lengths_B)
         else:
             q_BTHK = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
-            out_BTHV = self._expanded(q_BTHK, c_BTC, k_rope_BTR, cache, layer)
+            out_BTHV = self._expanded(q_BTHK, c_BTC, k_rope_BTR, cache, lengths_B)
         return self._output(out_BTHV), cache
 
     def _queries(self, x_BTD: jax.Array, rotations: Rotations) -> tuple[jax.Array, jax.Array]:
@@ -129,14 +132,15 @@ class MLA(nnx.Module):
         except latent_attention.UnavailableError as e:
             raise UsageError(f"model.{key}: {e}") from e
 
-    def _expanded(self, q_BTHK, c_BTC, k_rope_BTR, cache: LatentCache, layer: jax.Array) -> jax.Array:
+    def _expanded(self, q_BTHK, c_BTC, k_rope_BTR, cache: LayerCache, lengths_B: jax.Array) -> jax.Array:
         """New tokens over themselves, then over the cache chunk by chunk: memory does not grow with the cache."""
-        size = min(CACHE_CHUNK, cache.capacity)
 
-        def attend(q, c_new, k_rope_new, c_LBSC, k_rope_LBSR, lengths, layer, kv_b_CX):
+        def attend(q, c_new, k_rope_new, cache, lengths, kv_b_CX):
+            size = min(max(CACHE_CHUNK // len(q), LEAST_CACHE_CHUNK), cache.capacity)
+
             def chunk(i, carry):
                 start = i * size
-                c, k_rope = (latent_cache.read(x, layer, start, size).astype(q.dtype) for x in (c_LBSC, k_rope_LBSR))
+                c, k_rope = latent_cache.read(cache, start, size, q.dtype)
                 k, v = self._heads(c @ kv_b_CX, k_rope)
                 held = jnp.clip(lengths - start, 0, size)
                 # An offset of `size` lets every query see the whole chunk.
@@ -149,25 +153,20 @@ class MLA(nnx.Module):
             # Merged in float32: many chunks would add up many roundings.
             return jax.lax.fori_loop(0, chunks, chunk, (out.astype(jnp.float32), lse))[0].astype(q.dtype)
 
-        return mesh.per_device(
-            attend, q_BTHK, c_BTC, k_rope_BTR, cache.c_LBSC, cache.k_rope_LBSR, cache.lengths_B, layer,
-            gathered(self.kv_b_proj, q_BTHK.dtype),
-        )  # fmt: skip
+        kv_b_CX = gathered(self.kv_b_proj, q_BTHK.dtype)
+        return mesh.per_device(attend, q_BTHK, c_BTC, k_rope_BTR, cache, lengths_B, kv_b_CX)
 
-    def _absorbed(self, q_nope_BTHN, q_rope_BTHR, cache: LatentCache, layer: jax.Array) -> jax.Array:
+    def _absorbed(self, q_nope_BTHN, q_rope_BTHR, cache: LayerCache, lengths_B: jax.Array) -> jax.Array:
         """New tokens, already in the cache, over all of it; end of section 2.1.2."""
         kv_b_CX = gathered(self.kv_b_proj, q_nope_BTHN.dtype)
         kv_b_CHX = kv_b_CX.reshape(kv_b_CX.shape[0], self.config.num_attention_heads, -1)
         k_b_CHN, v_b_CHV = jnp.split(kv_b_CHX, [self.config.qk_nope_head_dim], axis=-1)
 
-        def attend(q_BTHW, c_LBSC, k_rope_LBSR, lengths, layer):
-            # One page is a row of a layer: the block table picks the layer, and nothing is copied.
-            pages = (x.reshape(-1, *x.shape[2:]) for x in (c_LBSC, k_rope_LBSR))
-            rows = layer * c_LBSC.shape[1] + jnp.arange(c_LBSC.shape[1], dtype=jnp.int32)
-            seen = lengths + q_BTHW.shape[1]
-            return self._op(latent_attention.decode, q_BTHW, *pages, seen, block_table_BN=rows[:, None])[0]
+        def attend(q_BTHW, cache, lengths):
+            arrays, seen = (cache.c_BSC, cache.k_rope_BSR), lengths + q_BTHW.shape[1]
+            return self._op(latent_attention.decode, q_BTHW, *arrays, seen, scales_P2S=cache.scales_B2S)[0]
 
         q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, k_b_CHN)
         q_BTHW = jnp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
-        out_BTHC = mesh.per_device(attend, q_BTHW, cache.c_LBSC, cache.k_rope_LBSR, cache.lengths_B, layer)
+        out_BTHC = mesh.per_device(attend, q_BTHW, cache, lengths_B)
         return jnp.einsum("bthc,chv->bthv", out_BTHC, v_b_CHV)

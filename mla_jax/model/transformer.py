@@ -4,7 +4,6 @@ Parameters travel as a plain nested dict whose leaves carry Hugging Face's names
 the NNX modules that compute with them. Layers are stacked on axis 0 and scanned.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
-from mla_jax.model.cache import LatentCache
+from mla_jax.model.cache import LayerCache
 from mla_jax.model.layers import norm_scale, product, rms_norm, split_tokens, weight
 from mla_jax.model.mla import MLA, Rotations
 from mla_jax.model.rope import rotations
@@ -88,11 +87,15 @@ class Layer(nnx.Module):
         h_BTD += self.self_attn(self._attention_input(h_BTD), rotations, segments_BT)
         return self._feed_forward(checkpoint_name(h_BTD, "attention_residual"))
 
-    def extend(self, h_BTD, rotations: Rotations, cache: LatentCache, layer, valid_B, absorbed: bool):
+    def extend(self, h_BTD, rotations: Rotations, cache: LayerCache, lengths_B, valid_B, absorbed: bool):
         """Over new tokens behind a cache; see `MLA.extend`."""
         x_BTD = self._attention_input(h_BTD)
-        out_BTD, cache = self.self_attn.extend(x_BTD, rotations, cache, layer, valid_B, absorbed)
+        out_BTD, cache = self.self_attn.extend(x_BTD, rotations, cache, lengths_B, valid_B, absorbed)
         return self._feed_forward(h_BTD + out_BTD), cache
+
+    def remember(self, h_BTD, rotations: Rotations, cache: LayerCache, lengths_B, valid_B) -> LayerCache:
+        """Only writes new tokens to the cache: all that prefill needs of the last layer."""
+        return self.self_attn.remember(self._attention_input(h_BTD), rotations, cache, lengths_B, valid_B)[0]
 
     def _attention_input(self, h_BTD: jax.Array) -> jax.Array:
         return rms_norm(h_BTD, self.input_layernorm, self.config.rms_norm_eps)
@@ -136,7 +139,7 @@ class Transformer(nnx.Module):
 
         body = _rematerialized(self.config, body)
         unroll = self.config.num_hidden_layers if self.config.unroll == -1 else self.config.unroll
-        h_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), self.layers, unroll=unroll)
+        h_BTD, _ = jax.lax.scan(body, embed(self.config, self.embed_tokens, tokens_BT), self.layers, unroll=unroll)
         return rms_norm(h_BTD, self.norm, self.config.rms_norm_eps)
 
     def logits(self, h: jax.Array) -> jax.Array:
@@ -147,38 +150,12 @@ class Transformer(nnx.Module):
         """The weight [D, X] that makes scores of hidden states."""
         return self.embed_tokens[...].T if self.config.tie_word_embeddings else self.lm_head[...]
 
-    def extend(
-        self, tokens_BT: jax.Array, cache: LatentCache, valid_B: jax.Array | None = None, *, absorbed: bool
-    ) -> tuple[jax.Array, LatentCache]:
-        """Appends T tokens to the cache: a chunk of prefill or a step of decode.
 
-        Args:
-            tokens_BT: int32 token ids, at positions `cache.lengths_B`, + 1, ...
-            cache: must have room (callers check; tokens that do not fit are dropped).
-            valid_B: how many of the T tokens of each row exist; None for all. Hidden states of the others mean nothing.
-            absorbed: the absorbed form, for few tokens; else the expanded form, for many.
-
-        Returns:
-            h_BTD as `__call__`, and the cache with the tokens in it.
-        """
-        queries = tokens_BT.shape[1]
-        valid_B = jnp.full_like(cache.lengths_B, queries) if valid_B is None else valid_B
-        turns = rotations(self.config, cache.lengths_B[:, None] + jnp.arange(queries))
-
-        def body(carry, layer_and_index):
-            layer, index = layer_and_index
-            return layer.extend(carry[0], turns, carry[1], index, valid_B, absorbed), None
-
-        indices = jnp.arange(self.config.num_hidden_layers)
-        (h_BTD, cache), _ = jax.lax.scan(body, (self._embed(tokens_BT), cache), (self.layers, indices))
-        cache = dataclasses.replace(cache, lengths_B=cache.lengths_B + valid_B)
-        return rms_norm(h_BTD, self.norm, self.config.rms_norm_eps), cache
-
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        # Cast after the look-up: gradients of a row that occurs often are summed in the type of the parameters.
-        table_XD = mesh.gather(self.embed_tokens[...])
-        h_BTD = mesh.per_device(lambda tokens, table: table[tokens], tokens_BT, table_XD)
-        return h_BTD.astype(self.config.dtype)
+def embed(config: ModelConfig, table_XD: nnx.Param | jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """h_BTD in the compute type."""
+    # Cast after the look-up: gradients of a row that occurs often are summed in the type of the parameters.
+    h_BTD = mesh.per_device(lambda tokens, table: table[tokens], tokens_BT, mesh.gather(table_XD[...]))
+    return h_BTD.astype(config.dtype)
 
 
 def _initialised(config: ModelConfig, seed: int) -> dict:

@@ -13,6 +13,7 @@ from mla_jax.errors import UsageError
 from mla_jax.generate import generate
 from mla_jax.losses import chunked_cross_entropy
 from mla_jax.model.transformer import abstract_params, bind, init_params
+from mla_jax.sampling import Sampling
 from tiny import MODEL
 
 CONFIG = dataclasses.replace(
@@ -80,7 +81,7 @@ def test_tokens_do_not_depend_on_the_mesh(on_one_device):
     """Four prompts on eight devices, sampled, which takes the path of greedy decoding and more."""
 
     def sample(params):
-        return generate(CONFIG, params, PROMPTS, max_new_tokens=6, temperature=0.7)
+        return generate(CONFIG, params, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=0.7))
 
     expected = sample(on_one_device[0])
     with jax.set_mesh(mesh.make_mesh(MeshConfig(data=2, fsdp=4))):

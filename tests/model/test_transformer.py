@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from mla_jax.config import ModelConfig, YarnConfig, register_schemas
 from mla_jax.errors import UsageError
+from mla_jax.model import decoder
 from mla_jax.model.cache import init_cache
 from mla_jax.model.transformer import abstract_params, bind, init_params
 from tiny import MODEL
@@ -60,9 +61,9 @@ def logits(config, params, tokens, positions=None, segments=None):
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def extend(config, params, tokens, cache, valid, absorbed):
-    model = bind(config, params)
-    h, cache = model.extend(tokens, cache, valid, absorbed=absorbed)
-    return model.logits(h), cache
+    weights = decoder.inference_weights(config, params)
+    h, cache = decoder.extend(config, weights, tokens, cache, valid, absorbed=absorbed)
+    return decoder.logits(config, weights, h), cache
 
 
 def assert_close(a, b, tolerance=2e-5):
@@ -111,7 +112,8 @@ def test_any_chunks_in_any_form_equal_the_whole_forward(lengths, steps):
 
 def test_prefill_over_a_cache_of_several_chunks(monkeypatch):
     """The cache is decompressed in pieces that do not divide its capacity."""
-    monkeypatch.setattr("mla_jax.model.mla.CACHE_CHUNK", 16)
+    monkeypatch.setattr("mla_jax.model.mla.CACHE_CHUNK", 32)
+    monkeypatch.setattr("mla_jax.model.mla.LEAST_CACHE_CHUNK", 1)
     config = dataclasses.replace(PEAKY, rope_theta=101.0)  # compiled for this test alone
     tokens, params = random_tokens(2, 41), PARAMS
     cache = init_cache(config, 2, 41)
@@ -259,7 +261,7 @@ def test_infinite_1b_has_the_promised_size():
     parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
     assert parameters == pytest.approx(1.008e9, rel=5e-4)
     cache = jax.eval_shape(lambda: init_cache(config, 1, 1024))
-    bytes_held = sum(x.size * x.dtype.itemsize for x in (cache.c_LBSC, cache.k_rope_LBSR))
+    bytes_held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
     assert bytes_held / 1024 == config.cache_bytes_per_token() == 7680
 
 

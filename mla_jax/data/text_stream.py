@@ -1,0 +1,58 @@
+"""Text of a token stream as it comes: whole characters only, and nothing from a stop string on."""
+
+from collections.abc import Sequence
+
+from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.errors import InputError
+
+_INCOMPLETE = "\ufffd"
+"""What the bytes of a character decode to while some are missing."""
+
+
+class TextStream:
+    """Decodes one continuation piece by piece.
+
+    Args:
+        tokenizer: of the model.
+        stop: texts that end the continuation; they are not part of it.
+
+    Raises:
+        InputError: an empty stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        if "" in stop:
+            raise InputError("a stop string must not be empty")
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        self._given = 0
+        self.text = ""
+        """All of it, so far."""
+        self.stopped = False
+        """Whether a stop string has come."""
+
+    def add(self, ids: Sequence[int]) -> str:
+        """The text that these tokens add. What may turn out to be another character or a stop string is held back."""
+        if self.stopped:
+            return ""
+        self._ids += ids
+        self.text = self._tokenizer.decode(self._ids)
+        ends = [place for place in map(self.text.find, self._stop) if place >= 0]
+        if ends:
+            self.text, self.stopped = self.text[: min(ends)], True
+            return self._give(len(self.text))
+        whole = len(self.text.rstrip(_INCOMPLETE))
+        return self._give(whole - max((_overlap(self.text[:whole], stop) for stop in self._stop), default=0))
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        return self._give(len(self.text))
+
+    def _give(self, end: int) -> str:
+        new, self._given = self.text[self._given : end], max(end, self._given)
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text could be the start of the stop string."""
+    return next(n for n in range(min(len(stop), len(text)), -1, -1) if text.endswith(stop[:n]))

@@ -1,0 +1,94 @@
+"""How the next token is chosen from scores. Names, meanings and order are those of transformers' generation."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mla_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Greedy by default. Raises InputError for what makes no sense."""
+
+    temperature: float = 0.0
+    """0 for the most likely token, else samples from softmax(scores / temperature)."""
+    top_k: int = 0
+    """Only the so many most likely tokens; 0 for all."""
+    top_p: float = 1.0
+    """Only the most likely tokens whose probabilities add up to this (arXiv 1904.09751)."""
+    min_p: float = 0.0
+    """Only tokens at least this times as likely as the most likely one (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides positive scores of tokens in the prompt or generated, multiplies negative ones (arXiv 1909.05858)."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, fits, expected in (
+            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "0 (greedy) or above"),
+            ("top_k", self.top_k >= 0, "0 (all) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+        ):
+            if not fits:
+                raise InputError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+    @property
+    def plan(self) -> "SamplingPlan":
+        """What must be computed."""
+        greedy = self.temperature == 0
+        filters = not greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        return SamplingPlan(greedy, filters, self.repetition_penalty != 1)
+
+
+class SamplingPlan(NamedTuple):
+    """The static part of `Sampling`: one compiled loop serves all values with the same plan."""
+
+    greedy: bool
+    filters: bool
+    penalty: bool
+
+
+def knobs(sampling: Sampling) -> dict[str, jax.Array]:
+    """The values, as the compiled loop takes them."""
+    floats = ("temperature", "top_p", "min_p", "repetition_penalty")
+    return {name: jnp.float32(getattr(sampling, name)) for name in floats} | {"top_k": jnp.int32(sampling.top_k)}
+
+
+def choose(
+    plan: SamplingPlan, knobs: dict[str, jax.Array], scores_BX: jax.Array, seen_BX: jax.Array | None, key: jax.Array
+) -> jax.Array:
+    """The next token of each row, int32 [B].
+
+    Args:
+        plan: of the `Sampling`.
+        knobs: of the `Sampling`.
+        scores_BX: float32 logits.
+        seen_BX: which tokens a row has had, bool; needed for the repetition penalty.
+        key: of the draw.
+    """
+    if plan.penalty:
+        assert seen_BX is not None
+        penalty = knobs["repetition_penalty"]
+        scores_BX = jnp.where(seen_BX, jnp.where(scores_BX > 0, scores_BX / penalty, scores_BX * penalty), scores_BX)
+    if plan.greedy:
+        return jnp.argmax(scores_BX, axis=-1).astype(jnp.int32)
+    scores_BX /= knobs["temperature"]
+    if plan.filters:
+        scores_BX = jnp.where(scores_BX >= _least_B1(knobs, scores_BX), scores_BX, -jnp.inf)
+    return jax.random.categorical(key, scores_BX).astype(jnp.int32)
+
+
+def _least_B1(knobs: dict[str, jax.Array], scores_BX: jax.Array) -> jax.Array:
+    """The lowest score that top-k, then top-p of what is left, then min-p let pass; ties pass together."""
+    ordered_BX = jnp.sort(scores_BX, axis=-1, descending=True)
+    vocabulary = ordered_BX.shape[-1]
+    k = jnp.where(knobs["top_k"] > 0, jnp.minimum(knobs["top_k"], vocabulary), vocabulary)
+    within_BX = ordered_BX >= jax.lax.dynamic_slice_in_dim(ordered_BX, k - 1, 1, axis=-1)
+    p_BX = jax.nn.softmax(jnp.where(within_BX, ordered_BX, -jnp.inf), axis=-1)
+    within_BX &= (jnp.cumsum(p_BX, axis=-1) - p_BX < knobs["top_p"]) & (p_BX >= knobs["min_p"] * p_BX[:, :1])
+    return jnp.min(jnp.where(within_BX, ordered_BX, jnp.inf), axis=-1, keepdims=True)

@@ -1,0 +1,181 @@
+"""Continues text: `python -m tools.generate RUN_OR_HF_DIR ["PROMPT" | --file FILE | --chat]`, or a prompt on stdin."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from mla_jax.bridge import hf_import
+from mla_jax.checkpoint import CONFIG, load_run
+from mla_jax.config import ModelConfig
+from mla_jax.data.chat import render
+from mla_jax.data.text_stream import TextStream
+from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.errors import InputError, one_line_errors
+from mla_jax.generate import PREFILL_CHUNK, Context, Generator
+from mla_jax.sampling import Sampling
+
+
+def load(folder: Path, step: str) -> tuple[ModelConfig, dict, Tokenizer]:
+    """A run or a Hugging Face folder, with its parameters on the host.
+
+    Raises:
+        InputError: it is neither, or cannot be read.
+    """
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        if (folder / CONFIG).exists():
+            run = load_run(folder, step)
+            return run.model, run.params, run.tokenizer
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder} is neither a run (no {CONFIG}) nor a Hugging Face folder (no config.json)")
+        return hf_import.load(folder)
+
+
+class Session:
+    """One conversation or text: streams what the model writes and remembers what it has read."""
+
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, args: argparse.Namespace):
+        self.generator, self.tokenizer, self.args = generator, tokenizer, args
+        self.context = Context.empty(1)
+
+    def write(self, prompt: list[int]) -> str:
+        """Streams the continuation to stdout, and what it took to stderr; returns it."""
+        args, stream = self.args, TextStream(self.tokenizer, self.args.stop)
+        written, started, first = 0, time.perf_counter(), None
+
+        def show(_: int, ids: list[int]) -> bool:
+            nonlocal written, first
+            first, written = first or time.perf_counter(), written + len(ids)
+            print(stream.add(ids), end="", flush=True)
+            return stream.stopped
+
+        bar = tqdm(total=len(prompt), unit=" tokens", desc="reading", disable=None, leave=False, delay=1.0)
+        reading = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal reading
+            bar.total, reading = total, total
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+
+        try:
+            self.generator.generate(
+                [prompt], max_new_tokens=args.max_new_tokens, eos_id=self.tokenizer.eos_id, sampling=_sampling(args),
+                context=self.context, on_tokens=show, on_prefill=progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            self.context = Context.empty(1)  # some of its arrays may be gone
+            print(file=sys.stderr)
+            if not args.chat:
+                raise
+        finally:
+            bar.close()
+        print(stream.finish())
+        now = time.perf_counter()
+        if not args.quiet and first is not None:
+            print(_summary(len(prompt), reading, first - started, written, now - first), file=sys.stderr)
+        return stream.text
+
+
+def _summary(prompt: int, read: int, to_first: float, written: int, after: float) -> str:
+    """What it took, on one line. The first tokens come together, so the rest is what is timed."""
+    text = f"{prompt:,} tokens in, {read:,} of them read now; first text after {to_first:.2f} s; {written:,} tokens out"
+    if after > 0 and written > 0:
+        text += f", {written / (to_first + after):.1f} tokens/s with reading"
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return text + (f"; peak {peak / 2**30:.2f} GiB of device memory" if peak else "")
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
+
+
+def _chat(session: Session) -> None:
+    """Turns until the end of the input; `/new` forgets the conversation."""
+    messages = [{"role": "system", "content": session.args.system}] if session.args.system else []
+    start = list(messages)
+    for line in _lines():
+        if line == "/new":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": line})
+        text = render(session.tokenizer, messages, add_generation_prompt=True)
+        try:
+            answer = session.write(session.tokenizer.encode(text))
+        except InputError as e:  # too long now: the conversation up to here stays usable
+            print(f"error: {e}; /new starts a new conversation", file=sys.stderr)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _lines() -> Iterator[str]:
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+            if line:
+                yield line
+
+
+def _prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    if args.prompt is not None and args.file is not None:
+        raise InputError("give a prompt or --file, not both")
+    try:
+        text = args.prompt if args.prompt is not None else args.file.read_text() if args.file else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{args.file or 'stdin'} cannot be read as text ({e})") from e
+    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.generate", description="Continues text, or chats.")
+    add = parser.add_argument
+    add("model", type=Path, help="folder of a run, or of a dense DeepSeek-V2 or -V3 in Hugging Face format")
+    add("prompt", nargs="?", help="text to continue (default: stdin)")
+    add("--file", type=Path, help="text file to continue")
+    add("--chat", action="store_true", help="a conversation, one line a turn, by the tokenizer's chat template")
+    add("--system", help="system message of a chat")
+    add("--max-new-tokens", type=int, default=256)
+    add("--stop", action="append", default=[], help="text that ends the continuation (repeatable)")
+    for field in dataclasses.fields(Sampling):
+        add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    add("--step", default="latest", help="of a run: latest, best or a number")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="compute type (default: the model's); float16 on Turing",
+    )
+    add("--int8-weights", action="store_true", help="8-bit weights")
+    add("--int8-cache", action="store_true", help="8-bit cache")
+    add("--prefill-chunk", type=int, default=PREFILL_CHUNK, help="prompt tokens at one time; fewer take less memory")
+    add("--quiet", action="store_true", help="only the text")
+    return parser
+
+
+def main() -> None:
+    """The command line; exit code 1 for what cannot be read or does not fit."""
+    args = _parser().parse_args()
+    with one_line_errors():
+        _sampling(args)  # wrong values are better known before a long load
+        config, params, tokenizer = load(args.model, args.step)
+        config = dataclasses.replace(config, dtype=args.dtype or config.dtype)
+        generator = Generator(
+            config, params, int8_weights=args.int8_weights, cache_dtype="int8" if args.int8_cache else None,
+            prefill_chunk=args.prefill_chunk,
+        )  # fmt: skip
+        session = Session(generator, tokenizer, args)
+        if args.chat:
+            _chat(session)
+        else:
+            session.write(_prompt(args, tokenizer))
+
+
+if __name__ == "__main__":
+    main()
