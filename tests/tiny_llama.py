@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import transformers
 
+from mla_jax.bridge import llama_attention
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 _NAMES = "anna ben carl dora emil fay gus hana ivan jill kurt lena".split()
@@ -73,6 +74,12 @@ def save_llama(folder: Path, kind: str = "llama", **changes) -> transformers.Pre
     model.save_pretrained(folder)
     load_tokenizer("bytes").save(folder)
     return model
+
+
+def leave_positions_out(monkeypatch) -> None:
+    """Decouples as if all tokens of a text were in one place: nothing turns, and nothing is damped."""
+    whole = llama_attention.decouple
+    monkeypatch.setattr(llama_attention, "decouple", lambda *a: whole(*a[:4], 1, *a[5:]))
 
 
 def train_llama(

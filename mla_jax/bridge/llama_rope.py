@@ -11,7 +11,7 @@ What is left becomes part of the keys without position, for which the papers sto
 1. Here it is taken for what is nearest to it, its mean: about 1 where a frequency hardly turns, about 0 where it turns
 often, in which case 1 would add a score that has nothing to do with the source's. In the same way frequencies that
 share a component take the nearest a exp(-i f0 t) + b. Distances count by 1 / (t + 1), so each doubling of the distance
-alike; on the small models of `docs/importing.md` this did better than the shares of attention measured on texts.
+alike.
 """
 
 from typing import NamedTuple

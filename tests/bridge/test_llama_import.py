@@ -1,6 +1,5 @@
 """Llama-style checkpoints as latent attention: what must be exact is, and what cannot be represented is refused."""
 
-import functools
 import json
 
 import jax
@@ -11,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mla_jax.bridge import llama_attention, llama_config, llama_rope
+from mla_jax.bridge import llama_config
 from mla_jax.bridge.llama_config import Ranks, frequency_error, read_config, target_config
 from mla_jax.bridge.llama_import import convert
 from mla_jax.bridge.llama_source import open_llama
@@ -19,7 +18,7 @@ from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.model.rope import frequencies
 from mla_jax.model.transformer import bind
-from tiny_llama import SIZES, save_llama, stories
+from tiny_llama import SIZES, leave_positions_out, save_llama, stories
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -37,13 +36,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture
 def positions_left_out(monkeypatch):
-    """As if all tokens of a text were in one place: nothing turns, and nothing stands for what turned."""
-    one_place = functools.partial(llama_rope.decouple, length=1)
-
-    def decouple(q, k, moment, pairs, length, width):
-        return one_place(q, k, moment, pairs, width=width)
-
-    monkeypatch.setattr(llama_attention, "decouple", decouple)
+    leave_positions_out(monkeypatch)
 
 
 def small(folder, texts, ranks, **how):
