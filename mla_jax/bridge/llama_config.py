@@ -55,7 +55,7 @@ def read_config(hf: dict[str, Any]) -> LlamaConfig:
         InputError: something that latent attention, or the model here, cannot represent; names the key and the reason.
     """
     heads = _integer(hf, "num_attention_heads")
-    head_dim = hf["head_dim"] if hf.get("head_dim") else _integer(hf, "hidden_size") // heads
+    head_dim = _integer(hf, "head_dim") if hf.get("head_dim") else _integer(hf, "hidden_size") // heads
     kv_heads = heads if hf.get("num_key_value_heads") is None else _integer(hf, "num_key_value_heads")
     if kv_heads < 1 or heads % kv_heads:
         raise InputError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
@@ -63,7 +63,7 @@ def read_config(hf: dict[str, Any]) -> LlamaConfig:
         raise InputError(f"head_dim is {head_dim}; rotary positions need an even width")
     # Qwen2 writes a window and use_sliding_window=false beside it.
     windowed = hf.get("use_sliding_window", True) and hf.get("sliding_window") is not None
-    if windowed and hf["sliding_window"] < _integer(hf, "max_position_embeddings"):
+    if windowed and _integer(hf, "sliding_window") < _integer(hf, "max_position_embeddings"):
         raise InputError(f"sliding_window is {hf['sliding_window']}; the model here attends to everything")
     frequencies, amplitude = _rotation(hf, head_dim)
     return LlamaConfig(

@@ -15,6 +15,8 @@ import numpy as np
 
 _RIDGE = 1e-4
 """Of the mean of the second moments, added to each direction: texts are finite."""
+_ROWS = 8192
+"""Inputs that exist in float64 at one time."""
 
 
 class Factors(NamedTuple):
@@ -67,4 +69,8 @@ def normalised(c_NR: np.ndarray) -> np.ndarray:
 
 def _mean_products(a_NX: np.ndarray, b_NY: np.ndarray) -> np.ndarray:
     """float64 mean of a b^T. Where texts say nothing, a rounding error would be taken for something."""
-    return a_NX.T.astype(np.float64) @ b_NY.astype(np.float64) / len(a_NX)
+    total_XY = np.zeros((a_NX.shape[1], b_NY.shape[1]))
+    for start in range(0, len(a_NX), _ROWS):
+        a, b = (array[start : start + _ROWS].astype(np.float64) for array in (a_NX, b_NY))
+        total_XY += a.T @ b
+    return total_XY / len(a_NX)
