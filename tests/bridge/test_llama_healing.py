@@ -102,7 +102,7 @@ def test_what_conversion_costs_and_healing_wins_back(source, tmp_path, monkeypat
     print(f"\n{'':<14}{'converted':>12}{'healed':>12}{'won back':>12}")
     print(f"{'source':<14}{original:>12.3f}{longer:>12.3f}")
     for name, (before, after, report) in table.items():
-        print(f"{name:<14}{before:>12.3f}{after:>12.3f}{(before - after) / (before - original):>12.0%}")
+        print(f"{name:<14}{before:>12.3f}{after:>12.3f}{(before - after) / (before - longer):>12.0%}")
         print(report)
 
     print(f"{'not damped':<14}{stopped:>12.3f}")
