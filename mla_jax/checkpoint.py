@@ -2,6 +2,7 @@
 
 RUN/config.yaml            everything that was configured
 RUN/tokenizer/             Hugging Face files
+RUN/conf/model/imported.yaml  of an imported model, for `experiments.sft --config-dir RUN/conf model=imported`
 RUN/checkpoints/STEP/      see checkpoint_store
 RUN/trackers.json, goodput.json, tensorboard/, wandb/, profile/, eval/
 """
@@ -124,11 +125,19 @@ def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokeniz
         checkpoints.save(0, state, {"tokenizer": tokenizer.fingerprint})
         checkpoints.wait()
         checkpoints.close()
+        _write_model(partial, model)
         _write_config(partial, OmegaConf.create({"name": run_dir.name, "model": dataclasses.asdict(model)}))
         partial.rename(run_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return run_dir
+
+
+def _write_model(run_dir: Path, model: ModelConfig) -> None:
+    """The model as a file of Hydra's group `model`, so that training on needs no key of it typed."""
+    path = run_dir / "conf" / "model" / "imported.yaml"
+    path.parent.mkdir(parents=True)
+    OmegaConf.save({"defaults": ["schema", "_self_"], **dataclasses.asdict(model)}, path)
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:

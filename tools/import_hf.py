@@ -1,29 +1,57 @@
-"""Makes a run of a Hugging Face folder with a dense DeepSeek-V2 or -V3: `python -m tools.import_hf DIR RUN`."""
+"""Makes a run of a Hugging Face folder, of a Llama too, by conversion: `python -m tools.import_hf DIR RUN`."""
 
 import argparse
 from pathlib import Path
 
 import jax
 
+from mla_jax.bridge import llama_import
 from mla_jax.bridge.hf_import import load
+from mla_jax.bridge.llama_config import Ranks
+from mla_jax.bridge.llama_source import is_llama_style
 from mla_jax.checkpoint import save_imported
-from mla_jax.errors import InputError, one_line_errors
+from mla_jax.errors import InputError, UsageError, one_line_errors
 
 
 def main() -> None:
     """The command line; exit code 1 if the checkpoint cannot be imported."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.import_hf",
-        description="Makes a run of a dense DeepSeek-V2 or -V3 in Hugging Face format.",
+        description="Makes a run of a dense DeepSeek-V2 or -V3 in Hugging Face format, or converts a Llama, Mistral or "
+        "Qwen to one.",
     )
     parser.add_argument("dir", type=Path, help="folder with config.json, safetensors and tokenizer.json")
     parser.add_argument("run", type=Path, help="run folder to create, to evaluate, export or start training from")
+    convert = parser.add_argument_group("converting a Llama, Mistral or Qwen (docs/importing.md)")
+    convert.add_argument("--kv-lora-rank", type=int, help="width of the latent of keys and values; needed")
+    convert.add_argument("--rope-dim", type=int, help="width of the rotary key; default: that of a head, 64 at most")
+    convert.add_argument("--q-lora-rank", type=int, help="also factor queries (llama.cpp needs it); default: no")
+    convert.add_argument("--calibration", type=Path, metavar="TEXT_FILE", help="UTF-8 text to fit and to test; needed")
+    convert.add_argument("--calibration-tokens", type=int, default=65_536, help="of it to use; default %(default)s")
+    convert.add_argument("--calibration-length", type=int, default=1024, help="tokens of a sequence; default 1024")
     args = parser.parse_args()
     with one_line_errors():
         if args.run.exists():
             raise InputError(f"{args.run} exists; choose another folder")
-        config, params, tokenizer = load(args.dir)
+        report = None
+        if is_llama_style(args.dir):
+            if args.kv_lora_rank is None or args.calibration is None:
+                raise UsageError(
+                    f"{args.dir} is no DeepSeek; converting it needs --kv-lora-rank WIDTH and --calibration TEXT_FILE"
+                )
+            config, params, tokenizer, report = llama_import.convert(
+                args.dir,
+                Ranks(args.kv_lora_rank, args.rope_dim, args.q_lora_rank),
+                args.calibration,
+                tokens=args.calibration_tokens,
+                length=args.calibration_length,
+            )
+        else:
+            config, params, tokenizer = load(args.dir)
         save_imported(args.run, config, params, tokenizer)
+        if report is not None:
+            report.write(args.run)
+            print(report)
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         print(f"imported {count:,} parameters to {args.run}")
 

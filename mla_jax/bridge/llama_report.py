@@ -1,0 +1,56 @@
+"""What a conversion cost: for people and, as JSON, for programs. `docs/importing.md` says what the figures mean."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+REPORT = "conversion.json"
+_COLUMNS = {
+    "key_error": "keys",
+    "value_error": "values",
+    "query_error": "queries",
+    "rotary_share": "rotary share",
+    "latent_rms_variation": "latent RMS",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Errors are shares of energy, on held-out text."""
+
+    model_type: str
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    q_lora_rank: int | None
+    cache_width: dict[str, int]
+    """Numbers cached per token and layer, `source` and `converted`."""
+    sequence_length: int
+    fitted_tokens: int
+    held_out_tokens: int
+    frequency_error: float
+    perplexity: dict[str, float]
+    """On the held-out text: `source`, `positions_decoupled` with full ranks, `converted`."""
+    layers: list[dict[str, float]]
+
+    def write(self, run_dir: Path) -> None:
+        """Puts conversion.json into a run folder."""
+        (run_dir / REPORT).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        names = [name for name in _COLUMNS if name in self.layers[0]]
+        lines = [f"{'layer':>5}" + "".join(f"{_COLUMNS[name]:>14}" for name in names)]
+        for i, errors in enumerate(self.layers):
+            lines.append(f"{i:>5}" + "".join(f"{errors[name]:>14.3%}" for name in names))
+        before, after = self.cache_width["source"], self.cache_width["converted"]
+        lines += [
+            "",
+            f"{'perplexity of ' + format(self.held_out_tokens, ',') + ' held-out tokens':<44}",
+            f"  {'source':<42}{self.perplexity['source']:>10.3f}",
+            f"  {'positions decoupled, nothing factored':<42}{self.perplexity['positions_decoupled']:>10.3f}",
+            f"  {'converted':<42}{self.perplexity['converted']:>10.3f}",
+            f"numbers cached a token and layer: {before} before, {after} after ({after / before:.1%})",
+        ]
+        if self.frequency_error > 1e-6:
+            lines.append(f"rotary frequencies differ by up to {self.frequency_error:.1%} (YaRN for Llama 3's scaling)")
+        return "\n".join(lines)

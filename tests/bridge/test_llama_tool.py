@@ -1,0 +1,117 @@
+"""`tools.import_hf` on a Llama: a run like any other, a report, and one line for what goes wrong."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from mla_jax.bridge.llama_calibration import read_calibration
+from mla_jax.checkpoint import load_run
+from mla_jax.config import ModelConfig
+from mla_jax.data.tokenizer import load_tokenizer
+from mla_jax.errors import InputError
+from tiny_llama import save_llama, stories
+from tools import export_hf, import_hf
+
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a tool; returns exit code, stdout and stderr."""
+
+    def run(tool, *arguments):
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+        code = 0
+        try:
+            tool.main()
+        except SystemExit as e:
+            code = e.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_llama(folder, num_key_value_heads=2, rope_parameters=YARN, rms_norm_eps=1e-5)
+    (folder / "texts.txt").write_text(stories(0, 60))
+    return folder
+
+
+def test_convert_then_export_and_compare_with_transformers(call, llama, tmp_path):
+    options = (
+        "--kv-lora-rank 24 --rope-dim 8 --q-lora-rank 48 --calibration-tokens 2048 --calibration-length 64".split()
+    )
+    code, out, err = call(import_hf, llama, tmp_path / "run", *options, "--calibration", llama / "texts.txt")
+    assert code == 0, err
+    assert "positions decoupled, nothing factored" in out
+    assert "64 before, 32 after (50.0%)" in out
+
+    report = json.loads((tmp_path / "run" / "conversion.json").read_text())
+    assert (report["kv_lora_rank"], report["qk_rope_head_dim"], report["q_lora_rank"]) == (24, 8, 48)
+    assert (report["fitted_tokens"], report["held_out_tokens"]) == (1792, 256)
+    assert set(report["perplexity"]) == {"source", "positions_decoupled", "converted"}
+    for errors in report["layers"]:
+        assert 0 < errors["query_error"] < 1
+        assert 0 < errors["key_error"] < 1
+        assert 0 < errors["value_error"] < 1
+        assert 0 < errors["rotary_share"] < 1
+
+    run = load_run(tmp_path / "run")
+    model_file = OmegaConf.load(tmp_path / "run" / "conf" / "model" / "imported.yaml")
+    del model_file["defaults"]
+    assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), model_file)) == run.model
+    code, out, err = call(export_hf, tmp_path / "run", tmp_path / "exported", "--verify")
+    assert code == 0, out + err
+
+
+def test_errors_are_one_line(call, llama, tmp_path):
+    texts = ("--calibration", llama / "texts.txt")
+    for arguments, expected, message in (
+        (texts, 2, "needs --kv-lora-rank WIDTH and --calibration TEXT_FILE"),
+        (("--kv-lora-rank", 8), 2, "needs --kv-lora-rank WIDTH and --calibration TEXT_FILE"),
+        (("--kv-lora-rank", 8, "--rope-dim", 5, *texts), 2, "--rope-dim 5"),
+        (("--kv-lora-rank", 8, "--calibration", tmp_path / "none"), 1, "none cannot be read"),
+        (("--kv-lora-rank", 8, "--calibration-tokens", 100, *texts), 1, "at least 2 are needed"),
+    ):
+        code, _, err = call(import_hf, llama, tmp_path / "run", *arguments)
+        assert code == expected
+        assert message in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_damaged_tensors(call, llama, tmp_path):
+    save_llama(tmp_path / "whole", num_key_value_heads=2)
+    weights = tmp_path / "whole" / "model.safetensors"
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    (tmp_path / "whole" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    arguments = (tmp_path / "whole", tmp_path / "run", "--kv-lora-rank", 8, "--calibration", llama / "texts.txt")
+    code, _, err = call(import_hf, *arguments)
+    assert code == 1
+    assert "do not fit its config.json; missing: model.layers.2.input_layernorm.weight" in err
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = call(import_hf, *arguments)
+    assert code == 1
+    assert "model.safetensors cannot be read" in err
+
+
+def test_calibration_texts_are_cut_into_rows(tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    path = tmp_path / "texts.txt"
+    text = "".join(chr(ord("a") + i % 26) for i in range(100))
+    path.write_text(text)
+    calibration = read_calibration(path, tokenizer, 1000, 11)
+    assert calibration.tokens_BT.shape == (10, 11)
+    assert (calibration.tokens_BT[:, 0] == tokenizer.bos_id).all()
+    assert tokenizer.decode(calibration.tokens_BT[:, 1:].ravel()) == text
+    assert (calibration.fitted, calibration.held_out) == (8, 2)
+    np.testing.assert_array_equal(read_calibration(path, tokenizer, 33, 11).tokens_BT, calibration.tokens_BT[:3])
+    for content in (b"", b"abc", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="texts.txt"):
+            read_calibration(path, tokenizer, 1000, 11)
