@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+CONTEXT = 512
+"""Tokens of cache."""
+
 
 class LlamaCpp:
     """A client of llama.cpp's own HTTP interface."""
@@ -44,7 +47,7 @@ class LlamaCpp:
 
 
 @contextlib.contextmanager
-def serve(gguf: Path, context: int = 512) -> Iterator[LlamaCpp]:
+def serve(gguf: Path, context: int = CONTEXT) -> Iterator[LlamaCpp]:
     """Starts llama.cpp in a process of its own, so that what it asserts ends only that one."""
     log = gguf.with_suffix(".log")
     with log.open("w") as stderr:
@@ -55,7 +58,7 @@ def serve(gguf: Path, context: int = 512) -> Iterator[LlamaCpp]:
             lines = (line for line in server.stdout if line.startswith("listening "))
             url = next(lines, None)
             if url is None:
-                raise RuntimeError(f"llama.cpp does not load {gguf.name}:\n{log.read_text()[-3000:]}")
+                raise RuntimeError(f"llama.cpp does not load {gguf.name}:\n{log.read_text(errors='replace')[-3000:]}")
             yield LlamaCpp(url.split()[1])
         finally:
             server.stdin.close()
@@ -69,6 +72,7 @@ def main(gguf: str, context: str) -> None:
     params.model.path = gguf
     params.n_ctx = int(context)
     params.n_parallel = 1
+    params.verbosity = 5  # tells the size of the cache
     params.warmup = params.fit_params = False
     params.hostnames = ["127.0.0.1"]
     params.cpuparams.n_threads = 2

@@ -32,7 +32,9 @@ def export(
     max_shard_bytes: int = 4 * 10**9,
     overwrite: bool = False,
 ) -> Path:
-    """Writes weights, config, generation config, tokenizer and model card; about one shard is in memory at a time.
+    """Writes weights, config, generation config, tokenizer and model card.
+
+    Beside the parameters, about one shard is in memory at a time.
 
     Everything goes into a folder beside `out_dir` that is renamed at the end: whatever goes wrong, `out_dir` is as it
     was before.

@@ -166,7 +166,10 @@ def _first_difference(config: ModelConfig, params: dict, tokens_BT: np.ndarray, 
         beginning = dataclasses.replace(config, num_hidden_layers=i + 1)
         first_layers = {**params, "layers": jax.tree.map(lambda x, end=i + 1: x[:end], params["layers"])}
         ours_BTD = np.asarray(_hidden(beginning, first_layers, tokens_BT))
-        if np.abs(ours_BTD - rms_norm(jnp.asarray(theirs_BTD), nnx.Param(params["norm"]), config.rms_norm_eps)).max() > TOLERANCE:
+        if (
+            np.abs(ours_BTD - rms_norm(jnp.asarray(theirs_BTD), nnx.Param(params["norm"]), config.rms_norm_eps)).max()
+            > TOLERANCE
+        ):
             return f"model.layers.{i}"
     return "model.norm or lm_head"
 

@@ -1,6 +1,7 @@
 """A real llama.cpp on our GGUF files computes what transformers computes on the folders they came from."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llamacpp_server import serve
+from llamacpp_server import CONTEXT, serve
 from mla_jax.bridge import gguf as bridge
 from mla_jax.bridge.gguf import export_gguf
 from mla_jax.bridge.gguf_tokenizer import _NAMES
@@ -93,6 +94,12 @@ def test_tokens_and_log_probabilities(config, type, tmp_path):
 def test_width_256_with_a_tied_head(tmp_path):
     hf_dir, model = export_both(W256, tmp_path)
     compare(hf_dir, model, W256, TOLERANCES["f16"])
+    cache = re.search(
+        r"llama_kv_cache: size = +([\d.]+) MiB .* V \(f32\): +0.00 MiB",
+        model.with_suffix(".log").read_text(errors="replace"),
+    )
+    assert cache, "only the latent is cached, which is keys and values at once"
+    assert float(cache[1]) == CONTEXT * W256.cache_bytes_per_token(4) / 2**20
 
 
 @pytest.mark.parametrize(
