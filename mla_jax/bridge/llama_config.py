@@ -160,7 +160,7 @@ def _target_rope(hf: dict, kept: np.ndarray) -> dict[str, Any]:
 
 
 def _nearest_yarn(kept: np.ndarray, theta: float, factor: float, original: float) -> dict[str, float]:
-    """beta_fast and beta_slow for the ramp, from one pair to another, with the least squared error of their logarithms."""
+    """beta_fast and beta_slow of the ramp, from one pair to another, with the least squared error of logarithms."""
     pairs = np.arange(len(kept))
     whole = theta ** (-pairs / len(kept))
 
