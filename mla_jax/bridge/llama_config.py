@@ -14,6 +14,7 @@ from mla_jax.model import rope
 
 LLAMA_STYLE = ("llama", "mistral", "qwen2", "qwen3")
 """Values of model_type that are converted."""
+_ORIGINAL = "original_max_position_embeddings"
 WIDEST_ROPE = 64
 """The default: DeepSeek's own width, and what vLLM's and FlashAttention's kernels are made for."""
 
@@ -106,7 +107,7 @@ def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied
             "v_head_dim": source.head_dim,
             **dataclasses.asdict(ranks),
             "rope_scaling": None,
-            "rope_parameters": _target_rope(hf),
+            "rope_parameters": _target_rope(hf, source.frequencies[:: source.head_dim // ranks.qk_rope_head_dim]),
         },
         tied=tied,
         dtype=dtype,
@@ -141,8 +142,8 @@ def _rope(hf: dict) -> dict[str, Any]:
     return {**settings, "rope_type": rope_type, "rope_theta": float(theta)}
 
 
-def _target_rope(hf: dict) -> dict[str, Any]:
-    """The target's rope_parameters: YaRN stands for Llama 3's scaling, which ramps between the same frequencies.
+def _target_rope(hf: dict, kept: np.ndarray) -> dict[str, Any]:
+    """The target's rope_parameters: for Llama 3's scaling the YaRN whose frequencies are nearest to those `kept`.
 
     With both mscale keys the factor of cos and sin is 1; the temperature that they give is taken out of the queries.
     """
@@ -150,13 +151,30 @@ def _target_rope(hf: dict) -> dict[str, Any]:
     if settings["rope_type"] == "llama3":
         settings = {
             "rope_type": "yarn",
-            "beta_fast": settings["high_freq_factor"],
-            "beta_slow": settings["low_freq_factor"],
+            **_nearest_yarn(kept, settings["rope_theta"], settings["factor"], settings[_ORIGINAL]),
             **{key: settings[key] for key in ("rope_theta", "factor", "original_max_position_embeddings")},
         }
     if settings["rope_type"] == "yarn":
         settings |= {"mscale": 1.0, "mscale_all_dim": 1.0}
     return settings
+
+
+def _nearest_yarn(kept: np.ndarray, theta: float, factor: float, original: float) -> dict[str, float]:
+    """beta_fast and beta_slow of the ramp, from one pair to another, with the least squared error of logarithms."""
+    pairs = np.arange(len(kept))
+    whole = theta ** (-pairs / len(kept))
+
+    def error(ramp: tuple[int, int]) -> float:
+        share = np.clip((pairs - ramp[0]) / (ramp[1] - ramp[0]), 0, 1)
+        return np.square(np.log(whole * (1 - share + share / factor) / kept)).sum()
+
+    low, high = min(((low, high) for high in pairs[1:].tolist() for low in range(high)), key=error)
+
+    def turns(pair: float) -> float:
+        return original * theta ** (-pair / len(kept)) / (2 * math.pi)
+
+    # YaRN rounds the first pair down and the last one up.
+    return {"beta_fast": turns(low + 0.5), "beta_slow": turns(high - 0.5)}
 
 
 def _rotation(hf: dict, head_dim: int) -> tuple[np.ndarray, float]:
