@@ -1,9 +1,7 @@
 """The command lines around generation: tools.generate, tools.plan_memory, tools.bench_generate."""
 
 import dataclasses
-import io
 import json
-import sys
 
 import pytest
 
@@ -21,23 +19,6 @@ TOKENIZER = load_tokenizer("needle-bpe")
 CONFIG = dataclasses.replace(MODEL, initializer_range=0.5)
 PARAMS = init_params(CONFIG, 0)
 PROMPT = "The grass is green."
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a tool with this on stdin; returns exit code, stdout and stderr."""
-
-    def run(tool, *arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = 0
-        try:
-            tool.main()
-        except SystemExit as e:
-            code = e.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from mla_jax.errors import InputError
 from mla_jax.mesh import placed
 from mla_jax.model.transformer import abstract_params
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _NAMED = 5
 """The most tensors of one kind that an error names."""
 
@@ -53,7 +53,7 @@ class HfCheckpoint:
     tensors: list[HfTensor]
     """All of them, without the head if it is tied."""
     tokenizer: Tokenizer
-    _stored: "_Stored"
+    _stored: "Stored"
     _interleaved: bool
 
     def read(self, tensor: HfTensor) -> np.ndarray:
@@ -72,9 +72,9 @@ def open_checkpoint(hf_dir: str | Path) -> Iterator[HfCheckpoint]:
     folder = Path(hf_dir)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and model.safetensors")
-    hf = _read_json(folder / "config.json")
+    hf = read_json(folder / "config.json")
     with contextlib.ExitStack() as stack:
-        stored = _Stored(folder, stack)
+        stored = Stored(folder, stack)
         config = _model_config(folder, hf, stored)
         expected = [t for t in tensors(config) if t.name != HEAD or not config.tie_word_embeddings]
         stored.check(expected, config)
@@ -84,7 +84,7 @@ def open_checkpoint(hf_dir: str | Path) -> Iterator[HfCheckpoint]:
         yield HfCheckpoint(config, expected, tokenizer, stored, interleaved)
 
 
-class _Stored:
+class Stored:
     """The tensors of all safetensors files of a folder."""
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack):
@@ -126,8 +126,8 @@ class _Stored:
                 for name in common
                 if self.shapes[name] != shapes[name]
             ),
-            f"of another type than {', '.join(_DTYPES)}": sorted(
-                f"{name} {self.dtypes[name]}" for name in common if self.dtypes[name] not in _DTYPES
+            f"of another type than {', '.join(STORED_DTYPES)}": sorted(
+                f"{name} {self.dtypes[name]}" for name in common if self.dtypes[name] not in STORED_DTYPES
             ),
         }
         if any(problems.values()):
@@ -135,13 +135,13 @@ class _Stored:
             raise InputError(f"the tensors in {self.folder} do not fit its config.json; {found}")
 
 
-def _model_config(folder: Path, hf: dict, stored: _Stored) -> ModelConfig:
+def _model_config(folder: Path, hf: dict, stored: Stored) -> ModelConfig:
     if HEAD not in stored.shapes:
         tied = bool(hf.get("tie_word_embeddings", False))
     else:
         # As transformers does: with both in the file, the values decide and not the flag.
         tied = EMBEDDING in stored.shapes and np.array_equal(stored.read(EMBEDDING), stored.read(HEAD))
-    dtype = _DTYPES.get(stored.dtypes.get(EMBEDDING, ""), "float32")
+    dtype = STORED_DTYPES.get(stored.dtypes.get(EMBEDDING, ""), "float32")
     try:
         return from_hf(hf, tied=tied, dtype=dtype)
     except InputError as e:
@@ -181,13 +181,14 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     if not index.exists():
         raise InputError(f"{folder} has neither model.safetensors nor {index.name}; other formats cannot be imported")
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index} has no weight_map of tensor names to file names")
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError if it holds something else or cannot be read."""
     with _readable(path):
         content = json.loads(path.read_bytes())
     if not isinstance(content, dict):

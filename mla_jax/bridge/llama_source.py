@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mla_jax.bridge.hf_import import _DTYPES, _read_json, _Stored
+from mla_jax.bridge.hf_import import STORED_DTYPES, Stored, read_json
 from mla_jax.bridge.hf_layout import EMBEDDING, HEAD, HfTensor
 from mla_jax.bridge.llama_config import LLAMA_STYLE, LlamaConfig, read_config
 from mla_jax.bridge.llama_layer import LlamaLayer
@@ -21,7 +21,7 @@ FINAL_NORM = "model.norm.weight"
 def is_llama_style(hf_dir: str | Path) -> bool:
     """Whether config.json names an architecture that is converted and not just read."""
     path = Path(hf_dir) / "config.json"
-    return path.is_file() and _read_json(path).get("model_type") in LLAMA_STYLE
+    return path.is_file() and read_json(path).get("model_type") in LLAMA_STYLE
 
 
 class LlamaCheckpoint:
@@ -29,8 +29,8 @@ class LlamaCheckpoint:
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack):
         """Raises InputError if a file is missing or damaged, or for what cannot be represented."""
-        self.hf: dict[str, Any] = _read_json(folder / "config.json")
-        self._stored = _Stored(folder, stack)
+        self.hf: dict[str, Any] = read_json(folder / "config.json")
+        self._stored = Stored(folder, stack)
         for name in [name for name in self._stored.shapes if name.endswith("rotary_emb.inv_freq")]:
             del self._stored.shapes[name]  # older files hold these; config.json says the same
         self._refuse_what_is_not_linear(folder)
@@ -43,7 +43,7 @@ class LlamaCheckpoint:
         self.tied = bool(self.hf.get("tie_word_embeddings", False)) if HEAD not in shapes else (
             EMBEDDING in shapes and np.array_equal(self._read(EMBEDDING), self._read(HEAD))
         )  # fmt: skip
-        self.dtype = _DTYPES.get(self._stored.dtypes.get(EMBEDDING, ""), "float32")
+        self.dtype = STORED_DTYPES.get(self._stored.dtypes.get(EMBEDDING, ""), "float32")
         self.tokenizer: Tokenizer = load_tokenizer(str(folder))
 
     def check(self, target: ModelConfig) -> None:

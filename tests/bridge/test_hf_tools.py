@@ -18,22 +18,6 @@ from tools import export_hf, import_hf
 TOKENIZER = load_tokenizer("bytes")
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a tool; returns exit code, stdout and stderr."""
-
-    def run(tool, *arguments):
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-        code = 0
-        try:
-            tool.main()
-        except SystemExit as e:
-            code = e.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     return save_imported(tmp_path_factory.mktemp("runs") / "run", MODEL, init_params(MODEL, 0), TOKENIZER)

@@ -1,7 +1,6 @@
 """`tools.import_hf` on a Llama: a run like any other, a report, and one line for what goes wrong."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -16,22 +15,6 @@ from tiny_llama import save_llama, stories
 from tools import export_hf, import_hf
 
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a tool; returns exit code, stdout and stderr."""
-
-    def run(tool, *arguments):
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-        code = 0
-        try:
-            tool.main()
-        except SystemExit as e:
-            code = e.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
