@@ -14,7 +14,7 @@ import numpy as np
 
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
-from mla_jax.errors import InputError
+from mla_jax.errors import InputError, UsageError
 from mla_jax.memory import MemoryPlan, device_limit, most_that_fits, room_for, round_up
 from mla_jax.model import decoder
 from mla_jax.model.cache import LatentCache, LayerCache, init_layer, resized
@@ -32,21 +32,27 @@ OnPrefill = Callable[[int, int], None]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("layers", "seen_BX"))
-def _decode(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, *, plan: SamplingPlan, steps):
-    """The next `steps` tokens [N, B] of each row, and what the next call takes. Rows that are done hold still."""
+def _decode(
+    config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, *, plan: SamplingPlan, steps
+):  # fmt: skip
+    """The next `steps` tokens [N, B] of each row, and what the next call takes. Rows that are done hold still.
 
-    def one_token(carry, key):
+    `first` counts the tokens of earlier calls: the draws of a seed do not depend on how many tokens a call adds.
+    """
+
+    def one_token(carry, step):
         tokens_B, cache, seen_BX = carry
         h_B1D, cache = decoder.extend(
             config, weights, tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True
         )
-        tokens_B = choose(plan, values, decoder.logits(config, weights, h_B1D[:, 0]), seen_BX, key)
+        scores_BX = decoder.logits(config, weights, h_B1D[:, 0])
+        tokens_B = choose(plan, values, scores_BX, seen_BX, jax.random.fold_in(key, step))
         if seen_BX is not None:
             seen_BX = seen_BX.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
         return (tokens_B, cache, seen_BX), tokens_B
 
     start = tokens_B, LatentCache(layers, lengths_B), seen_BX
-    (tokens_B, cache, seen_BX), new_NB = jax.lax.scan(one_token, start, jax.random.split(key, steps))
+    (tokens_B, cache, seen_BX), new_NB = jax.lax.scan(one_token, start, first + jnp.arange(steps))
     return new_NB, tokens_B, cache.layers, cache.lengths_B, seen_BX
 
 
@@ -152,11 +158,16 @@ class Generator:
 
         Raises:
             InputError: the context has more rows than one, or the copies do not fit.
+            UsageError: a mesh of several devices is set.
         """
+        if mesh.size() > 1:
+            raise UsageError(
+                f"contexts are copied on one device, the mesh has {mesh.size()}; read the prompts together"
+            )
         if len(context.tokens) != 1:
             raise InputError(f"only a context of one row can be copied, this has {len(context.tokens)}")
-        self._require(rows=_padded(rows), tokens=context.capacity, beside=context)
-        layers = [resized(layer, _padded(rows), context.capacity) for layer in context.layers]
+        self._require(rows=rows, tokens=context.capacity, beside=context)
+        layers = [resized(layer, rows, context.capacity) for layer in context.layers]
         return Context([list(context.tokens[0]) for _ in range(rows)], layers)
 
     def _require(self, rows: int, tokens: int, beside: Context | None = None) -> None:
@@ -233,7 +244,7 @@ class Generator:
         for block in range(-(-max_new_tokens // steps)):
             new_NB, tokens_B, layers, lengths_B, seen_BX = _decode(
                 self.config, self.weights, tokens_B, tuple(context.layers), lengths_B, mesh.shard_batch(done), seen_BX,
-                values, jax.random.fold_in(key, block), plan=sampling.plan, steps=steps,
+                values, key, jnp.int32(block * steps), plan=sampling.plan, steps=steps,
             )  # fmt: skip
             context.layers = list(layers)
             fresh_NB = np.asarray(new_NB)

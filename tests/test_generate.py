@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from latent_attention import dequantize, quantize
+from mla_jax import mesh
 from mla_jax.bridge import verify
 from mla_jax.bridge.hf_export import export
+from mla_jax.config import MeshConfig
 from mla_jax.data.tokenizer import load_tokenizer
-from mla_jax.errors import InputError
+from mla_jax.errors import InputError, UsageError
 from mla_jax.generate import Context, Generator, generate
 from mla_jax.memory import MemoryPlan
 from mla_jax.model import decoder
@@ -183,10 +185,12 @@ def test_tokens_are_streamed_and_rows_are_ended(generator, monkeypatch):
     assert got == streamed == [expected[0], expected[1][:5], *expected[2:]]
 
 
-def test_blocks_of_decoding_change_nothing_but_the_samples(generator, monkeypatch):
-    expected = continued(generator, PROMPTS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_blocks_of_decoding_change_nothing(generator, monkeypatch, temperature):
+    sampling = Sampling(temperature=temperature, seed=3)
+    expected = continued(generator, PROMPTS, sampling=sampling)
     monkeypatch.setattr("mla_jax.generate.DECODE_BLOCK", 5)  # 5 + 5 + 2
-    assert continued(generator, PROMPTS) == expected
+    assert continued(generator, PROMPTS, sampling=sampling) == expected
 
 
 def test_a_repetition_penalty_keeps_tokens_from_coming_again(generator):
@@ -240,6 +244,8 @@ def test_contexts_fit_their_prompts(generator):
         continued(generator, PROMPTS[:2], context=Context.empty(1))
     with pytest.raises(InputError, match="only a context of one row can be copied, this has 2"):
         generator.fork(Context.empty(2), 3)
+    with jax.set_mesh(mesh.make_mesh(MeshConfig())), pytest.raises(UsageError, match="copied on one device"):
+        generator.fork(Context.empty(1), 3)
 
 
 def test_nothing_to_do_gives_nothing():

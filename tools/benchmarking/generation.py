@@ -53,7 +53,7 @@ def time_decode(generator: Generator, context: Context, tokens: int) -> Decoding
         start = time.perf_counter()
         new_NB, tokens_B, layers, _, _ = _decode(
             generator.config, generator.weights, tokens_B, tuple(context.layers), lengths_B, done_B, None, values, key,
-            plan=plan, steps=DECODE_BLOCK,
+            jnp.int32(0), plan=plan, steps=DECODE_BLOCK,
         )  # fmt: skip
         np.asarray(new_NB)
         context.layers = list(layers)
