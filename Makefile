@@ -33,7 +33,7 @@ quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export 
 	@echo "weights   $(EXPORT) (Hugging Face format)"
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
-	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp and not vllm" -n 2 $(ARGS)
+	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp and not vllm" -n 2 --dist worksteal $(ARGS)
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration $(ARGS)

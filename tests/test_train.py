@@ -62,7 +62,7 @@ def uninterrupted(tmp_path_factory) -> dict:
     return params_of(run_dir)
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 8, 10])
+@pytest.mark.parametrize("step", [5, *(pytest.param(n, marks=pytest.mark.integration) for n in (1, 3, 8, 10))])
 def test_a_run_interrupted_and_resumed_equals_the_uninterrupted_one(step, uninterrupted, tmp_path, monkeypatch):
     config = make_config(tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -167,6 +167,7 @@ def test_another_model_in_the_same_run_folder_is_refused(tmp_path):
         train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 1}], model=wider))
 
 
+@pytest.mark.integration
 def test_what_computes_the_model_may_change_between_runs(tmp_path):
     stages = [{"seq_len": 96, "steps": 1}]
     train(make_config(tmp_path / "run", stages))
