@@ -15,7 +15,7 @@ import numpy as np
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
-from mla_jax.memory import MemoryPlan, device_limit, most_that_fits, room_for, round_up
+from mla_jax.memory import GRANULE, MemoryPlan, device_limit, most_that_fits, room_for, round_up
 from mla_jax.model import decoder
 from mla_jax.model.cache import LatentCache, LayerCache, init_layer, resized
 from mla_jax.sampling import Sampling, SamplingPlan, choose, knobs
@@ -48,7 +48,7 @@ def _decode(
         scores_BX = decoder.logits(config, weights, h_B1D[:, 0])
         tokens_B = choose(plan, values, scores_BX, seen_BX, jax.random.fold_in(key, step))
         if seen_BX is not None:
-            seen_BX = seen_BX.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
+            seen_BX |= jax.nn.one_hot(tokens_B, seen_BX.shape[1], dtype=bool)
         return (tokens_B, cache, seen_BX), tokens_B
 
     start = tokens_B, LatentCache(layers, lengths_B), seen_BX
@@ -58,7 +58,10 @@ def _decode(
 
 @dataclasses.dataclass
 class Context:
-    """What a generator has read, one row a prompt; `Generator.generate` reads on from it and leaves it extended."""
+    """What a generator has read, one row a prompt; `Generator.generate` reads on from it and leaves it extended.
+
+    The plan of the memory counts the context of the call alone, and that of `Generator.fork` the original too.
+    """
 
     tokens: list[list[int]]
     """Of each row, those that the cache holds."""
@@ -72,8 +75,8 @@ class Context:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for."""
-        return self.layers[0].capacity if self.layers else 0
+        """Tokens that a row has room for: in all layers, should growing them have been interrupted."""
+        return min((layer.capacity for layer in self.layers), default=0)
 
 
 class Generator:
@@ -166,41 +169,50 @@ class Generator:
             )
         if len(context.tokens) != 1:
             raise InputError(f"only a context of one row can be copied, this has {len(context.tokens)}")
-        self._require(rows=rows, tokens=context.capacity, beside=context)
+        held = sum(x.nbytes for x in jax.tree.leaves(context.layers))
+        self._require(rows=rows, tokens=context.capacity, beside=held)
         layers = [resized(layer, rows, context.capacity) for layer in context.layers]
         return Context([list(context.tokens[0]) for _ in range(rows)], layers)
 
-    def _require(self, rows: int, tokens: int, beside: Context | None = None) -> None:
-        """Raises InputError unless the weights and a cache for so many tokens a row fit in the memory."""
-        if self.memory_limit is None:
+    def _bytes(self, rows: int, tokens: int, growing: bool) -> int:
+        """On one device, of which each has all weights; a cache that grows has one layer twice for a moment."""
+        plan = self._plan(rows=_padded(rows) // mesh.size(), tokens=tokens)
+        return plan.total + (plan.cache // self.config.num_hidden_layers if growing else 0)
+
+    def _fits(self, rows: int, tokens: int, growing: bool = False) -> bool:
+        return self.memory_limit is None or self._bytes(rows, tokens, growing) <= self.memory_limit
+
+    def _require(self, rows: int, tokens: int, growing: bool = False, beside: int = 0) -> None:
+        """Raises InputError unless weights and a cache for so many tokens a row fit, `beside` bytes on each device."""
+        if self.memory_limit is None or self._bytes(rows, tokens, growing) <= self.memory_limit - beside:
             return
-        others = sum(x.nbytes for x in jax.tree.leaves(beside.layers)) if beside else 0
-        plan, limit = self._plan(rows=rows, tokens=tokens), self.memory_limit * mesh.size() - others
-        if plan.total <= limit:
-            return
-        longest = most_that_fits(lambda tokens: self._plan(rows=rows, tokens=tokens).total, limit)
+        limit = self.memory_limit - beside
+        longest = most_that_fits(lambda tokens: self._bytes(rows, tokens, growing), limit)
         raise InputError(
-            f"{rows} x {tokens:,} tokens need {plan}, but there are {limit / 2**30:.2f} GiB; "
+            f"{rows} x {tokens:,} tokens need {self._plan(rows=rows, tokens=tokens)}, but there are "
+            f"{limit / 2**30:.2f} GiB on each of {mesh.size()} devices; "
             + (f"the longest that fits is {longest:,} tokens a row" if longest else "not even one token fits")
             + "; an 8-bit cache, 8-bit weights or a smaller prefill_chunk take less"
         )
 
     def _make_room(self, context: Context, prompts: int, tokens: int) -> None:
         """Allocates or grows the cache, one layer after the other."""
-        capacity = min(room_for(tokens), round_up(self.config.max_position_embeddings, 64))
         if context.capacity >= tokens:
             return
-        self._require(rows=_padded(prompts), tokens=capacity)
-        if not context.layers:
-            layers = [self._new_layer(_padded(prompts), capacity) for _ in range(self.config.num_hidden_layers)]
-            context.layers = layers
+        rows, growing, exact = _padded(prompts), bool(context.layers), round_up(tokens, GRANULE)
+        capacity = min(room_for(tokens), round_up(self.config.max_position_embeddings, GRANULE))
+        if not self._fits(rows, capacity, growing=growing):
+            self._require(rows=rows, tokens=exact, growing=growing)
+            capacity = exact
+        if not growing:
+            context.layers = [
+                _init_layer(self.config, rows, capacity, self.cache_dtype) for _ in range(self.config.num_hidden_layers)
+            ]
             return
         for i, layer in enumerate(context.layers):
-            context.layers[i] = resized(layer, len(layer.c_BSC), capacity)
+            if layer.capacity < capacity:
+                context.layers[i] = resized(layer, len(layer.c_BSC), capacity)
             del layer  # so that its memory is free before the next grows
-
-    def _new_layer(self, rows: int, capacity: int) -> LayerCache:
-        return _init_layer(self.config, rows, capacity, self.cache_dtype)
 
     def _prefill(self, context: Context, prompts: list[list[int]], on_prefill: OnPrefill | None) -> np.ndarray:
         """Reads all but the last token of each prompt, with which decoding starts; how many are held then, [B]."""
@@ -209,7 +221,7 @@ class Generator:
         lengths[: len(prompts)] = [len(row) for row in context.tokens]
         end[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]
         total, most = int((end - lengths).sum()), int((end - lengths).max())
-        chunk = min(round_up(max(self.prefill_chunk // rows, 1), 64), room_for(most))
+        chunk = min(max(self.prefill_chunk // rows // GRANULE * GRANULE, GRANULE), room_for(most))
         while (lengths < end).any():
             valid = np.clip(end - lengths, 0, chunk)
             tokens = np.zeros((rows, chunk), np.int32)

@@ -29,19 +29,22 @@ class Sampling:
     def __post_init__(self):
         for name, fits, expected in (
             ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "0 (greedy) or above"),
-            ("top_k", self.top_k >= 0, "0 (all) or above"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (all) or above, below 2^31"),
+            ("seed", 0 <= self.seed < 2**63, "0 or above, below 2^63"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
         ):
             if not fits:
                 raise InputError(f"{name} must be {expected}, got {getattr(self, name)}")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
+            raise InputError("top_k, top_p and min_p choose among samples; set a temperature above 0, 1.0 for instance")
 
     @property
     def plan(self) -> "SamplingPlan":
         """What must be computed."""
         greedy = self.temperature == 0
-        filters = not greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         return SamplingPlan(greedy, filters, self.repetition_penalty != 1)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from mla_jax.errors import InputError, UsageError
 from mla_jax.generate import Context, Generator, generate
 from mla_jax.memory import MemoryPlan
 from mla_jax.model import decoder
-from mla_jax.model.cache import init_layer
+from mla_jax.model.cache import init_cache, init_layer, resized
 from mla_jax.model.transformer import bind, init_params
 from mla_jax.sampling import Sampling
 from tiny import MODEL
@@ -237,6 +238,61 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
     assert continued(generator, [fits], context=context) == continued(Generator(CONFIG, PARAMS), [fits])
     with pytest.raises(InputError, match="5 x 128 tokens need"):
         generator.fork(context, 5)
+
+
+@pytest.mark.parametrize("tokens", [2368, 3000])
+def test_what_is_named_as_the_longest_that_fits_is_accepted(tokens):
+    """Capacities are coarser than what fits."""
+    config = dataclasses.replace(CONFIG, max_position_embeddings=4096)
+    limit = MemoryPlan.of(
+        config, rows=1, tokens=tokens, cache_dtype=None, int8_weights=False, prefill_chunk=64
+    ).total  # fmt: skip
+    generator = Generator(config, PARAMS, prefill_chunk=64, memory_limit=limit)
+    with pytest.raises(InputError) as refusal:
+        generator.generate([[1] * 4000], max_new_tokens=1)
+    longest = int(re.search(r"longest that fits is ([\d,]+)", str(refusal.value))[1].replace(",", ""))
+    assert longest == tokens // 64 * 64
+    context = Context.empty(1)
+    generator._make_room(context, 1, longest)
+    assert context.capacity == longest
+
+
+def test_a_context_whose_growth_was_interrupted_loses_nothing(generator, monkeypatch):
+    context, calls = Context.empty(1), []
+    prompt = PROMPTS[1]
+    continued(generator, [prompt[:20]], context=context)
+
+    def fail_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return resized(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mla_jax.generate.resized", fail_at_the_second)
+        continued(generator, [prompt], context=context)
+    assert continued(generator, [prompt], context=context) == continued(generator, [prompt])
+
+
+def test_an_int8_cache_is_off_by_its_roundings(generator):
+    """Half a unit of 127 in each latent: close to the exact logits, and not equal."""
+    tokens = np.array([PROMPTS[1]])
+    weights = generator.weights
+    exact = None
+    for dtype in ("float32", "int8"):
+        cache = init_cache(CONFIG, 1, 192, dtype)
+        for part in (tokens[:, :80], tokens[:, 80:]):
+            h, cache = decoder.extend(CONFIG, weights, part, cache, absorbed=False)
+        scores = np.asarray(decoder.logits(CONFIG, weights, h))
+        exact = scores if exact is None else exact
+    difference = np.linalg.norm(scores - exact) / np.linalg.norm(exact)
+    assert 1e-4 < difference < 0.1
+    halves = Generator(CONFIG, PARAMS, cache_dtype="int8", prefill_chunk=64)
+    context = Context.empty(1)
+    for length in (20, 150):  # grows
+        new = continued(halves, [PROMPTS[1][:length]], context=context)
+        assert len(new[0]) == NEW
+    assert context.layers[0].c_BSC.dtype == "int8"
 
 
 def test_contexts_fit_their_prompts(generator):

@@ -39,7 +39,7 @@ def test_a_prompt_is_continued_from_the_argument_a_file_and_stdin(call, run_dir,
         assert code == 0, err
         assert out == expected(PROMPT) + "\n"
         assert f"{len(TOKENIZER.encode(PROMPT)) + 1} tokens in" in err
-        assert "tokens/s" in err
+        assert "20 tokens out, the first 20 after" in err
 
 
 def test_a_hugging_face_folder_is_as_good_as_a_run(call, tmp_path):
@@ -82,7 +82,8 @@ def test_a_chat_that_gets_too_long_says_so_and_goes_on(call, run_dir):
     ("arguments", "message"),
     [
         (["RUN", "x", "--top-p", "2"], "top_p must be above 0 and at most 1"),
-        (["RUN", "x", "--file", "y"], "give a prompt or --file, not both"),
+        (["RUN", "x", "--top-k", "9"], "set a temperature above 0"),
+        (["nowhere", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
         (["RUN", "--file", "missing.txt"], "missing.txt cannot be read as text"),
         (["RUN", "x", "--stop", ""], "a stop string must not be empty"),
         (["nowhere", "x"], "nowhere is neither a run"),
@@ -95,6 +96,26 @@ def test_errors_are_one_line(call, run_dir, arguments, message):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--file", "y"], "give a prompt or --file, not both"),
+        (["x", "--chat"], "--chat reads its turns from stdin"),
+        (["x", "--system", "y"], "--system is for --chat"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_named(call, arguments, message):
+    code, _, err = call(generate_tool, "nowhere", *arguments)
+    assert code == 2 and message in err
+
+
+def test_each_turn_of_a_chat_draws_anew(call, run_dir):
+    options = "--chat --max-new-tokens 8 --temperature 1".split()
+    _, out, _ = call(generate_tool, run_dir, *options, stdin="Hello\n/new\nHello\n")
+    assert call(generate_tool, run_dir, *options, stdin="Hello\n/new\nHello\n")[1] == out
+    assert len(set(out.splitlines())) > 1
+
+
 def test_plan_memory_names_what_fits(call):
     code, out, err = call(plan_memory, "model=infinite_1b", "gpu=rtx2070super")
     assert code == 0, err
@@ -104,7 +125,7 @@ def test_plan_memory_names_what_fits(call):
     assert int(rows[0].split("|")[7].replace(",", "")) >= 131_072
     assert int(rows[1].split("|")[7].replace(",", "")) == 1_048_576
     code, out, _ = call(plan_memory, "model=nano", "gpu=3", "rows=2", "prefill_chunk=512")
-    assert code == 0 and "| 3 | 3 |" in out and "2 sequences" in out
+    assert code == 0 and "| 3 | 3 | 32 / 32 |" in out and "2 sequences" in out
     code, out, _ = call(plan_memory, "model=infinite_1b", "gpu=1")
     assert code == 0 and out.splitlines()[2].split("|")[7].strip() == "0"
 
@@ -128,7 +149,7 @@ def test_bench_generate_measures_us_and_peers(call, tmp_path):
     assert code == 0, err
     rows = json.loads(path.read_text())["rows"]
     assert [(row["what"], row["tokens"]) for row in rows] == [
-        *(("decode", n) for n in (256, 256, 512, 512)), ("read", 1024), *[("peer", 256)] * 3
+        *(("decode", n) for n in (256, 512, 256, 512)), ("read", 1024), *[("peer", 256)] * 3
     ]  # fmt: skip
     assert not any("reason" in row for row in rows)
     assert all(row["ms"] > 0 for row in rows if row["what"] != "read")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.config import ModelConfig
@@ -67,11 +68,14 @@ class Bench:
     def decode(self, lengths: list[int]) -> None:
         """Batch 1 over one cache, then the largest batch at each length if asked."""
         generator = self.generator()
-        context = generation.random_context(generator, 1, max(lengths)) if 1 in self.args.batch else None
-        for tokens in lengths:
-            for batch in self.args.batch:
+        for batch in self.args.batch:
+            held = generation.random_context(generator, 1, max(lengths)) if batch == 1 else None
+            for tokens in lengths:
                 rows = batch or self._largest_batch(generator, tokens)
-                held = context if rows == 1 and context else generation.random_context(generator, rows, tokens)
+                if batch != 1:
+                    held = None  # its memory goes to the next
+                    held = generation.random_context(generator, rows, tokens)
+                assert held is not None
                 timed = generation.time_decode(generator, held, tokens - GRANULE)
                 self.add(
                     {"what": "decode", "name": self._name(), "rows": rows, "tokens": tokens, "ms": timed.seconds * 1e3}
@@ -139,7 +143,8 @@ class Bench:
         return most_that_fits(lambda rows: self.plan(rows, tokens).total, limit, step=1)
 
     def _name(self) -> str:
-        return f"weights {8 if self.args.int8_weights else 16}, cache {8 if self.args.int8_cache else 16} bits"
+        bits = 8 * jnp.dtype(self.config.dtype).itemsize
+        return f"weights {8 if self.args.int8_weights else bits}, cache {8 if self.args.int8_cache else bits} bits"
 
     def _share(self, timed: generation.Decoding) -> float | None:
         return timed.bytes_read / timed.seconds / self.read_ceiling if self.read_ceiling else None

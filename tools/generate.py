@@ -17,7 +17,7 @@ from mla_jax.config import ModelConfig
 from mla_jax.data.chat import render
 from mla_jax.data.text_stream import TextStream
 from mla_jax.data.tokenizer import Tokenizer
-from mla_jax.errors import InputError, one_line_errors
+from mla_jax.errors import InputError, UsageError, one_line_errors
 from mla_jax.generate import PREFILL_CHUNK, Context, Generator
 from mla_jax.sampling import Sampling
 
@@ -42,16 +42,15 @@ class Session:
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer, args: argparse.Namespace):
         self.generator, self.tokenizer, self.args = generator, tokenizer, args
-        self.context = Context.empty(1)
+        self.context, self.turn = Context.empty(1), 0
 
     def write(self, prompt: list[int]) -> str:
         """Streams the continuation to stdout, and what it took to stderr; returns it."""
         args, stream = self.args, TextStream(self.tokenizer, self.args.stop)
-        written, started, first = 0, time.perf_counter(), None
+        started, arrivals = time.perf_counter(), []
 
         def show(_: int, ids: list[int]) -> bool:
-            nonlocal written, first
-            first, written = first or time.perf_counter(), written + len(ids)
+            arrivals.append((time.perf_counter(), len(ids)))
             print(stream.add(ids), end="", flush=True)
             return stream.stopped
 
@@ -67,8 +66,8 @@ class Session:
 
         try:
             self.generator.generate(
-                [prompt], max_new_tokens=args.max_new_tokens, eos_id=self.tokenizer.eos_id, sampling=_sampling(args),
-                context=self.context, on_tokens=show, on_prefill=progress,
+                [prompt], max_new_tokens=args.max_new_tokens, eos_id=self.tokenizer.eos_id,
+                sampling=_sampling(args, self.turn), context=self.context, on_tokens=show, on_prefill=progress,
             )  # fmt: skip
         except KeyboardInterrupt:
             self.context = Context.empty(1)  # some of its arrays may be gone
@@ -78,23 +77,29 @@ class Session:
         finally:
             bar.close()
         print(stream.finish())
-        now = time.perf_counter()
-        if not args.quiet and first is not None:
-            print(_summary(len(prompt), reading, first - started, written, now - first), file=sys.stderr)
+        self.turn += 1
+        if not args.quiet:
+            print(_summary(len(prompt), reading, started, arrivals), file=sys.stderr)
         return stream.text
 
 
-def _summary(prompt: int, read: int, to_first: float, written: int, after: float) -> str:
-    """What it took, on one line. The first tokens come together, so the rest is what is timed."""
-    text = f"{prompt:,} tokens in, {read:,} of them read now; first text after {to_first:.2f} s; {written:,} tokens out"
-    if after > 0 and written > 0:
-        text += f", {written / (to_first + after):.1f} tokens/s with reading"
+def _summary(prompt: int, read: int, started: float, arrivals: list[tuple[float, int]]) -> str:
+    """What it took, on one line. The speed is that of the tokens after those that came first, which came together."""
+    written = sum(tokens for _, tokens in arrivals)
+    text = f"{prompt:,} tokens in, {read:,} of them read now; {written:,} tokens out"
+    if arrivals:
+        text += f", the first {arrivals[0][1]} after {arrivals[0][0] - started:.2f} s"
+    if len(arrivals) > 1:
+        seconds = arrivals[-1][0] - arrivals[0][0]
+        text += f", then {(written - arrivals[0][1]) / seconds:.1f} tokens/s"
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return text + (f"; peak {peak / 2**30:.2f} GiB of device memory" if peak else "")
 
 
-def _sampling(args: argparse.Namespace) -> Sampling:
-    return Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
+def _sampling(args: argparse.Namespace, turn: int = 0) -> Sampling:
+    """Of the arguments; each turn of a chat draws anew."""
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
+    return dataclasses.replace(sampling, seed=sampling.seed + turn)
 
 
 def _chat(session: Session) -> None:
@@ -124,14 +129,25 @@ def _lines() -> Iterator[str]:
                 yield line
 
 
-def _prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+def _text(args: argparse.Namespace) -> str:
+    """The prompt. Raises InputError or UsageError for arguments that do not go together, before anything is loaded."""
+    _sampling(args)
+    if args.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
+    if "" in args.stop:
+        raise InputError("a stop string must not be empty")
     if args.prompt is not None and args.file is not None:
-        raise InputError("give a prompt or --file, not both")
+        raise UsageError("give a prompt or --file, not both")
+    if args.chat:
+        if args.prompt is not None or args.file is not None:
+            raise UsageError("--chat reads its turns from stdin; leave out the prompt and --file")
+        return ""
+    if args.system is not None:
+        raise UsageError("--system is for --chat")
     try:
-        text = args.prompt if args.prompt is not None else args.file.read_text() if args.file else sys.stdin.read()
+        return args.prompt if args.prompt is not None else args.file.read_text() if args.file else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{args.file or 'stdin'} cannot be read as text ({e})") from e
-    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,7 +179,7 @@ def main() -> None:
     """The command line; exit code 1 for what cannot be read or does not fit."""
     args = _parser().parse_args()
     with one_line_errors():
-        _sampling(args)  # wrong values are better known before a long load
+        text = _text(args)
         config, params, tokenizer = load(args.model, args.step)
         config = dataclasses.replace(config, dtype=args.dtype or config.dtype)
         generator = Generator(
@@ -174,7 +190,8 @@ def main() -> None:
         if args.chat:
             _chat(session)
         else:
-            session.write(_prompt(args, tokenizer))
+            bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+            session.write(bos + tokenizer.encode(text))
 
 
 if __name__ == "__main__":

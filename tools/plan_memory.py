@@ -2,14 +2,16 @@
 
 import argparse
 
+import jax.numpy as jnp
+
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError, one_line_errors
 from mla_jax.generate import PREFILL_CHUNK
 from mla_jax.memory import GIB, GPUS, RESERVED, MemoryPlan, most_that_fits
 from tools.benchmarking.steps import compose_config
 
-MODES = {"16 / 16": (False, None), "16 / 8": (False, "int8"), "8 / 8": (True, "int8")}
-"""Bits of weights / cache: (int8_weights, cache_dtype) of a Generator."""
+MODES = {"{0} / {0}": (False, None), "{0} / 8": (False, "int8"), "8 / 8": (True, "int8")}
+"""Bits of weights / cache, {0} being those of the model's dtype: (int8_weights, cache_dtype) of a Generator."""
 
 
 def longest_context(config: ModelConfig, limit: int, rows: int, chunk: int, int8: bool, cache_dtype: str | None) -> int:
@@ -57,6 +59,7 @@ def report(config: ModelConfig, gpus: dict[str, float], rows: int, chunk: int) -
         "| in all | so long at a time |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
+    bits = 8 * jnp.dtype(config.dtype).itemsize
     for gpu, gib in gpus.items():
         limit = round(gib * GIB) - RESERVED
         for mode, (int8, dtype) in MODES.items():
@@ -70,8 +73,9 @@ def report(config: ModelConfig, gpus: dict[str, float], rows: int, chunk: int) -
             plan, together = planned(rows), most_that_fits(lambda n: planned(n).total, limit, step=1)
             per_1024 = plan.cache / rows / max(tokens, 1024) * 1024
             lines.append(
-                f"| {gpu} | {gib:g} | {mode} | {plan.weights / GIB:.2f} GiB | {plan.workspace / GIB:.2f} GiB "
-                f"| {per_1024 / 2**20:.2f} MiB | {tokens:,} | {plan.total / GIB:.2f} GiB "
+                f"| {gpu} | {gib:g} | {mode.format(bits)} | {plan.weights / GIB:.2f} GiB "
+                f"| {plan.workspace / GIB:.2f} GiB | {per_1024 / 2**20:.2f} MiB "
+                f"| {tokens:,} | {plan.total / GIB:.2f} GiB "
                 f"| {together} |"
             )
     return "\n".join(lines)

@@ -113,11 +113,11 @@ def read(cache: LayerCache, start: jax.Array, size: int, dtype: jax.typing.DType
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def resized(cache: LayerCache, batch: int, capacity: int) -> LayerCache:
-    """A copy with room for `capacity` tokens, whose `batch` rows all hold what the only row held if there was one."""
+    """A copy with room for `capacity` tokens, no fewer than now; what one row holds, `batch` rows will."""
 
     def copy(x: jax.Array, axis: int) -> jax.Array:
         more = [(0, capacity - cache.capacity if i == axis else 0) for i in range(x.ndim)]
-        x = jnp.pad(x, more) if capacity >= cache.capacity else jax.lax.slice_in_dim(x, 0, capacity, axis=axis)
+        x = jnp.pad(x, more)
         return mesh.shard_batch(jnp.repeat(x, batch, axis=0)) if len(x) < batch else x
 
     scales = None if cache.scales_B2S is None else copy(cache.scales_B2S, 2)

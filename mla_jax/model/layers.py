@@ -52,7 +52,9 @@ def product(x: jax.Array, w: nnx.Param | jax.Array | Int8Weight, out_dtype: DTyp
     """x [..., in] @ w [in, out] in `out_dtype`, by default the type of x, which multiplies in both directions."""
     w, out_dtype = w[...], out_dtype or x.dtype
     if isinstance(w, Int8Weight):  # scaled afterwards, so that the matrix is read as it is
-        return jnp.multiply(_product(x, w.units.astype(x.dtype), jnp.float32), w.scale_out).astype(out_dtype)
+        return jnp.multiply(_product(x, w.units.astype(x.dtype), jnp.float32), mesh.gather(w.scale_out)).astype(
+            out_dtype
+        )
     return _product(x, w, out_dtype)
 
 

@@ -10,7 +10,7 @@ import pytest
 from mla_jax import mesh
 from mla_jax.config import MeshConfig
 from mla_jax.errors import UsageError
-from mla_jax.generate import generate
+from mla_jax.generate import Generator, generate
 from mla_jax.losses import chunked_cross_entropy
 from mla_jax.model.transformer import abstract_params, bind, init_params
 from mla_jax.sampling import Sampling
@@ -78,10 +78,15 @@ def test_parameters_and_gradients_do_not_depend_on_the_mesh(data, fsdp, context,
 
 
 def test_tokens_do_not_depend_on_the_mesh(on_one_device):
-    """Four prompts on eight devices, sampled, which takes the path of greedy decoding and more."""
+    """Four prompts on eight devices, sampled in every way, on 8-bit weights and an 8-bit cache too."""
 
     def sample(params):
-        return generate(CONFIG, params, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=0.7))
+        everything = Sampling(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
+        int8 = Generator(CONFIG, params, int8_weights=True, cache_dtype="int8")
+        return (
+            generate(CONFIG, params, PROMPTS, max_new_tokens=6, sampling=everything),
+            int8.generate(PROMPTS, max_new_tokens=6),
+        )
 
     expected = sample(on_one_device[0])
     with jax.set_mesh(mesh.make_mesh(MeshConfig(data=2, fsdp=4))):

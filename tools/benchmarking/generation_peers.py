@@ -51,9 +51,10 @@ class Transformers:
         """Seconds to read a prompt (the second time) and of a step behind it, and the most memory PyTorch had."""
         torch = self.torch
         prompt = torch.randint(0, self.model.config.vocab_size, (1, tokens), device=self.device)
-        self._reset_peak()
         with torch.inference_mode():
             for _ in range(2):
+                out = cache = None
+                self._reset_peak()
                 start = self._now()
                 out = self.model(prompt, use_cache=True, logits_to_keep=1)
                 first = out.logits[:, -1:].argmax(-1)
