@@ -18,6 +18,7 @@ from mla_jax.errors import InputError, UsageError
 from mla_jax.memory import GRANULE, MemoryPlan, device_limit, most_that_fits, room_for, round_up
 from mla_jax.model import decoder
 from mla_jax.model.cache import LatentCache, LayerCache, init_layer, resized
+from mla_jax.prompts import check_prompts, common_prefix, seen_tokens
 from mla_jax.sampling import Sampling, SamplingPlan, choose, knobs
 
 PREFILL_CHUNK = 8192
@@ -32,7 +33,7 @@ OnPrefill = Callable[[int, int], None]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("layers", "seen_BX"))
-def _decode(
+def decode_block(
     config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, *, plan: SamplingPlan, steps
 ):  # fmt: skip
     """The next `steps` tokens [N, B] of each row, and what the next call takes. Rows that are done hold still.
@@ -140,14 +141,14 @@ class Generator:
         """
         sampling, context = sampling or Sampling(), context or Context.empty(len(prompts))
         prompts = [list(prompt) for prompt in prompts]
-        _check(self.config, prompts, max_new_tokens)
+        check_prompts(self.config, prompts, max_new_tokens)
         if not prompts:
             return []
         if len(context.tokens) != len(prompts):
             raise InputError(f"the context has {len(context.tokens)} rows, but there are {len(prompts)} prompts")
         # Nothing beyond these is valid any more, should this be interrupted.
         context.tokens = [
-            _common_prefix(held, prompt[:-1]) for held, prompt in zip(context.tokens, prompts, strict=True)
+            common_prefix(held, prompt[:-1]) for held, prompt in zip(context.tokens, prompts, strict=True)
         ]
         self._make_room(context, len(prompts), max(map(len, prompts)) + max_new_tokens)
         lengths = self._prefill(context, prompts, on_prefill)
@@ -186,11 +187,11 @@ class Generator:
         """Raises InputError unless weights and a cache for so many tokens a row fit, `beside` bytes on each device."""
         if self.memory_limit is None or self._bytes(rows, tokens, growing) <= self.memory_limit - beside:
             return
-        limit = self.memory_limit - beside
+        limit, plan = self.memory_limit - beside, self._plan(rows=_padded(rows) // mesh.size(), tokens=tokens)
         longest = most_that_fits(lambda tokens: self._bytes(rows, tokens, growing), limit)
         raise InputError(
-            f"{rows} x {tokens:,} tokens need {self._plan(rows=rows, tokens=tokens)}, but there are "
-            f"{limit / 2**30:.2f} GiB on each of {mesh.size()} devices; "
+            f"{rows} x {tokens:,} tokens need {plan}, but there are {limit / 2**30:.2f} GiB on each of {mesh.size()} "
+            "devices; "
             + (f"the longest that fits is {longest:,} tokens a row" if longest else "not even one token fits")
             + "; an 8-bit cache, 8-bit weights or a smaller prefill_chunk take less"
         )
@@ -251,10 +252,12 @@ class Generator:
         tokens = np.zeros(rows, np.int32)
         tokens[: len(prompts)] = [prompt[-1] for prompt in prompts]
         tokens_B, lengths_B = mesh.shard_batch(tokens), mesh.shard_batch(lengths)
-        seen_BX = mesh.shard_batch(_seen(prompts, rows, self.config.vocab_size)) if sampling.plan.penalty else None
+        seen_BX = (
+            mesh.shard_batch(seen_tokens(prompts, rows, self.config.vocab_size)) if sampling.plan.penalty else None
+        )
         values, key = knobs(sampling), jax.random.key(sampling.seed)
         for block in range(-(-max_new_tokens // steps)):
-            new_NB, tokens_B, layers, lengths_B, seen_BX = _decode(
+            new_NB, tokens_B, layers, lengths_B, seen_BX = decode_block(
                 self.config, self.weights, tokens_B, tuple(context.layers), lengths_B, mesh.shard_batch(done), seen_BX,
                 values, key, jnp.int32(block * steps), plan=sampling.plan, steps=steps,
             )  # fmt: skip
@@ -285,34 +288,3 @@ _init_layer = jax.jit(init_layer, static_argnums=(0, 1, 2, 3))
 
 def _padded(rows: int) -> int:
     return round_up(rows, mesh.size())
-
-
-def _common_prefix(held: list[int], wanted: list[int]) -> list[int]:
-    same = next((i for i, pair in enumerate(zip(held, wanted, strict=False)) if pair[0] != pair[1]), None)
-    return held[: min(len(held), len(wanted)) if same is None else same]
-
-
-def _seen(prompts: list[list[int]], rows: int, vocabulary: int) -> np.ndarray:
-    seen_BX = np.zeros((rows, vocabulary), bool)
-    for row, prompt in enumerate(prompts):
-        seen_BX[row, prompt] = True
-    return seen_BX
-
-
-def _check(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    limit = config.max_position_embeddings
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise InputError(f"prompt {i} is empty; it needs at least one token")
-        if len(prompt) + max_new_tokens > limit:
-            raise InputError(
-                f"prompt {i} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's "
-                f"max_position_embeddings {limit}; shorten the prompt or generate fewer"
-            )
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise InputError(
-                f"prompt {i} has token {min(prompt) if min(prompt) < 0 else max(prompt)}, outside the vocabulary of "
-                f"{config.vocab_size}; was it made with this model's tokenizer?"
-            )

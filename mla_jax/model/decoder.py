@@ -63,7 +63,8 @@ def inference_weights(config: ModelConfig, params: dict, int8: bool = False) -> 
     return _converted(config, outer, False) | {"layers": layers}
 
 
-def _bind_layer(config: ModelConfig, weights: dict) -> Layer:
+def bind_layer(config: ModelConfig, weights: dict) -> Layer:
+    """One layer that computes with these weights; usable inside jit."""
     layer = jax.eval_shape(lambda: Layer(config, nnx.Rngs(0)))
 
     def place(module: nnx.Module, weights: dict) -> None:
@@ -83,7 +84,7 @@ def _rotations(config: ModelConfig, lengths_B: jax.Array, queries: int) -> tuple
 
 @functools.partial(jax.jit, static_argnums=(0, 7))  # traced and lowered once for all layers
 def _extend_layer(config, weights, h_BTD, turns, cache: LayerCache, lengths_B, valid_B, absorbed: bool):
-    return _bind_layer(config, weights).extend(h_BTD, turns, cache, lengths_B, valid_B, absorbed)
+    return bind_layer(config, weights).extend(h_BTD, turns, cache, lengths_B, valid_B, absorbed)
 
 
 def extend(
@@ -129,7 +130,7 @@ def prefill_layer(
     config: ModelConfig, weights: dict, h_BTD: jax.Array, cache: LayerCache, lengths_B, valid_B, last: bool
 ) -> tuple[jax.Array, LayerCache]:
     """One layer of `extend` in the expanded form: its output and its cache; of the last layer only the cache counts."""
-    layer, turns = _bind_layer(config, weights), _rotations(config, lengths_B, h_BTD.shape[1])
+    layer, turns = bind_layer(config, weights), _rotations(config, lengths_B, h_BTD.shape[1])
     if last:
         return h_BTD, layer.remember(h_BTD, turns, cache, lengths_B, valid_B)
     return layer.extend(h_BTD, turns, cache, lengths_B, valid_B, absorbed=False)

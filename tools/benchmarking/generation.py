@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_attention import quantize_cache
-from mla_jax.generate import DECODE_BLOCK, Context, Generator, _decode
+from mla_jax.generate import DECODE_BLOCK, Context, Generator, decode_block
 from mla_jax.model.cache import LayerCache
 from mla_jax.sampling import Sampling, knobs
 
@@ -51,7 +51,7 @@ def time_decode(generator: Generator, context: Context, tokens: int) -> Decoding
     seconds = []
     for _ in range(BLOCKS + 1):
         start = time.perf_counter()
-        new_NB, tokens_B, layers, _, _ = _decode(
+        new_NB, tokens_B, layers, _, _ = decode_block(
             generator.config, generator.weights, tokens_B, tuple(context.layers), lengths_B, done_B, None, values, key,
             jnp.int32(0), plan=plan, steps=DECODE_BLOCK,
         )  # fmt: skip

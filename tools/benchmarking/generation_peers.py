@@ -13,7 +13,7 @@ from mla_jax.bridge.hf_layout import tensors
 from mla_jax.bridge.verify import import_transformers
 from mla_jax.config import ModelConfig
 from mla_jax.generate import DECODE_BLOCK
-from mla_jax.model.decoder import _bind_layer, logits
+from mla_jax.model.decoder import bind_layer, logits
 from mla_jax.model.layers import product, rms_norm
 from mla_jax.model.rope import rotations, softmax_scale
 from mla_jax.model.transformer import embed
@@ -89,7 +89,7 @@ def _expanded_steps(config: ModelConfig, weights: dict, tokens_B: jax.Array, cac
         turns = rotations(config, jnp.full((len(tokens_B), 1), length))
         h, kept = embed(config, weights["embed_tokens"], tokens_B[:, None]), []
         for layer_weights, (k_BSHK, v_BSHV) in zip(weights["layers"], caches, strict=True):
-            layer = _bind_layer(config, layer_weights)
+            layer = bind_layer(config, layer_weights)
             attention, x = layer.self_attn, layer._attention_input(h)
             c, k_rope = attention._latents(x, turns)
             k, v = attention._heads(product(c, attention.kv_b_proj), k_rope)
