@@ -16,7 +16,7 @@ from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.memory import GRANULE, MemoryPlan, device_limit, most_that_fits, room_for, round_up
-from mla_jax.model import decoder
+from mla_jax.model import decoder, one_token
 from mla_jax.model.cache import LatentCache, LayerCache, init_layer, resized
 from mla_jax.prompts import check_prompts, common_prefix, seen_tokens
 from mla_jax.sampling import Sampling, SamplingPlan, choose, knobs
@@ -40,20 +40,24 @@ def decode_block(
 
     `first` counts the tokens of earlier calls: the draws of a seed do not depend on how many tokens a call adds.
     """
+    fused = one_token.why_not(config, layers) is None
 
-    def one_token(carry, step):
-        tokens_B, cache, seen_BX = carry
-        h_B1D, cache = decoder.extend(
-            config, weights, tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True
-        )
-        scores_BX = decoder.logits(config, weights, h_B1D[:, 0])
+    def next_token(carry, step):
+        tokens_B, cache, seen_BX, counter = carry
+        if fused:  # one row, which is not done, or this would not be called
+            scores_BX, cache, counter = one_token.step(config, weights, tokens_B, cache, counter)
+        else:
+            h_B1D, cache = decoder.extend(
+                config, weights, tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True
+            )
+            scores_BX = decoder.logits(config, weights, h_B1D[:, 0])
         tokens_B = choose(plan, values, scores_BX, seen_BX, jax.random.fold_in(key, step))
         if seen_BX is not None:
             seen_BX |= jax.nn.one_hot(tokens_B, seen_BX.shape[1], dtype=bool)
-        return (tokens_B, cache, seen_BX), tokens_B
+        return (tokens_B, cache, seen_BX, counter), tokens_B
 
-    start = tokens_B, LatentCache(layers, lengths_B), seen_BX
-    (tokens_B, cache, seen_BX), new_NB = jax.lax.scan(one_token, start, first + jnp.arange(steps))
+    start = tokens_B, LatentCache(layers, lengths_B), seen_BX, one_token.init_counter()
+    (tokens_B, cache, seen_BX, _), new_NB = jax.lax.scan(next_token, start, first + jnp.arange(steps))
     return new_NB, tokens_B, cache.layers, cache.lengths_B, seen_BX
 
 

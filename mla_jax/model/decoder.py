@@ -14,7 +14,7 @@ from flax import nnx
 from latent_attention import quantize
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import LatentCache, LayerCache
-from mla_jax.model.layers import Int8Weight, product, rms_norm
+from mla_jax.model.layers import InferenceWeight, product, rms_norm
 from mla_jax.model.rope import rotations
 from mla_jax.model.transformer import Layer, embed
 
@@ -27,13 +27,12 @@ def _is_norm(path: tuple) -> bool:
 def _converted(config: ModelConfig, weights: dict, int8: bool) -> dict:
     """Matrices in the compute type or in int8, so that decoding reads no more bytes than it must; norms as they are."""
 
-    def convert(path: tuple, x: jax.Array) -> jax.Array | Int8Weight:
+    def convert(path: tuple, x: jax.Array) -> jax.Array | InferenceWeight:
         if _is_norm(path):
             return x
-        if not int8:
+        if path[-1].key == "embed_tokens":  # a table, of which tokens choose rows
             return x.astype(config.dtype)
-        units, scale_out = quantize(x.T)
-        return Int8Weight(units.T, scale_out)
+        return InferenceWeight(*quantize(x.T)) if int8 else InferenceWeight(x.T.astype(config.dtype), None)
 
     return jax.tree.map_with_path(convert, weights)
 

@@ -29,32 +29,39 @@ def norm_scale(config: ModelConfig, width: int) -> nnx.Param:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Int8Weight:
-    """A matrix [in, out] in int8 with a scale for each output, for inference; stands where a weight does."""
+class InferenceWeight:
+    """A matrix [in, out] for inference, kept as its rows, which kernels for one token read; stands where a weight does.
 
-    units: jax.Array
-    scale_out: jax.Array
+    In 8 bits, each row has a scale.
+    """
 
-    def __getitem__(self, everything: Any) -> "Int8Weight":
+    rows: jax.Array
+    """[out, in], in the compute type or int8."""
+    scale_out: jax.Array | None
+    """float32 [out], of int8."""
+
+    def __getitem__(self, everything: Any) -> "InferenceWeight":
         return self
 
     def astype(self, dtype: DTypeLike) -> jax.Array:
         """The matrix it stands for."""
-        return dequantize(self.units.T, self.scale_out, dtype).T
+        rows = self.rows if self.scale_out is None else dequantize(self.rows, self.scale_out, dtype)
+        return rows.astype(dtype).T
 
 
-def gathered(w: nnx.Param | jax.Array | Int8Weight, dtype: jnp.dtype) -> jax.Array:
+def gathered(w: nnx.Param | jax.Array | InferenceWeight, dtype: jnp.dtype) -> jax.Array:
     """A whole weight in the compute type on every device; cast before it is sent."""
     return mesh.gather(w[...].astype(dtype))
 
 
-def product(x: jax.Array, w: nnx.Param | jax.Array | Int8Weight, out_dtype: DTypeLike | None = None) -> jax.Array:
+def product(x: jax.Array, w: nnx.Param | jax.Array | InferenceWeight, out_dtype: DTypeLike | None = None) -> jax.Array:
     """x [..., in] @ w [in, out] in `out_dtype`, by default the type of x, which multiplies in both directions."""
     w, out_dtype = w[...], out_dtype or x.dtype
-    if isinstance(w, Int8Weight):  # scaled afterwards, so that the matrix is read as it is
-        return jnp.multiply(_product(x, w.units.astype(x.dtype), jnp.float32), mesh.gather(w.scale_out)).astype(
-            out_dtype
-        )
+    if isinstance(w, InferenceWeight):
+        if w.scale_out is not None:  # scaled afterwards, so that the matrix is read as it is
+            units = jnp.asarray(_product(x, w.rows.T.astype(x.dtype), jnp.float32))
+            return (units * mesh.gather(w.scale_out)).astype(out_dtype)
+        w = w.rows.T
     return _product(x, w, out_dtype)
 
 

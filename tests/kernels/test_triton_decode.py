@@ -14,6 +14,7 @@ import latent_attention
 from latent_attention import triton_decode_jax
 from latent_attention.shapes import DecodeShape, make_gpu
 from latent_attention.triton_decode_plan import Config, choose, content_tiles, plan, why_not
+from triton_binary import spilled_bytes
 
 HOPPER = make_gpu((9, 0), 132)
 SHAPE = DecodeShape(1, 1, 32, 256, 64, 4096, 64, "bfloat16", "bfloat16", True)
@@ -70,18 +71,6 @@ def compiled(shape: DecodeShape, capability: tuple[int, int], kernel: str = "spl
     )
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     return triton.compile(source, target=target, options={"num_warps": launch.warps, "num_stages": launch.stages})
-
-
-def spilled_bytes(kernel, tmp_path: Path) -> int:
-    """Local memory of a thread, according to the compiled kernel."""
-    import triton  # pyright: ignore[reportMissingImports]
-
-    (tmp_path / "cubin").write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    result = subprocess.run([tool, "--dump-resource-usage", tmp_path / "cubin"], capture_output=True, text=True)
-    found = re.search(r"STACK:(\d+)", result.stdout)
-    assert found, result.stdout + result.stderr
-    return int(found[1])
 
 
 def targets():

@@ -1,0 +1,84 @@
+"""The next token of one sequence, on kernels that read each weight once and do nothing else beside.
+
+The same as `decoder.extend` in the absorbed form, for one row and one token, on one GPU.
+"""
+
+import functools
+
+import jax
+
+import latent_attention
+from latent_attention import triton_layer_jax as kernels
+from latent_attention.shapes import DecodeShape, local_gpu
+from mla_jax import mesh
+from mla_jax.config import ModelConfig
+from mla_jax.model.cache import LatentCache, LayerCache
+from mla_jax.model.rope import rotations, softmax_scale
+from mla_jax.model.transformer import embed
+
+init_counter = kernels.init_counter
+
+
+def why_not(config: ModelConfig, layers: tuple[LayerCache, ...]) -> str | None:
+    """Why `step` cannot run over these caches here, or None if it can."""
+    rows, capacity, _ = layers[0].c_BSC.shape
+    if rows > 1 or mesh.size() > 1:
+        return "it is for one row on one device"
+    if config.q_lora_rank is None:
+        return "queries have no latent (q_lora_rank)"
+    if config.qk_rope_head_dim & (config.qk_rope_head_dim - 1):
+        return f"qk_rope_head_dim={config.qk_rope_head_dim} is no power of two"
+    shape = DecodeShape(
+        1, 1, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim, 1, capacity, config.dtype,
+        layers[0].c_BSC.dtype.name, False,
+    )  # fmt: skip
+    try:
+        attention = latent_attention.resolve("decode", config.decode, shape)
+    except latent_attention.UnavailableError as e:
+        return str(e)
+    if attention in ("xla", "reference"):  # where kernels do not run, or are not wanted
+        return f"attention is that of {attention}"
+    return kernels.why_not(config.dtype, local_gpu())
+
+
+def step(
+    config: ModelConfig, weights: dict, tokens_1: jax.Array, cache: LatentCache, counter: jax.Array
+) -> tuple[jax.Array, LatentCache, jax.Array]:
+    """Appends one token to the cache.
+
+    Args:
+        config: the model.
+        weights: see `decoder.inference_weights`.
+        tokens_1: int32.
+        cache: of one row; where it is full, the token is dropped.
+        counter: `init_counter()`, then what the last step returned.
+
+    Returns:
+        float32 scores [1, X] of the token after it, the cache and the counter.
+    """
+    head = weights["embed_tokens"] if config.tie_word_embeddings else weights["lm_head"].rows
+    cos, sin = rotations(config, cache.lengths_B[0])
+    h_D, layers = embed(config, weights["embed_tokens"], tokens_1[None])[0, 0], []
+    for layer_weights, layer_cache in zip(weights["layers"], cache.layers, strict=True):
+        h_D, layer_cache, counter = _layer(config, layer_weights, h_D, cos, sin, layer_cache, cache.lengths_B, counter)
+        layers.append(layer_cache)
+    scores_X = kernels.scores(h_D, weights["norm"], head, eps=config.rms_norm_eps)
+    return scores_X[None], LatentCache(tuple(layers), cache.lengths_B + 1), counter
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
+def _layer(config: ModelConfig, weights: dict, h_D, cos, sin, cache: LayerCache, lengths_B, counter):
+    shape = kernels.LayerShape(
+        D=config.hidden_size, Q=config.q_lora_rank or 0, C=config.kv_lora_rank, R=config.qk_rope_head_dim,
+        N=config.qk_nope_head_dim, V=config.v_head_dim, H=config.num_attention_heads, F=config.intermediate_size,
+    )  # fmt: skip
+    arrays = cache.c_BSC, cache.k_rope_BSR, cache.scales_B2S
+    q_BTHW, arrays, counter = kernels.before_attention(
+        shape, weights, h_D, cos, sin, lengths_B, arrays, counter, eps=config.rms_norm_eps
+    )
+    out_BTHC, _ = latent_attention.decode(
+        q_BTHW, arrays[0], arrays[1], lengths_B + 1, scale=softmax_scale(config), scales_P2S=arrays[2],
+        implementation=config.decode,
+    )  # fmt: skip
+    h_D, counter = kernels.after_attention(shape, weights, h_D, out_BTHC, counter, eps=config.rms_norm_eps)
+    return h_D, LayerCache(*arrays), counter
