@@ -110,7 +110,8 @@ def parts(array: Leaf) -> Iterator[tuple[slice, ...]]:
 def open_params(folder: Path, abstract: dict) -> dict:
     """The parameters in an item's folder as arrays that are on disk.
 
-    Leaves whose chunks go over several layers, as in older checkpoints, are read: each layer would cost as much.
+    Leaves whose chunks go over several layers, as in those of earlier versions, are read: each layer would
+    cost as much.
 
     Args:
         folder: RUN/checkpoints/STEP/params.

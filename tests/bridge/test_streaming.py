@@ -40,7 +40,7 @@ LARGE = dataclasses.replace(
     q_lora_rank=None,
     intermediate_size=2560,
 )
-"""219 MB of float32 parameters, of which 34 MB are the embedding table."""
+"""223 MB of float32 parameters, of which 34 MB are the embedding table."""
 SMALLER_THAN_THE_EMBEDDINGS = 20_000
 MIB = 2**20
 ALLOWANCE = 32 * MIB
@@ -117,11 +117,11 @@ def test_memory_is_bounded_by_the_largest_shard(tmp_path):
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     measured = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    print(*measured, sep="\n")
     assert len(measured) == 2
     print(*measured, sep="\n")
     for each in measured:
         assert max(each["export"], each["import"]) < 1.5 * each["largest"] + ALLOWANCE, measured
-    assert equal(load_run(tmp_path / "float32").params, params)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
     assert equal(load_run(tmp_path / "bfloat16").params, rounded)
 
@@ -160,7 +160,7 @@ def saved_in_layers(run_dir, params, monkeypatch):
 
 
 def saved_whole(run_dir, params, monkeypatch):
-    """As before there were chunks."""
+    """As earlier versions did: a chunk for all layers."""
     monkeypatch.setattr(checkpoint_store, "params_save", ocp.args.StandardSave)
     return save_imported(run_dir, CONFIG, params, TOKENIZER)
 
@@ -231,4 +231,6 @@ def test_an_interrupted_import_leaves_nothing(failure, at, exported, tmp_path, m
         save_imported(tmp_path / "run", checkpoint.config, checkpoint.params(), checkpoint.tokenizer)
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
+    (tmp_path / "run.partial" / "checkpoints").mkdir(parents=True)  # as a killed import leaves it
     assert load_run(imported(exported, tmp_path / "run")).step == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
