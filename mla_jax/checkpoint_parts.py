@@ -57,7 +57,7 @@ class Unwritten:
 
     @property
     def chunk(self) -> tuple[int, ...]:
-        """Rows of one layer, whole ones: what `fill` has in memory."""
+        """Whole rows of one layer."""
         *layers, rows, width = self.shape if len(self.shape) > 1 else (1, *self.shape)
         if self.stacked and not layers:
             return 1, width
@@ -110,8 +110,7 @@ def parts(array: Leaf) -> Iterator[tuple[slice, ...]]:
 def open_params(folder: Path, abstract: dict) -> dict:
     """The parameters in an item's folder as arrays that are on disk.
 
-    Leaves whose chunks go over several layers, as in those of earlier versions, are read: each layer would
-    cost as much.
+    Leaves whose chunks go over several layers, as earlier versions wrote them, are read: each layer would cost as much.
 
     Args:
         folder: RUN/checkpoints/STEP/params.
@@ -139,7 +138,7 @@ def open_params(folder: Path, abstract: dict) -> dict:
 def _chunk(array: ts.TensorStore) -> tuple[int, ...]:
     chunk = array.chunk_layout.read_chunk.shape
     assert chunk is not None
-    return tuple(map(int, chunk))  # pyright: ignore
+    return tuple(map(int, chunk))  # pyright: ignore[reportArgumentType]
 
 
 def params_save(params: dict) -> ocp.args.CheckpointArgs:
@@ -192,6 +191,7 @@ class _PartsHandler(ocp.PyTreeCheckpointHandler):
         super().__init__(type_handler_registry=registry, **kwargs)
 
 
+# For restoring too only because Orbax asks for it: what is written is read as `StandardSave` writes it.
 @ocp.args.register_with_handler(_PartsHandler, for_save=True, for_restore=True)
 @dataclass
 class _PartsSave(ocp.args.PyTreeSave):

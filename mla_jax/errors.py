@@ -1,4 +1,4 @@
-"""The two errors a user can cause, and the command-line edge that prints them as one line."""
+"""The two errors a user can cause, and how they and others are told in one line."""
 
 import contextlib
 import sys

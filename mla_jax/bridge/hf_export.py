@@ -36,7 +36,7 @@ def export(
 ) -> Path:
     """Writes weights, config, generation config, tokenizer and model card.
 
-    One shard is in memory at a time, and a chunk of the parameters if these are on disk.
+    One shard is in memory, and of parameters that are on disk one part.
 
     Everything goes into a folder beside `out_dir` that is renamed at the end: whatever goes wrong, `out_dir` is as it
     was before.
@@ -113,7 +113,9 @@ def _write_weights(config: ModelConfig, params: dict, folder: Path, dtype: str, 
     """model.safetensors, or shards and their index."""
     itemsize = jnp.dtype(dtype).itemsize
     shards = _shards(tensors(config), itemsize, max_shard_bytes)
-    room = np.empty(max(sum(t.size for t in shard) for shard in shards), jnp.dtype(dtype))  # of one shard, for all
+    room = np.empty(
+        max(sum(t.size for t in shard) for shard in shards), jnp.dtype(dtype)
+    )  # one for all: freed memory stays
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -145,7 +147,7 @@ def _shards(all_tensors: list[HfTensor], itemsize: int, max_shard_bytes: int) ->
 def _convert(tensor: HfTensor, params: dict, dtype: str, converted: np.ndarray) -> None:
     """Sets `converted` to the tensor as it is written. Raises InputError, naming it, if a value does not fit the type.
 
-    Where parameters are on disk, one chunk of them is in memory.
+    Of parameters that are on disk, one part is in memory.
     """
     array = tensor.take(params)
     assert array.shape == tensor.shape, (tensor, array.shape)

@@ -119,7 +119,6 @@ def test_memory_is_bounded_by_the_largest_shard(tmp_path):
     measured = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     print(*measured, sep="\n")
     assert len(measured) == 2
-    print(*measured, sep="\n")
     for each in measured:
         assert max(each["export"], each["import"]) < 1.5 * each["largest"] + ALLOWANCE, measured
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
