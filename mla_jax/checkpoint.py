@@ -15,10 +15,11 @@ from pathlib import Path
 import jax.numpy as jnp
 from omegaconf import DictConfig, OmegaConf
 
-from mla_jax.checkpoint_store import CHECKPOINTS, Checkpoints, first_line
+from mla_jax.checkpoint_parts import raised_when_saved
+from mla_jax.checkpoint_store import CHECKPOINTS, Checkpoints
 from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mla_jax.errors import InputError
+from mla_jax.errors import InputError, first_line
 from mla_jax.processes import decide_together
 from mla_jax.state import TrainState
 
@@ -33,6 +34,7 @@ class Run:
     path: Path
     model: ModelConfig
     params: dict
+    """Arrays; of TensorStore, which leaves them on disk, if `load_run` was asked for these."""
     tokenizer: Tokenizer
     step: int
     trained_lengths: tuple[int, ...]
@@ -73,13 +75,14 @@ def _start_run(config: SftConfig, tokenizer: Tokenizer) -> None:
     _write_config(run_dir, wanted)
 
 
-def load_run(run_dir: str | Path, step: str = "latest") -> Run:
+def load_run(run_dir: str | Path, step: str = "latest", *, on_disk: bool = False) -> Run:
     """Parameters of a run with their config and tokenizer; nothing of the optimizer's state is read.
 
     Args:
         run_dir: the folder.
         step: `latest`, `best` by the run's `train.best_metric`, or a number. The first two pass over checkpoints
             that are damaged, with a warning.
+        on_disk: do not read the parameters but open them, for what needs a part at a time.
 
     Raises:
         InputError: not a run, no such checkpoint, none that can be read, or a tokenizer that does not fit it.
@@ -99,7 +102,7 @@ def load_run(run_dir: str | Path, step: str = "latest") -> Run:
         trained_with = checkpoints.restore_position(chosen)["tokenizer"]
         if trained_with != tokenizer.fingerprint:
             raise InputError(f"{run_dir / TOKENIZER} is not the tokenizer that checkpoint {chosen} was trained with")
-        params = checkpoints.restore_params(chosen, model)
+        params = (checkpoints.open_params if on_disk else checkpoints.restore_params)(chosen, model)
     finally:
         checkpoints.close()
     lengths = tuple(stage.seq_len for stage in config.train.stages) if "train" in config else ()
@@ -109,8 +112,14 @@ def load_run(run_dir: str | Path, step: str = "latest") -> Run:
 def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokenizer: Tokenizer) -> Path:
     """Writes RUN for parameters that come from elsewhere; nothing is left behind if that fails.
 
+    Args:
+        run_dir: the folder to create.
+        model: the config.
+        params: arrays, as `init_params` lays them out, or `Unwritten` leaves, which are in memory a part at a time.
+        tokenizer: its tokenizer.
+
     Raises:
-        InputError: RUN exists, the tokenizer does not fit the model, or the disk is full.
+        InputError: RUN exists, the tokenizer does not fit the model, parameters cannot be read, or the disk is full.
     """
     run_dir = Path(run_dir)
     if run_dir.exists():
@@ -120,11 +129,14 @@ def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokeniz
     shutil.rmtree(partial, ignore_errors=True)
     try:
         tokenizer.save(partial / TOKENIZER)
-        checkpoints = Checkpoints(partial)
-        state = TrainState(jnp.zeros((), jnp.int32), params, ())
-        checkpoints.save(0, state, {"tokenizer": tokenizer.fingerprint})
-        checkpoints.wait()
-        checkpoints.close()
+        with raised_when_saved(params) as params:
+            checkpoints = Checkpoints(partial)
+            try:
+                state = TrainState(jnp.zeros((), jnp.int32), params, ())
+                checkpoints.save(0, state, {"tokenizer": tokenizer.fingerprint})
+                checkpoints.wait()
+            finally:
+                checkpoints.close()
         _write_model(partial, model)
         _write_config(partial, OmegaConf.create({"name": run_dir.name, "model": dataclasses.asdict(model)}))
         partial.rename(run_dir)

@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mla_jax.checkpoint_parts import open_params, params_save
 from mla_jax.config import ModelConfig, TrainConfig
-from mla_jax.errors import InputError
+from mla_jax.errors import InputError, first_line
 from mla_jax.integrity import damage, write_manifest
 from mla_jax.mesh import placed
 from mla_jax.model.transformer import abstract_params
@@ -81,7 +82,7 @@ class Checkpoints:
 
         Args:
             step: the folder's name, more than that of every checkpoint before.
-            state: arrays, each process writing its shards.
+            state: arrays, each process writing its shards; or parameters that are `Unwritten`, on one process.
             position: JSON-able.
             metrics: `stage` and the metrics of the last window of steps; without them no best checkpoint.
 
@@ -92,7 +93,7 @@ class Checkpoints:
         decide_together(lambda: self._check_space(state))
         self._saving = step
         items: dict[str, Any] = {
-            "params": ocp.args.StandardSave(state.params),
+            "params": params_save(state.params),
             "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
             "position": ocp.args.JsonSave(position),
         }
@@ -137,6 +138,11 @@ class Checkpoints:
     def restore_params(self, step: int, model: ModelConfig) -> dict:
         """The parameters of `step` alone, on the current mesh or the first device. Raises InputError as above."""
         return self._restore(step, {"params": ocp.args.StandardRestore(placed(abstract_params(model)))})["params"]
+
+    def open_params(self, step: int, model: ModelConfig) -> dict:
+        """The parameters of `step` as arrays that stay on disk, of TensorStore. Raises InputError as above."""
+        with self._read_errors(step):
+            return open_params(self.folder / str(step) / "params", abstract_params(model))
 
     def close(self) -> None:
         """Waits for saves and releases Orbax's threads."""
@@ -238,8 +244,13 @@ class Checkpoints:
             raise self._save_error(first_line(e)) from e
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
-        try:
+        with self._read_errors(step):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _read_errors(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except Exception as e:
             raise InputError(
                 f"checkpoint {self.folder / str(step)} cannot be read ({first_line(e)}), though its files are as they "
@@ -256,12 +267,6 @@ class _Rank:
     def __call__(self, metrics: dict[str, float]) -> Any:
         value = metrics[self._metric]
         return metrics["stage"], -value if self._metric == "loss" else value
-
-
-def first_line(e: BaseException) -> str:
-    """The first informative line of an exception, at most 200 characters."""
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return (lines[0] if lines else type(e).__name__)[:200]
 
 
 def _warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""The two errors a user can cause, and the command-line edge that prints them as one line."""
+"""The two errors a user can cause, and how they and others are told in one line."""
 
 import contextlib
 import sys
@@ -25,3 +25,9 @@ def one_line_errors() -> Iterator[None]:
     except InputError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(e.exit_code)
+
+
+def first_line(e: BaseException) -> str:
+    """The first informative line of an exception, at most 200 characters."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return (lines[0] if lines else type(e).__name__)[:200]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 _THREADS = 8
 
 

@@ -18,10 +18,9 @@ from typing import Any, Protocol
 import jax
 import yaml
 
-from mla_jax.checkpoint_store import first_line
 from mla_jax.config import SftConfig, TrackerConfig, flatten
 from mla_jax.environment import environment
-from mla_jax.errors import InputError, UsageError
+from mla_jax.errors import InputError, UsageError, first_line
 from mla_jax.processes import decide_together
 
 FILE = "trackers.json"

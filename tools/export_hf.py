@@ -60,7 +60,7 @@ def main() -> None:
     with one_line_errors():
         if args.verify:
             verify.import_transformers()  # its absence is better known before than after
-        run = load_run(args.run, args.step)
+        run = load_run(args.run, args.step, on_disk=True)
         out = export(
             run.model,
             run.params,
@@ -73,7 +73,8 @@ def main() -> None:
         )
         print(f"wrote step {run.step} of {args.run} to {out}")
         if args.verify:
-            verification = verify.verify(out, run.model, run.params, run.tokenizer, dtype=args.dtype)
+            params = load_run(args.run, str(run.step)).params
+            verification = verify.verify(out, run.model, params, run.tokenizer, dtype=args.dtype)
             print(verification)
             if not verification.passed:
                 raise InputError(f"{out} does not agree with transformers; do not use it")

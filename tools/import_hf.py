@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-import jax
-
 from mla_jax.bridge import llama_import
-from mla_jax.bridge.hf_import import load
+from mla_jax.bridge.hf_import import open_checkpoint
+from mla_jax.bridge.hf_layout import count_parameters
 from mla_jax.bridge.llama_config import Ranks
 from mla_jax.bridge.llama_source import is_llama_style
 from mla_jax.checkpoint import save_imported
@@ -47,13 +46,13 @@ def main() -> None:
                 length=args.calibration_length,
             )
         else:
-            config, params, tokenizer = load(args.dir)
+            checkpoint = open_checkpoint(args.dir)
+            config, params, tokenizer = checkpoint.config, checkpoint.params(), checkpoint.tokenizer
         save_imported(args.run, config, params, tokenizer)
         if report is not None:
             report.write(args.run)
             print(report)
-        count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        print(f"imported {count:,} parameters to {args.run}")
+        print(f"imported {count_parameters(config):,} parameters to {args.run}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def export_gguf(hf_dir: str | Path, out: str | Path, *, type: str = "f16", overw
     gguf = import_gguf()
     out = Path(out)
     _check_free(out, overwrite)
-    with open_checkpoint(hf_dir) as checkpoint, _renamed_when_complete(out) as partial:
+    checkpoint = open_checkpoint(hf_dir)
+    with _renamed_when_complete(out) as partial:
         check_representable(checkpoint.config)
         writer = gguf.GGUFWriter(partial, "deepseek2")
         try:

@@ -1,6 +1,7 @@
 """Writes a model as a Hugging Face folder that DeepseekV3ForCausalLM loads, and vLLM too."""
 
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from mla_jax.bridge.hf_config import DTYPES, to_hf
 from mla_jax.bridge.hf_layout import HfTensor, tensors
 from mla_jax.bridge.model_card import model_card
 from mla_jax.checkpoint import check_tokenizer
+from mla_jax.checkpoint_parts import parts
 from mla_jax.config import ModelConfig, require_choice
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
@@ -34,14 +36,14 @@ def export(
 ) -> Path:
     """Writes weights, config, generation config, tokenizer and model card.
 
-    Beside the parameters, about one shard is in memory at a time.
+    One shard is in memory, and of parameters that are on disk one part.
 
     Everything goes into a folder beside `out_dir` that is renamed at the end: whatever goes wrong, `out_dir` is as it
     was before.
 
     Args:
         config: the model.
-        params: its parameters, as `init_params` lays them out.
+        params: its parameters, as `init_params` lays them out: arrays, on disk if `load_run` left them there.
         tokenizer: saved along; its special ids go into the configs.
         out_dir: the folder to create.
         results: contents of the run's eval/passkey.json for the model card; None if it was not evaluated.
@@ -109,15 +111,23 @@ def _renamed_when_complete(out: Path) -> Iterator[Path]:
 
 def _write_weights(config: ModelConfig, params: dict, folder: Path, dtype: str, max_shard_bytes: int) -> None:
     """model.safetensors, or shards and their index."""
-    shards = _shards(tensors(config), jnp.dtype(dtype).itemsize, max_shard_bytes)
+    itemsize = jnp.dtype(dtype).itemsize
+    shards = _shards(tensors(config), itemsize, max_shard_bytes)
+    room = np.empty(
+        max(sum(t.size for t in shard) for shard in shards), jnp.dtype(dtype)
+    )  # one for all: freed memory stays
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        ends = list(itertools.accumulate(t.size for t in shard))
+        arrays = {t.name: room[end - t.size : end].reshape(t.shape) for t, end in zip(shard, ends, strict=True)}
+        for tensor in shard:
+            _convert(tensor, params, dtype, arrays[tensor.name])
         # transformers refuses files that do not say whose tensors these are.
-        save_file({t.name: _converted(t, params, dtype) for t in shard}, folder / file, metadata={"format": "pt"})
+        save_file(arrays, folder / file, metadata={"format": "pt"})
         weight_map |= {t.name: file for t in shard}
     if len(shards) > 1:
-        total = sum(t.size for shard in shards for t in shard) * jnp.dtype(dtype).itemsize
+        total = sum(t.size for shard in shards for t in shard) * itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
 
@@ -134,14 +144,18 @@ def _shards(all_tensors: list[HfTensor], itemsize: int, max_shard_bytes: int) ->
     return shards
 
 
-def _converted(tensor: HfTensor, params: dict, dtype: str) -> np.ndarray:
-    """The tensor as it is written. Raises InputError, naming it, if a value does not fit the type."""
+def _convert(tensor: HfTensor, params: dict, dtype: str, converted: np.ndarray) -> None:
+    """Sets `converted` to the tensor as it is written. Raises InputError, naming it, if a value does not fit the type.
+
+    Of parameters that are on disk, one part is in memory.
+    """
     array = tensor.take(params)
     assert array.shape == tensor.shape, (tensor, array.shape)
-    with np.errstate(over="ignore"):
-        converted = np.ascontiguousarray(array, dtype=jnp.dtype(dtype))
-    check_values(tensor.name, array, converted, dtype, instead="bfloat16 or float32")
-    return converted
+    for part in parts(array):
+        values = np.asarray(array[part])
+        with np.errstate(over="ignore"):
+            converted[part] = values
+        check_values(tensor.name, values, converted[part], dtype, instead="bfloat16 or float32")
 
 
 def check_values(name: str, array: np.ndarray, converted: np.ndarray, dtype: str, instead: str) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from mla_jax.bridge.hf_config import from_hf
 from mla_jax.bridge.hf_layout import EMBEDDING, HEAD, HfTensor, tensors
 from mla_jax.checkpoint import check_tokenizer
+from mla_jax.checkpoint_parts import CHUNK_BYTES, Leaf, Unwritten, parts
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
@@ -41,13 +42,20 @@ def load(hf_dir: str | Path) -> tuple[ModelConfig, dict, Tokenizer]:
         InputError: a file is missing or cannot be read, the architecture is another one (experts, biases, ...), or
             tensors are missing, left over or of the wrong shape.
     """
-    with open_checkpoint(hf_dir) as checkpoint:
-        return checkpoint.config, _read_params(checkpoint), checkpoint.tokenizer
+    checkpoint = open_checkpoint(hf_dir)
+
+    def read(unwritten: Unwritten, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        whole = np.empty(unwritten.shape, unwritten.dtype)
+        unwritten.fill(whole)
+        return jax.device_put(whole, leaf.sharding)
+
+    params = jax.tree.map(read, checkpoint.params(), placed(abstract_params(checkpoint.config)))
+    return checkpoint.config, params, checkpoint.tokenizer
 
 
 @dataclass(frozen=True)
 class HfCheckpoint:
-    """A checkpoint whose files are open and whose tensors are known to be all there."""
+    """A checkpoint whose tensors are known to be all there."""
 
     config: ModelConfig
     tensors: list[HfTensor]
@@ -56,15 +64,36 @@ class HfCheckpoint:
     _stored: "Stored"
     _interleaved: bool
 
-    def read(self, tensor: HfTensor) -> np.ndarray:
-        """One tensor, [out, in], in the type it is stored in; rotary rows are interleaved pairs."""
-        array = self._stored.read(tensor.name)
+    def read(self, tensor: HfTensor, part: tuple[slice, ...] | None = None) -> np.ndarray:
+        """One tensor, [out, in], or some of its columns, in the type it is stored in.
+
+        Rotary rows are interleaved pairs; of a tensor without such rows, `part` may be any part.
+        """
+        array = self._stored.read(tensor.name, part)
         return array if self._interleaved else _interleave(array, tensor, self.config)
 
+    def params(self) -> dict:
+        """The parameters, as `init_params` lays them out, to be read leaf by leaf into an array or a checkpoint."""
+        by_path: dict[tuple[str, ...], list[HfTensor]] = {}
+        for tensor in self.tensors:
+            by_path.setdefault(tensor.path, []).append(tensor)
 
-@contextlib.contextmanager
-def open_checkpoint(hf_dir: str | Path) -> Iterator[HfCheckpoint]:
-    """Checks a Hugging Face folder and keeps its files open; reads no weights but those of the head.
+        def unwritten(path: tuple, leaf: jax.ShapeDtypeStruct) -> Unwritten:
+            lying_there = by_path[tuple(key.key for key in path)]
+
+            def fill(whole: Leaf) -> None:
+                for tensor in lying_there:
+                    view = tensor.view(whole)
+                    for part in parts(view):
+                        view[part] = self.read(tensor, part).astype(leaf.dtype)
+
+            return Unwritten(leaf.shape, leaf.dtype, lying_there[0].layer is not None, fill)
+
+        return jax.tree_util.tree_map_with_path(unwritten, abstract_params(self.config))
+
+
+def open_checkpoint(hf_dir: str | Path) -> HfCheckpoint:
+    """Checks a Hugging Face folder; reads no weights but those of the head.
 
     Raises:
         InputError: as `load` does.
@@ -73,38 +102,45 @@ def open_checkpoint(hf_dir: str | Path) -> Iterator[HfCheckpoint]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and model.safetensors")
     hf = read_json(folder / "config.json")
-    with contextlib.ExitStack() as stack:
-        stored = Stored(folder, stack)
-        config = _model_config(folder, hf, stored)
-        expected = [t for t in tensors(config) if t.name != HEAD or not config.tie_word_embeddings]
-        stored.check(expected, config)
-        tokenizer = load_tokenizer(str(folder))
-        check_tokenizer(tokenizer, config)
-        interleaved = hf["model_type"] == "deepseek_v2" or bool(hf.get("rope_interleave", True))
-        yield HfCheckpoint(config, expected, tokenizer, stored, interleaved)
+    stored = Stored(folder)
+    config = _model_config(folder, hf, stored)
+    expected = [t for t in tensors(config) if t.name != HEAD or not config.tie_word_embeddings]
+    stored.check(expected, config)
+    tokenizer = load_tokenizer(str(folder))
+    check_tokenizer(tokenizer, config)
+    interleaved = hf["model_type"] == "deepseek_v2" or bool(hf.get("rope_interleave", True))
+    return HfCheckpoint(config, expected, tokenizer, stored, interleaved)
 
 
 class Stored:
     """The tensors of all safetensors files of a folder."""
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self._files = {}
+        self._paths: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for path in _weight_files(folder):
-            with _readable(path):
-                file = stack.enter_context(safe_open(path, framework="numpy"))
+            with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     part = file.get_slice(name)
-                    self._files[name] = path, file
+                    self._paths[name] = path
                     self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in the type it is stored in."""
-        path, file = self._files[name]
-        with _readable(path):
-            return file.get_tensor(name)
+    def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
+        """One tensor, or a part of it, in the type it is stored in."""
+        # Opened anew: pages of a file that stays mapped count as memory of the process.
+        with _opened(self._paths[name]) as file:
+            return file.get_tensor(name) if part is None else file.get_slice(name)[part]
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two matrices have the same values."""
+        shape = self.shapes[name]
+        if shape != self.shapes[other] or len(shape) != 2:
+            return False
+        step = max(1, CHUNK_BYTES // (4 * max(1, shape[1])))
+        some_rows = ((slice(start, min(start + step, shape[0])),) for start in range(0, shape[0], step))
+        return all(np.array_equal(self.read(name, rows), self.read(other, rows)) for rows in some_rows)
 
     def check(self, expected: list[HfTensor], config: ModelConfig) -> None:
         """Raises InputError, naming tensors, unless exactly the expected ones are there (the head may be, if tied)."""
@@ -140,28 +176,12 @@ def _model_config(folder: Path, hf: dict, stored: Stored) -> ModelConfig:
         tied = bool(hf.get("tie_word_embeddings", False))
     else:
         # As transformers does: with both in the file, the values decide and not the flag.
-        tied = EMBEDDING in stored.shapes and np.array_equal(stored.read(EMBEDDING), stored.read(HEAD))
+        tied = EMBEDDING in stored.shapes and stored.equal(EMBEDDING, HEAD)
     dtype = STORED_DTYPES.get(stored.dtypes.get(EMBEDDING, ""), "float32")
     try:
         return from_hf(hf, tied=tied, dtype=dtype)
     except InputError as e:
         raise InputError(f"{folder / 'config.json'}: {e}") from e
-
-
-def _read_params(checkpoint: HfCheckpoint) -> dict:
-    """Leaf by leaf, so that little more than the parameters themselves is in memory."""
-    by_path: dict[tuple[str, ...], list[HfTensor]] = {}
-    for tensor in checkpoint.tensors:
-        by_path.setdefault(tensor.path, []).append(tensor)
-
-    def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        whole = np.empty(leaf.shape, leaf.dtype)
-        for tensor in by_path[tuple(key.key for key in path)]:
-            array = checkpoint.read(tensor)
-            whole[... if tensor.layer is None else tensor.layer] = array.T if tensor.transposed else array
-        return jax.device_put(whole, leaf.sharding)
-
-    return jax.tree_util.tree_map_with_path(read, placed(abstract_params(checkpoint.config)))
 
 
 def _interleave(array: np.ndarray, tensor: HfTensor, config: ModelConfig) -> np.ndarray:
@@ -194,6 +214,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")
     return content
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    with _readable(path), safe_open(path, framework="numpy") as file:
+        yield file
 
 
 @contextlib.contextmanager

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
+from mla_jax.checkpoint_parts import Leaf
 from mla_jax.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -35,12 +37,17 @@ class HfTensor:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    def take(self, params: dict) -> np.ndarray:
-        """This tensor in Hugging Face's layout, on the host; other layers stay where they are."""
+    def take(self, params: dict) -> Leaf:
+        """This tensor in Hugging Face's layout, on the host, or on disk if it is there; other layers stay away."""
         leaf: Any = params
         for key in self.path:
             leaf = leaf[key]
-        array = np.asarray(leaf if self.layer is None else leaf[self.layer])
+        return self.view(leaf)
+
+    def view(self, leaf: Any) -> Leaf:
+        """As `take`, given the leaf it lies in: what is written to a view of an array is written to the array."""
+        array = leaf if self.layer is None else leaf[self.layer]
+        array = np.asarray(array) if isinstance(array, jax.Array) else array
         return array.T if self.transposed else array
 
 

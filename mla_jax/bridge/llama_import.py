@@ -16,7 +16,7 @@ from mla_jax.bridge.llama_calibration import Calibration, in_batches, perplexity
 from mla_jax.bridge.llama_config import Ranks, frequency_error, target_config
 from mla_jax.bridge.llama_layer import LlamaLayer, Rotary, forward, forward_decoupled, norm, turns
 from mla_jax.bridge.llama_report import Report
-from mla_jax.bridge.llama_source import FINAL_NORM, LlamaCheckpoint, open_llama
+from mla_jax.bridge.llama_source import FINAL_NORM, LlamaCheckpoint
 from mla_jax.checkpoint import check_tokenizer
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import Tokenizer
@@ -44,12 +44,12 @@ def convert(
         InputError: the checkpoint cannot be read or represented, or the text is too short.
         UsageError: ranks that this checkpoint cannot have.
     """
-    with open_llama(hf_dir) as source:
-        target = target_config(source.hf, source.config, ranks, tied=source.tied, dtype=source.dtype)
-        source.check(target)
-        check_tokenizer(source.tokenizer, target)
-        calibration = read_calibration(texts, source.tokenizer, tokens, min(length, target.max_position_embeddings))
-        params, report = _Conversion(source, target, calibration).run()
+    source = LlamaCheckpoint(Path(hf_dir))
+    target = target_config(source.hf, source.config, ranks, tied=source.tied, dtype=source.dtype)
+    source.check(target)
+    check_tokenizer(source.tokenizer, target)
+    calibration = read_calibration(texts, source.tokenizer, tokens, min(length, target.max_position_embeddings))
+    params, report = _Conversion(source, target, calibration).run()
     return target, params, source.tokenizer, report
 
 

@@ -1,7 +1,5 @@
 """Reads a Llama-style checkpoint in Hugging Face format, one layer at a time."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,12 @@ def is_llama_style(hf_dir: str | Path) -> bool:
 
 
 class LlamaCheckpoint:
-    """An open checkpoint; nothing but the layer that is asked for is in memory."""
+    """A folder with config.json, safetensors and tokenizer.json; only what is asked for is in memory."""
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+    def __init__(self, folder: Path):
         """Raises InputError if a file is missing or damaged, or for what cannot be represented."""
         self.hf: dict[str, Any] = read_json(folder / "config.json")
-        self._stored = Stored(folder, stack)
+        self._stored = Stored(folder)
         for name in [name for name in self._stored.shapes if name.endswith("rotary_emb.inv_freq")]:
             del self._stored.shapes[name]  # older files hold these; config.json says the same
         self._refuse_what_is_not_linear(folder)
@@ -41,7 +39,7 @@ class LlamaCheckpoint:
         shapes = self._stored.shapes
         # As transformers does: with both in the file, the values decide and not the flag.
         self.tied = bool(self.hf.get("tie_word_embeddings", False)) if HEAD not in shapes else (
-            EMBEDDING in shapes and np.array_equal(self._read(EMBEDDING), self._read(HEAD))
+            EMBEDDING in shapes and self._stored.equal(EMBEDDING, HEAD)
         )  # fmt: skip
         self.dtype = STORED_DTYPES.get(self._stored.dtypes.get(EMBEDDING, ""), "float32")
         self.tokenizer: Tokenizer = load_tokenizer(str(folder))
@@ -112,10 +110,3 @@ class LlamaCheckpoint:
                         "cannot add a constant: this checkpoint cannot be converted"
                     )
                 del self._stored.shapes[name]
-
-
-@contextlib.contextmanager
-def open_llama(hf_dir: str | Path) -> Iterator[LlamaCheckpoint]:
-    """Opens a folder with config.json, safetensors and tokenizer.json."""
-    with contextlib.ExitStack() as stack:
-        yield LlamaCheckpoint(Path(hf_dir), stack)

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mla_jax.bridge import llama_config
 from mla_jax.bridge.llama_config import Ranks, frequency_error, read_config, target_config
 from mla_jax.bridge.llama_import import convert
-from mla_jax.bridge.llama_source import open_llama
+from mla_jax.bridge.llama_source import LlamaCheckpoint
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.model.rope import frequencies
@@ -110,8 +110,8 @@ def test_mistral_and_qwen_without_biases(texts, positions_left_out, tmp_path):
             if name.endswith("bias"):
                 parameter.zero_()
     model.save_pretrained(tmp_path / "qwen2")
-    with open_llama(tmp_path / "qwen2") as source:
-        source.check(target_config(source.hf, source.config, Ranks(64), tied=source.tied, dtype="float32"))
+    source = LlamaCheckpoint(tmp_path / "qwen2")
+    source.check(target_config(source.hf, source.config, Ranks(64), tied=source.tied, dtype="float32"))
 
 
 def test_qwen3_is_refused(texts, tmp_path):
