@@ -182,7 +182,7 @@ def before_attention_kernel(
     """Hidden state to absorbed queries [H, C + R] and a new token in the cache; phases FIRST to LAST of 0, 1, 2."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     if FIRST <= 0 and LAST >= 0:  # the two down-projections of RMSNorm(h), each by its share of the programs
-        for_q = tl.cdiv(programs * Q, Q + C + R)
+        for_q = tl.minimum(tl.cdiv(programs * Q, Q + C + R), programs - 1)
         if program < for_q:
             _products(
                 q_a_ptr, q_a_ptr, q_a_scale_ptr, q_a_scale_ptr, h_ptr, input_gain_ptr, h_ptr, q_latent_ptr, counter_ptr,

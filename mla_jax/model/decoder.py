@@ -45,7 +45,7 @@ def _for_the_default_device(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray
 
 
 def inference_weights(config: ModelConfig, params: dict, int8: bool = False) -> dict:
-    """The parameters as `extend` takes them: `layers` is a list, matrices are in the compute type.
+    """The parameters as `extend` takes them: `layers` is a list, matrices but the embeddings are `InferenceWeight`.
 
     Args:
         config: the model.

@@ -22,12 +22,10 @@ init_counter = kernels.init_counter
 def why_not(config: ModelConfig, layers: tuple[LayerCache, ...]) -> str | None:
     """Why `step` cannot run over these caches here, or None if it can."""
     rows, capacity, _ = layers[0].c_BSC.shape
-    if rows > 1 or mesh.size() > 1:
-        return "it is for one row on one device"
+    if rows > 1 or mesh.has_mesh():
+        return "it is for one row and no mesh"
     if config.q_lora_rank is None:
         return "queries have no latent (q_lora_rank)"
-    if config.qk_rope_head_dim & (config.qk_rope_head_dim - 1):
-        return f"qk_rope_head_dim={config.qk_rope_head_dim} is no power of two"
     shape = DecodeShape(
         1, 1, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim, 1, capacity, config.dtype,
         layers[0].c_BSC.dtype.name, False,

@@ -12,6 +12,7 @@ EPS = 1e-6
 WIDTHS = {
     "even": dict(D=64, Q=32, C=32, R=16, N=16, V=16, H=2, F=64),
     # No width is a multiple of a tile, and the programs' shares end within tiles and within heads.
+    "few latents": dict(D=64, Q=96, C=16, R=8, N=16, V=16, H=2, F=64),
     "odd": dict(D=96, Q=40, C=48, R=8, N=12, V=20, H=3, F=112),
 }
 TILE = dict(ROWS=4, CHUNK=32)
@@ -57,16 +58,16 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("programs", [2, 13])
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("programs", [2, 5])
+@pytest.mark.parametrize(("int8", "cache_int8"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
-def test_before_attention(widths, int8, programs, capacity=9, length=5):
+def test_before_attention(widths, int8, cache_int8, programs, capacity=9, length=5):
     D, Q, C, R, N, V, H, _ = widths.values()
     q_a, kv_a, q_b = matrix(Q, D, int8), matrix(C + R, D, int8), matrix(H * (N + R), Q, int8)
     kv_b = matrix(H * (N + V), C, int8)
     h, input_gain, q_gain, kv_gain = torch.randn(D), 1 + draw(D), 1 + draw(Q), 1 + draw(C)
     cos, sin = torch.randn(R // 2), torch.randn(R // 2)
-    cache_type = torch.int8 if int8 else torch.float32
+    cache_type = torch.int8 if cache_int8 else torch.float32
     c, k_rope = torch.zeros(capacity, C, dtype=cache_type), torch.zeros(capacity, R, dtype=cache_type)
     scales, counter = torch.zeros(2, capacity), torch.zeros(1, dtype=torch.int32)
     q_out, q_latent, kv, q = unset(H, C + R), unset(Q), unset(C + R), unset(H * (N + R))
@@ -77,8 +78,8 @@ def test_before_attention(widths, int8, programs, capacity=9, length=5):
                 h, input_gain, q_a[0], q_a[1], kv_a[0], kv_a[1], q_gain, q_b[0], q_b[1], kv_gain, kv_b[0], kv_b[1],
                 cos, sin, torch.tensor([length], dtype=torch.int32), c, k_rope, scales, counter, EPS, capacity,
                 q_out, q_latent, kv, q, c, k_rope, scales, counter, D=D, Q=Q, C=C, R=R, N=N, V=V, H=H,
-                C_PADDED=power(C), N_PADDED=power(N), INT8=int8, CACHE_INT8=int8, COLUMNS=16, FIRST=phase, LAST=phase,
-                **TILE,
+                C_PADDED=power(C), N_PADDED=power(N), INT8=int8, CACHE_INT8=cache_int8, COLUMNS=16,
+                FIRST=phase, LAST=phase, **TILE,
             )  # fmt: skip
 
     run(length)
@@ -89,7 +90,7 @@ def test_before_attention(widths, int8, programs, capacity=9, length=5):
     absorbed = torch.einsum("hn,hnc->hc", queries[:, :N], k_b)
     close(q_out, torch.cat([absorbed, rotated(queries[:, N:], cos, sin)], -1))
     for ours, scale, expected in [(c, scales[0], norm(latent, kv_gain)), (k_rope, scales[1], rotated(key, cos, sin))]:
-        if int8:
+        if cache_int8:
             close(scale[length], expected.abs().max() / 127)
             close(ours[length] * scale[length], expected, tolerance=0.51 * scale[length].item())
         else:
@@ -102,7 +103,7 @@ def test_before_attention(widths, int8, programs, capacity=9, length=5):
     assert all(torch.equal(now, then) for now, then in zip((c, k_rope, scales), before, strict=True))
 
 
-@pytest.mark.parametrize("programs", [2, 13])
+@pytest.mark.parametrize("programs", [2, 5])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_after_attention(widths, int8, programs):
