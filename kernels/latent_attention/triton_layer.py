@@ -74,7 +74,7 @@ def _products(
 ):  # fmt: skip
     """The rows of W [OUT, K] that this program has among `programs`, times x [K], to out [OUT].
 
-    MEET: what is on `x` and `add` comes from other programs. NORM: x is normalised. GATED: silu(W x) * (W2 x), rows of
+    MEET: what is at `x` and `add` comes from other programs. NORM: x is normalised. GATED: silu(W x) * (W2 x), rows of
     both in turns. ADD: what is at `add` [OUT] is added.
     """
     chunks: tl.constexpr = (K + CHUNK - 1) // CHUNK
@@ -84,7 +84,7 @@ def _products(
     start, end = _share(OUT, program, programs)
     lane = tl.arange(0, ROWS)
     row = start + (lane // 2 if GATED else lane)
-    rows_ptr = (tl.where(lane % 2 == 0, w_ptr, w2_ptr) if GATED else w_ptr) + row * K
+    rows_ptr = (tl.where(lane % 2 == 0, w_ptr, w2_ptr) if GATED else w_ptr) + row.to(tl.int64) * K
     scale_ptr = (tl.where(lane % 2 == 0, scale_ptr, scale2_ptr) if GATED else scale_ptr) + row
     tiles = _part(rows_ptr, row < end, 0, K, CHUNK, count)
     if MEET:

@@ -2,9 +2,6 @@
 
 import functools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import hypothesis.strategies as st
 import jax
@@ -17,21 +14,14 @@ from latent_attention import triton_attention_jax
 from latent_attention.shapes import AttentionShape, make_gpu
 from latent_attention.triton_attention_jax import Tuning, _widths, ranges, tuning, why_not_attention
 from latent_attention.xla_attention import make_mask
+from triton_checks import check_interpreted
 
 SHAPE = AttentionShape(1, 128, 128, 2, 192, 128, "bfloat16", False, False, 0)
 HOPPER = make_gpu((9, 0), 132)
 
 
 def test_in_the_interpreter():
-    """Numbers: a process of its own, because Triton decides on import whether it interprets."""
-    pytest.importorskip("triton")
-    file = Path(__file__).with_name("triton_attention_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
+    check_interpreted("triton_attention_interpreted.py")
 
 
 POINTERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32"} | {

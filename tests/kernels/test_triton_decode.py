@@ -1,10 +1,6 @@
 """The Triton decode kernels as far as a machine without a GPU can tell."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -14,7 +10,7 @@ import latent_attention
 from latent_attention import triton_decode_jax
 from latent_attention.shapes import DecodeShape, make_gpu
 from latent_attention.triton_decode_plan import Config, choose, content_tiles, plan, why_not
-from triton_binary import spilled_bytes
+from triton_checks import check_interpreted, spilled_bytes
 
 HOPPER = make_gpu((9, 0), 132)
 SHAPE = DecodeShape(1, 1, 32, 256, 64, 4096, 64, "bfloat16", "bfloat16", True)
@@ -24,15 +20,7 @@ WIDE = SHAPE._replace(c_width=512)
 
 @pytest.mark.parametrize("which", ["int8", "not int8"])  # two, for two processors
 def test_in_the_interpreter(which):
-    """Numbers: a process of its own, because Triton decides on import whether it interprets."""
-    pytest.importorskip("triton")
-    file = Path(__file__).with_name("triton_decode_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, str(file)]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
+    check_interpreted("triton_decode_interpreted.py", "-k", which)
 
 
 def strides(shape: DecodeShape) -> dict[str, int]:

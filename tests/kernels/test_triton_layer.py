@@ -1,16 +1,12 @@
 """The kernels for one token as far as a machine without a GPU can tell."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from latent_attention import triton_layer_jax
 from latent_attention.shapes import make_gpu
-from triton_binary import spilled_bytes
+from triton_checks import check_interpreted, spilled_bytes
 
 WIDTHS = {"D": 2560, "Q": 768, "C": 256, "R": 64, "N": 64, "V": 128, "H": 32, "F": 7680, "X": 32768}
 MATRICES = {"q_a", "kv_a", "q_b", "kv_b", "o", "gate", "up", "down"}
@@ -19,15 +15,7 @@ FLOATS = {"cos", "sin", "scores", "scales", "scales_in", "gain", "input_gain", "
 
 
 def test_in_the_interpreter():
-    """Numbers: a process of its own, because Triton decides on import whether it interprets."""
-    pytest.importorskip("triton")
-    file = Path(__file__).with_name("triton_layer_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
+    check_interpreted("triton_layer_interpreted.py")
 
 
 def compiled(kernel: str, capability: tuple[int, int], int8: bool, cache_int8: bool):
