@@ -1,5 +1,6 @@
 """Every tile of every sequence is somebody's, once, and the combining kernel finds its partial result."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from latent_attention.schedule import schedule
 
 TILE = 64
+jitted = jax.jit(schedule, static_argnums=(1, 2, 3, 4))
 
 
 def walk(plan):
@@ -33,7 +35,7 @@ def walk(plan):
 @example([8192] * 128, 132, 2)
 def test_tiles_are_dealt_out_once_and_results_have_slots_of_their_own(lengths, programs, least):
     capacity = 2500
-    plan = schedule(jnp.array(lengths, jnp.int32), capacity, TILE, programs, least)
+    plan = jitted(jnp.array(lengths, jnp.int32), capacity, TILE, programs, least)
     found, slots = {b: [] for b in range(len(lengths))}, {b: [] for b in range(len(lengths))}
     for p, b, begin, end, length, held in walk(plan):
         found[b].extend(range(begin, end))
@@ -48,7 +50,7 @@ def test_tiles_are_dealt_out_once_and_results_have_slots_of_their_own(lengths, p
 
 
 def test_shares_are_equal_but_for_the_last():
-    plan = schedule(jnp.array([10_000, 3, 5000], jnp.int32), 2**20, TILE, 7, 1)
+    plan = jitted(jnp.array([10_000, 3, 5000], jnp.int32), 2**20, TILE, 7, 1)
     sizes = [0] * 7
     for p, _, begin, end, *_ in walk(plan):
         sizes[p] += end - begin
@@ -57,5 +59,5 @@ def test_shares_are_equal_but_for_the_last():
 
 @pytest.mark.parametrize(("batch", "slots"), [(128, 128), (32, 128)])
 def test_equal_sequences_are_not_cut_more_often_than_needed(batch, slots):
-    plan = schedule(jnp.full(batch, 8192, jnp.int32), 8192, TILE, 132, 2)
+    plan = jitted(jnp.full(batch, 8192, jnp.int32), 8192, TILE, 132, 2)
     assert np.asarray(plan.slots_B2)[:, 1].sum() == slots

@@ -157,9 +157,10 @@ def inputs(batch=4):
 
 def test_small_arrays_of_the_batch_need_not_be_sharded():
     q, c, k_rope, lengths, decode = inputs()
+    decode = jax.jit(decode)
     expected = decode(q, c, k_rope, lengths)
     k = jnp.repeat(c[:, :, None], 4, 2)
-    attention = functools.partial(latent_attention.attention, scale=SCALE)
+    attention = jax.jit(functools.partial(latent_attention.attention, scale=SCALE))
     expected_attention = attention(k, k, k, q_offset=jnp.int32(0), kv_lengths=lengths)
     with jax.set_mesh(mesh(4)):
         out, lse = decode(*(put(x, "data") for x in (q, c, k_rope)), lengths)
