@@ -1,12 +1,22 @@
-"""Eight fake CPU devices for the mesh tests, which must be set before JAX starts, and how tests run tools."""
+"""What must be set before JAX starts: eight fake CPU devices, quick compilation. And how tests run tools."""
 
 import io
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if shutil.which("nvidia-smi") is None:  # what runs on a GPU is tested as it runs there
+    # Compiling takes longer than running: programs are optimised less, and compiled once for all tests, xdist's workers
+    # and the processes that tests start, which inherit this. XLA passes the same to LLVM, which does less with it.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        _compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 
 
 @pytest.fixture

@@ -21,15 +21,6 @@ BLOCK = 128  # on a CPU: sizes below, at and above it take different paths
 oracle = functools.partial(attention_oracle, scale=SCALE)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    """These small programs take XLA longer to optimise than to run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def draw(queries, keys, dtype="float32"):
     rng = np.random.default_rng(0)
     shapes = (BATCH, queries, HEADS, K), (BATCH, keys, HEADS, K), (BATCH, keys, HEADS, V)

@@ -22,15 +22,6 @@ SHAPE = AttentionShape(2, 256, 256, 4, 128, 128, "bfloat16", False, False, 0)
 AMPERE, HOPPER = make_gpu((8, 0), 108), make_gpu((9, 0), 132)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    """These small programs take XLA longer to optimise than to run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def arrays(queries, keys, k_width=128, v_width=128, batch=2, heads=4):
     shapes = (batch, queries, heads, k_width), (batch, keys, heads, k_width), (batch, keys, heads, v_width)
     return tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)

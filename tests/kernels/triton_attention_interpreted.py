@@ -23,7 +23,6 @@ from latent_attention.triton_attention_jax import Tuning
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_attention.py"
 
 SCALE = 0.3
-jax.config.update("jax_disable_most_optimizations", True)  # they take longer here than what they save
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
 
 
