@@ -80,7 +80,8 @@ def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Fake) as fake:
         fake.behaviour, fake.bodies, fake.keys, fake.lock = "well", [], set(), threading.Lock()
         fake.in_flight, fake.most, fake.over = 0, 0, threading.Event()
-        thread = threading.Thread(target=fake.serve_forever)
+        fake.daemon_threads = False  # closing waits for them: what they print does not get into the next test
+        thread = threading.Thread(target=fake.serve_forever, args=(0.01,))  # seconds until it sees that it shall end
         thread.start()
         yield fake
         fake.over.set()
