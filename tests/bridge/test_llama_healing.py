@@ -6,6 +6,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,15 @@ def rows(tokenizer, seed, count):
     rows = np.array(ids, np.int32).reshape(count, LENGTH - 2)
     ends = (np.full((count, 1), end, np.int32) for end in (tokenizer.bos_id, tokenizer.eos_id))
     return np.concatenate([next(ends), rows, next(ends)], axis=1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimised():
+    """These trainings are long enough that optimising them pays."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
