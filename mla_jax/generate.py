@@ -260,12 +260,18 @@ class Generator:
             mesh.shard_batch(seen_tokens(prompts, rows, self.config.vocab_size)) if sampling.plan.penalty else None
         )
         values, key = knobs(sampling), jax.random.key(sampling.seed)
-        for block in range(-(-max_new_tokens // steps)):
-            new_NB, tokens_B, layers, lengths_B, seen_BX = decode_block(
-                self.config, self.weights, tokens_B, tuple(context.layers), lengths_B, mesh.shard_batch(done), seen_BX,
-                values, key, jnp.int32(block * steps), plan=sampling.plan, steps=steps,
-            )  # fmt: skip
-            context.layers = list(layers)
+        blocks, started = -(-max_new_tokens // steps), None
+        # The device does not wait for the host: while a block is looked at, the next is under way.
+        for block in range(blocks + 1):
+            new_NB = started
+            if block < blocks:
+                started, tokens_B, layers, lengths_B, seen_BX = decode_block(
+                    self.config, self.weights, tokens_B, tuple(context.layers), lengths_B, mesh.shard_batch(done),
+                    seen_BX, values, key, jnp.int32(block * steps), plan=sampling.plan, steps=steps,
+                )  # fmt: skip
+                context.layers = list(layers)
+            if new_NB is None:
+                continue
             fresh_NB = np.asarray(new_NB)
             for row in np.flatnonzero(~done):
                 fresh = fresh_NB[: max_new_tokens - len(new[row]), row].tolist()

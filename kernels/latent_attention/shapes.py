@@ -78,6 +78,27 @@ class AttentionShape(NamedTuple):
     """None: differs by row, or is not known when tracing."""
 
 
+class LayerShape(NamedTuple):
+    """Widths of a layer, for the kernels of one token."""
+
+    D: int
+    """Hidden."""
+    Q: int
+    """Query latent."""
+    C: int
+    """Latent."""
+    R: int
+    """Rotary."""
+    N: int
+    """Content of a head."""
+    V: int
+    """Value of a head."""
+    H: int
+    """Heads."""
+    F: int
+    """Feed-forward."""
+
+
 def make_gpu(capability: tuple[int, int], cores: int) -> Gpu:
     """The GPU of this compute capability and number of multiprocessors."""
     default = 227 * _KIB if capability[0] in _DATA_CENTRE_BLACKWELL else _STATIC

@@ -5,31 +5,18 @@ kernels do so without a pause; more tokens at a time are better served by matrix
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from latent_attention import jax_triton_loader
-from latent_attention.shapes import Gpu, local_gpu
+from latent_attention.shapes import Gpu, LayerShape, local_gpu
 
 _AMPERE = (8, 0)
 _WARPS = 16
 """Of a program, which has a multiprocessor to itself: at 512 threads, the compiler leaves room for one in any case."""
-
-
-class LayerShape(NamedTuple):
-    """Widths of a layer, named as in `triton_layer`."""
-
-    D: int
-    Q: int
-    C: int
-    R: int
-    N: int
-    V: int
-    H: int
-    F: int
 
 
 def why_not(dtype: str, gpu: Gpu | None) -> str | None:

@@ -1,6 +1,7 @@
 """The next token of one sequence, on kernels that read each weight once and do nothing else beside.
 
-The same as `decoder.extend` in the absorbed form, for one row and one token, on one GPU.
+The same as `decoder.extend` in the absorbed form, for one row and one token, on one GPU. On Hopper a layer is one
+kernel if its widths, weights and cache suit it; else it is two around the attention.
 """
 
 import functools
@@ -8,8 +9,9 @@ import functools
 import jax
 
 import latent_attention
+from latent_attention import mosaic_layer
 from latent_attention import triton_layer_jax as kernels
-from latent_attention.shapes import DecodeShape, local_gpu
+from latent_attention.shapes import DecodeShape, LayerShape, local_gpu
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import LatentCache, LayerCache
@@ -21,22 +23,42 @@ init_counter = kernels.init_counter
 
 def why_not(config: ModelConfig, layers: tuple[LayerCache, ...]) -> str | None:
     """Why `step` cannot run over these caches here, or None if it can."""
-    rows, capacity, _ = layers[0].c_BSC.shape
+    rows = len(layers[0].c_BSC)
     if rows > 1 or mesh.has_mesh():
         return "it is for one row and no mesh"
     if config.q_lora_rank is None:
         return "queries have no latent (q_lora_rank)"
-    shape = DecodeShape(
-        1, 1, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim, 1, capacity, config.dtype,
-        layers[0].c_BSC.dtype.name, False,
-    )  # fmt: skip
     try:
-        attention = latent_attention.resolve("decode", config.decode, shape)
+        attention = _attention(config, layers[0])
     except latent_attention.UnavailableError as e:
         return str(e)
     if attention in ("xla", "reference"):  # where kernels do not run, or are not wanted
         return f"attention is that of {attention}"
     return kernels.why_not(config.dtype, local_gpu())
+
+
+def _attention(config: ModelConfig, cache: LayerCache) -> str:
+    """The implementation of the attention."""
+    shape = DecodeShape(
+        1, 1, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim, 1, cache.capacity, config.dtype,
+        cache.c_BSC.dtype.name, False,
+    )  # fmt: skip
+    return latent_attention.resolve("decode", config.decode, shape)
+
+
+def is_one_kernel(config: ModelConfig, cache: LayerCache, int8_weights: bool) -> bool:
+    """Whether a layer is one kernel, where `why_not` says None."""
+    if int8_weights or _attention(config, cache) != "mosaic":
+        return False
+    reason = mosaic_layer.why_not(_shape(config), config.dtype, cache.c_BSC.dtype.name, cache.capacity, local_gpu())
+    return reason is None
+
+
+def _shape(config: ModelConfig) -> LayerShape:
+    return LayerShape(
+        D=config.hidden_size, Q=config.q_lora_rank or 0, C=config.kv_lora_rank, R=config.qk_rope_head_dim,
+        N=config.qk_nope_head_dim, V=config.v_head_dim, H=config.num_attention_heads, F=config.intermediate_size,
+    )  # fmt: skip
 
 
 def step(
@@ -66,11 +88,13 @@ def step(
 
 @functools.partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
 def _layer(config: ModelConfig, weights: dict, h_D, cos, sin, cache: LayerCache, lengths_B, counter):
-    shape = kernels.LayerShape(
-        D=config.hidden_size, Q=config.q_lora_rank or 0, C=config.kv_lora_rank, R=config.qk_rope_head_dim,
-        N=config.qk_nope_head_dim, V=config.v_head_dim, H=config.num_attention_heads, F=config.intermediate_size,
-    )  # fmt: skip
-    arrays = cache.c_BSC, cache.k_rope_BSR, cache.scales_B2S
+    shape, arrays = _shape(config), (cache.c_BSC, cache.k_rope_BSR, cache.scales_B2S)
+    if is_one_kernel(config, cache, weights["self_attn"]["o_proj"].scale_out is not None):
+        h_D, (c, k_rope), counter = mosaic_layer.layer(
+            shape, weights, h_D, cos, sin, lengths_B, arrays[:2], counter, eps=config.rms_norm_eps,
+            scale=softmax_scale(config),
+        )  # fmt: skip
+        return h_D, LayerCache(c, k_rope, None), counter
     q_BTHW, arrays, counter = kernels.before_attention(
         shape, weights, h_D, cos, sin, lengths_B, arrays, counter, eps=config.rms_norm_eps
     )

@@ -27,6 +27,12 @@ MODELS = {
         qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=256, q_lora_rank=256, intermediate_size=1536,
         tie_word_embeddings=False,
     ),
+    "a layer in one kernel": dataclasses.replace(
+        MODEL, dtype="bfloat16",
+        vocab_size=1024, hidden_size=1280, num_hidden_layers=3, num_attention_heads=16, qk_nope_head_dim=64,
+        qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=256, q_lora_rank=512, intermediate_size=1536,
+        tie_word_embeddings=False,
+    ),
     "odd widths, tied": dataclasses.replace(
         MODEL, dtype="bfloat16",
         vocab_size=1000, hidden_size=328, num_hidden_layers=2, num_attention_heads=5, qk_nope_head_dim=40,
@@ -35,7 +41,7 @@ MODELS = {
     ),
 }  # fmt: skip
 EACH = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-TOKENS = 200
+TOKENS, CAPACITY = 200, 256
 
 
 def require_kernels(config: ModelConfig, cache_dtype: str | None = None) -> None:
@@ -62,7 +68,7 @@ def test_one_token_is_as_close_to_float32_as_xla_is(config, dtype, int8, cache_d
     require_kernels(config, cache_dtype)
     weights = decoder.inference_weights(config, params_of(config), int8)
     tokens = jax.random.randint(jax.random.key(1), (1, TOKENS), 0, config.vocab_size)
-    empty = LatentCache(tuple(init_layer(config, 1, TOKENS, cache_dtype) for _ in range(config.num_hidden_layers)),
+    empty = LatentCache(tuple(init_layer(config, 1, CAPACITY, cache_dtype) for _ in range(config.num_hidden_layers)),
                         jnp.zeros(1, jnp.int32))  # fmt: skip
 
     def xla(config, weights, cache):

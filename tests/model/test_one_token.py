@@ -56,6 +56,26 @@ def test_what_goes_through_xla(monkeypatch):
         assert "xla" in why_not()
 
 
+def test_on_hopper_a_layer_is_one_kernel_where_it_fits(monkeypatch):
+    fitting = dataclasses.replace(
+        CONFIG, hidden_size=1280, num_attention_heads=16, qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=128,
+        kv_lora_rank=256, q_lora_rank=512, intermediate_size=1536,
+    )  # fmt: skip
+
+    def is_one_kernel(int8_weights=False, cache_dtype=None, **changes):
+        config = dataclasses.replace(fitting, **changes)
+        cache = jax.eval_shape(lambda: init_layer(config, 1, 64, cache_dtype))
+        return one_token.is_one_kernel(config, cache, int8_weights)
+
+    assert not is_one_kernel()  # on an A100
+    on(monkeypatch, (9, 0))
+    assert is_one_kernel()
+    assert not is_one_kernel(int8_weights=True)
+    assert not is_one_kernel(cache_dtype="int8")
+    assert not is_one_kernel(decode="triton")
+    assert not is_one_kernel(kv_lora_rank=512)
+
+
 def test_a_mesh_goes_through_xla_even_of_one_device():
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         assert "mesh" in why_not()

@@ -1,0 +1,197 @@
+"""The attention of `mosaic_layer`: each block over its tiles of the cache, then all their results together.
+
+As in `mosaic_partials`, a tile of the cache lies on the M axis of wgmma and the heads on N. The new token, which is not
+in the cache yet when its tiles are copied, has a result of its own, that of slot 0.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from latent_attention import mosaic_vector as mv
+from latent_attention.mosaic_layer_memory import CONSUMERS, partial_slots
+from latent_attention.mosaic_layer_ring import TOKENS, Share, slot_of, token_tile
+from latent_attention.mosaic_tiles import COLUMNS_OF_TILE, LOWEST, iota, over_columns, read, reduce_columns, wgmma_zeros
+from latent_attention.shapes import LayerShape
+
+_AT_ONCE = 16
+"""Partial results whose loads are on their way at the same time."""
+
+
+class Attention:
+    """Of a consumer of a block; `held` tokens are in the cache, with room for `capacity`."""
+
+    def __init__(self, shape: LayerShape, blocks: int, dtype, scale: float, block, wg, refs, smem, meet):
+        self.shape, self.blocks, self.dtype, self.log2_scale = shape, blocks, dtype, scale * math.log2(math.e)
+        self.block, self.wg, self.refs, self.smem, self.scratch = block, wg, refs, smem, smem.scratch.at[wg]
+        self.meet_in_block, self.capacity = meet, refs.c.shape[1]
+        self.held = jnp.minimum(refs.length[0], self.capacity)
+
+    def attend_to_new(self) -> None:
+        """The result of the new token, each head's by a block: the last ones, which have fewest tokens."""
+        refs, C, R, H = self.refs, self.shape.C, self.shape.R, self.shape.H
+        head = self.blocks - 1 - self.block
+
+        @pl.when((head < H) & (self.wg == 1))
+        def _():
+            def product(columns, layout):
+                q, k = (mv.load(ref.at[columns], layout) for ref in (refs.absorbed.at[head], refs.new))
+                return mv.total(q * k, layout, self.scratch), k
+
+            score, c = product(pl.ds(0, C), mv.operand(C))
+            score = (score + product(pl.ds(C, R), mv.pairs(R))[0]) * self.log2_scale
+            there = refs.length[0] < self.capacity
+            mv.store(refs.partial.at[0, head], c, mv.operand(C))
+            refs.stats[0, 0, head] = jnp.where(there, score, 2 * LOWEST)
+            refs.stats[1, 0, head] = jnp.where(there, 1.0, 0.0)
+
+    def attend(self, share: Share, before) -> None:
+        """The result of this block's tokens, if it has any; `before` slots were taken until here."""
+        refs, smem, wg, H, C = self.refs, self.smem, self.wg, self.shape.H, self.shape.C
+        first, count, number = share[1:]
+        # The consumers take turns at the pairs of slots.
+        skipped = lax.rem(wg + lax.rem(lax.div(number, 2), CONSUMERS), CONSUMERS)
+        steps = lax.div(count - skipped + CONSUMERS - 1, CONSUMERS)
+
+        @pl.when((before < number) & (wg == 1))
+        def _():
+            plgpu.barrier_arrive(smem.empty.at[slot_of(before)])
+
+        @pl.when((wg == 0) & (count > 0))
+        def _():
+            mv.written_is_seen_by_copies()
+            plgpu.copy_gmem_to_smem(refs.absorbed.at[:, pl.ds(0, C)], smem.q_c, smem.q_full)
+            plgpu.copy_gmem_to_smem(refs.absorbed.at[:, pl.ds(C, self.shape.R)], smem.q_rope, smem.q_full)
+
+        @pl.when(count > 0)
+        def _():
+            plgpu.barrier_wait(smem.q_full)
+
+        def step(m, carry):
+            i = skipped + CONSUMERS * m
+            slot = slot_of(number + 2 * i)
+            carry = self._tile(lax.div(slot, 2), (first + i * self.blocks) * TOKENS, *carry)
+            for j in range(2):
+                plgpu.barrier_arrive(smem.empty.at[slot + j])
+            return carry
+
+        @pl.when(steps > 0)
+        def _():
+            lowest = plgpu.layout_cast(jnp.full((H,), 2 * LOWEST, jnp.float32), COLUMNS_OF_TILE)
+            carry = wgmma_zeros((C, H)), lowest, wgmma_zeros((TOKENS, H))
+            acc, peak, sums = lax.fori_loop(0, steps, step, carry)
+            total = reduce_columns("add", sums, self.scratch)
+            slot = 1 + first  # blocks that have tokens come first
+
+            @pl.when(count == 1)
+            def _():
+                self._keep(slot, [acc], peak, total)
+
+            @pl.when((count > 1) & (skipped == 1))
+            def _():
+                self._give(acc, peak, total)
+
+            @pl.when((count > 1) & (skipped == 0))
+            def _():
+                self._keep(slot, *self._joined(acc, peak, total))
+
+    def _tile(self, pair, base, acc, peak, sums):
+        """Adds the tile in a pair of slots, tokens from `base` on, to what there is."""
+        smem, H, C = self.smem, self.shape.H, self.shape.C
+        c, k_rope = token_tile(self.shape, smem, pair)
+        plgpu.barrier_wait(smem.tokens_full.at[pair])
+
+        @pl.when(base + TOKENS > self.held)
+        def _():  # what is not held may be NaN, and 0 x NaN is NaN
+            for j in range(0, C, TOKENS):
+                part = smem.c_tiles.at[pair, pl.ds(0, TOKENS), pl.ds(j, TOKENS)]
+                x = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+                part[...] = jnp.where(iota((TOKENS, TOKENS), 0) < self.held - base, x, jnp.zeros_like(x))
+            plgpu.commit_smem()
+
+        def scores_of(scores_ref):
+            plgpu.wgmma(scores_ref, c, smem.q_c.transpose((1, 0)))
+            plgpu.wgmma(scores_ref, k_rope, smem.q_rope.transpose((1, 0)))
+            return scores_ref[...]
+
+        scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef((TOKENS, H), jnp.float32)) * self.log2_scale
+        scores = jnp.where(iota((TOKENS, H), 0) < self.held - base, scores, 2 * LOWEST)
+        new_peak = jnp.maximum(peak, reduce_columns("max", scores, self.scratch))
+        shrink = jnp.exp2(peak - new_peak)
+        weights = jnp.exp2(scores - over_columns(new_peak, scores.shape))
+        own = smem.weights.at[self.wg]
+        own.transpose((1, 0))[...] = plgpu.layout_cast(weights.astype(self.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+
+        def add_values(acc_ref):
+            plgpu.wgmma(acc_ref, c.transpose((1, 0)), own.transpose((1, 0)))
+
+        acc = acc * over_columns(shrink, acc.shape)
+        acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
+        return acc, new_peak, sums * over_columns(shrink, sums.shape) + weights
+
+    def _keep(self, slot, parts, peak, total) -> None:
+        """Writes a result, [C, H] in parts."""
+        start = 0
+        for part in parts:
+            mv.store_transposed(self.refs.partial.at[slot, :, pl.ds(start, len(part))], part)
+            start += len(part)
+        self.refs.stats[0, slot], self.refs.stats[1, slot] = peak, total
+
+    def _halves(self) -> list[slice]:
+        """Of the accumulator, which are exchanged one after the other."""
+        half = self.shape.C // 2
+        return [slice(0, half), slice(half, 2 * half)]
+
+    def _give(self, acc, peak, total) -> None:
+        """Hands a consumer's result to the other one."""
+        self.smem.stats[0], self.smem.stats[1] = peak, total
+        for half in self._halves():
+            self.smem.inbox[...] = acc[half]
+            self.meet_in_block()
+            self.meet_in_block()
+
+    def _joined(self, acc, peak, total):
+        """The block's result."""
+        theirs = []
+        for _half in self._halves():
+            self.meet_in_block()
+            theirs.append(plgpu.layout_cast(self.smem.inbox[...], plgpu.Layout.WGMMA))
+            self.meet_in_block()
+        their_peak, their_total = (read(self.smem.stats.at[i], COLUMNS_OF_TILE) for i in range(2))
+        together = jnp.maximum(peak, their_peak)
+        own, other = jnp.exp2(peak - together), jnp.exp2(their_peak - together)
+        parts = [
+            acc[half] * over_columns(own, their.shape) + their * over_columns(other, their.shape)
+            for half, their in zip(self._halves(), theirs, strict=True)
+        ]
+        return parts, together, total * own + their_total * other
+
+    def latent_of(self, head):
+        """The attention of a head over latents, from all results: float32 [C], rounded."""
+        refs, C, wg = self.refs, self.shape.C, self.wg
+        shares, latent = self.smem.shares.at[wg], self.smem.latent.at[wg]
+        used = 1 + jnp.minimum(lax.div(self.held + TOKENS - 1, TOKENS), self.blocks)
+        slot = plgpu.broadcasted_iota(jnp.int32, (partial_slots(self.blocks),), 0, layout=mv.ONE_BY_ONE)
+        peaks, sums = (mv.load(refs.stats.at[i, :, head], mv.ONE_BY_ONE) for i in range(2))
+        peaks, sums = jnp.where(slot < used, peaks, 2 * LOWEST), jnp.where(slot < used, sums, 0.0)
+        factors = jnp.exp2(peaks - mv.largest(peaks, mv.ONE_BY_ONE, self.scratch))
+        mv.store(shares, jnp.where(sums > 0, factors, 0.0), mv.ONE_BY_ONE)
+        total = mv.total(factors * sums, mv.ONE_BY_ONE, self.scratch)  # its barriers make the shares seen
+
+        def some(i, acc):
+            """There is memory for whole rounds of results, in which may be anything."""
+            parts = [mv.load(refs.partial.at[i * _AT_ONCE + j, head], mv.along(C)) for j in range(_AT_ONCE)]
+            for j, part in enumerate(parts):
+                share = self.smem.shares[wg, i * _AT_ONCE + j]
+                acc += share * jnp.where(share > 0, part, 0.0)
+            return acc
+
+        nothing = plgpu.layout_cast(jnp.zeros((C,), jnp.float32), mv.along(C))
+        acc = lax.fori_loop(0, lax.div(used + _AT_ONCE - 1, _AT_ONCE), some, nothing)
+        mv.store(latent, (acc / total).astype(self.dtype).astype(jnp.float32), mv.along(C))
+        mv.meet_warpgroup()
+        return mv.load(latent, mv.operand(C))

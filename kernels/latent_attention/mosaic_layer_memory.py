@@ -1,0 +1,135 @@
+"""What a block of `mosaic_layer` works on: arrays in memory, and its shared memory."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from latent_attention import mosaic_vector as mv
+from latent_attention.mosaic_layer_ring import SLOT, SLOTS, TOKENS
+from latent_attention.mosaic_tiles import tiled
+from latent_attention.shapes import LayerShape
+
+CONSUMERS = 2
+RESERVED = 2 << 10
+"""Shared memory for barriers and alignment."""
+
+
+def partial_slots(blocks: int) -> int:
+    """Of partial results of the attention: of the new token and of each block; whole rows of 128 threads."""
+    return -(-(blocks + 1) // 128) * 128
+
+
+class Refs(NamedTuple):
+    """Arguments and results in memory; matrices are flat."""
+
+    h: Any
+    input_gain: Any
+    q_a: Any
+    kv_a: Any
+    q_gain: Any
+    q_b: Any
+    kv_gain: Any
+    kv_b: Any
+    kv_b_rows: Any
+    """The same, [H (N + V), C]."""
+    cos: Any
+    sin: Any
+    length: Any
+    o: Any
+    post_gain: Any
+    gate: Any
+    up: Any
+    down: Any
+    c: Any
+    rope: Any
+    counter: Any
+    out: Any
+    a: Any
+    """Latents of the query, and of keys and values with the rotary key: [Q + C + R]."""
+    q: Any
+    new: Any
+    """Of the new token, what goes to the cache: [C + R]."""
+    absorbed: Any
+    """Queries, as the attention takes them: [H, C + R]."""
+    partial: Any
+    """float32 [slots, H, C], to be divided by the sums."""
+    stats: Any
+    """float32 [2, slots, H]: peaks of scores, and sums of 2^(score - peak)."""
+    value: Any
+    middle: Any
+    """Hidden state after the attention."""
+    inner: Any
+
+
+@dataclasses.dataclass
+class Shared:
+    """Shared memory and barriers."""
+
+    ring: Any
+    c_tiles: Any
+    rope_tiles: Any
+    q_c: Any
+    q_rope: Any
+    weights: Any
+    scratch: Any
+    inbox: Any
+    stats: Any
+    shares: Any
+    latent: Any
+    residual: Any
+    full: Any
+    tokens_full: Any
+    empty: Any
+    q_full: Any
+    residual_full: Any
+    met: Any
+
+
+def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
+    """What `Shared` holds; tiles of the cache use the ring too, and the sums over threads what holds weights."""
+    D, _, C, R, _, _, H, _ = shape
+    pair = 2 * SLOT
+    return {
+        "ring": plgpu.RefUnion(
+            plgpu.SMEM((SLOTS, SLOT), dtype), tiled(pair // C, C, dtype, SLOTS // 2),
+            tiled(pair // R, R, dtype, SLOTS // 2),
+        ),
+        "q_c": tiled(H, C, dtype),
+        "q_rope": tiled(H, R, dtype),
+        "weights": plgpu.RefUnion(
+            tiled(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, mv.SCRATCH), jnp.float32)
+        ),
+        "inbox": tiled(C // 2, H, jnp.float32),
+        "stats": plgpu.SMEM((2, H), jnp.float32),
+        "shares": plgpu.SMEM((CONSUMERS, partial_slots(blocks)), jnp.float32),
+        "latent": plgpu.SMEM((CONSUMERS, C), jnp.float32),
+        "residual": plgpu.SMEM((D,), dtype),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+        "tokens_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS // 2),
+        "empty": plgpu.Barrier(num_arrivals=1, num_barriers=SLOTS),
+        "q_full": plgpu.Barrier(num_arrivals=2),
+        "residual_full": plgpu.Barrier(num_arrivals=1),
+        "met": plgpu.Barrier(num_arrivals=CONSUMERS),
+    }  # fmt: skip
+
+
+def shared_bytes(shape: LayerShape, blocks: int) -> int:
+    """All of it."""
+    D, _, C, R, _, _, H, _ = shape
+    exchanged = max(H * TOKENS * 2, mv.SCRATCH * 4) + (partial_slots(blocks) + C) * 4
+    return RESERVED + 2 * (SLOTS * SLOT + H * (C + R) + D) + CONSUMERS * exchanged + 2 * C * H + 8 * H
+
+
+def out_types(shape: LayerShape, blocks: int, dtype) -> list[jax.ShapeDtypeStruct]:
+    """Of what the kernel writes, in the order of `Refs`."""
+    D, Q, C, R, N, V, H, F = shape
+    slots = partial_slots(blocks)
+    of = jax.ShapeDtypeStruct
+    return [
+        of((D,), dtype), of((Q + C + R,), dtype), of((H * (N + R),), dtype), of((C + R,), dtype), of((H, C + R), dtype),
+        of((slots, H, C), jnp.float32), of((2, slots, H), jnp.float32), of((H * V,), dtype), of((D,), dtype),
+        of((F,), dtype),
+    ]  # fmt: skip

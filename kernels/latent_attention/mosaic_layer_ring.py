@@ -1,0 +1,186 @@
+"""What a block of `mosaic_layer` reads, in which order, and the warpgroup that copies it: the producer.
+
+Everything comes in tiles, some whole rows of a matrix, which are contiguous, or 64 tokens of the cache. The tiles of
+all readings are dealt out to the blocks in turn, as if they were one list, so that each block reads as many, give or
+take one. A tile of a matrix takes a slot of the ring, one of the cache two, of which the first is even.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from latent_attention import mosaic_vector as mv
+from latent_attention.shapes import LayerShape
+
+SLOT = 10240
+"""16-bit numbers of a slot, 20 KiB."""
+SLOTS = 8
+"""Each belongs to one of the two consumers, as does each pair of them: a multiple of 4."""
+TOKENS = 64
+"""Of a tile of the cache: M of wgmma."""
+NARROW_ROWS = 8
+"""Of narrow rows, so many are multiplied at a time."""
+_COST_OF_TILE = 4096
+"""Numbers that are read in the time that a tile takes besides."""
+
+
+class Rows(NamedTuple):
+    """Of a tile of each matrix."""
+
+    down: int
+    """Of the down-projections of queries and of keys and values, whose tiles form one list."""
+    q_b: int
+    v_b: int
+    o: int
+    gate: int
+    """And as many of the up-projection beside it."""
+    ff_down: int
+
+
+class Reading(NamedTuple):
+    """Tiles of `rows` rows of `width` numbers."""
+
+    tiles: Any
+    rows: int
+    width: int
+    halves: Callable[[Any], list]
+    """References to the two halves of a tile; none of a tile of the cache."""
+
+    @property
+    def slots(self) -> int:
+        """Of a tile."""
+        return 1 if self.halves is not no_halves else 2
+
+
+class Share(NamedTuple):
+    """Of a reading, what a block has."""
+
+    reading: Reading
+    first: Any
+    """Its first tile; the others follow at a distance of as many as there are blocks."""
+    count: Any
+    number: Any
+    """Of the first slot that it takes, counted from the start of the kernel."""
+
+
+def no_halves(tile) -> list:
+    """Of a tile of the cache."""
+    return []
+
+
+def rows_of_tile(outs: tuple[int, ...], width: int, blocks: int, step: int = 1) -> int:
+    """Rows of a tile of matrices [out, width], with which the busiest block is done first; 0 if none fits."""
+    common = math.gcd(*outs)
+    step *= NARROW_ROWS if mv.is_narrow(width) else 1
+    fitting = [rows for rows in range(step, SLOT // width + 1, step) if common % rows == 0]
+    return min(fitting, key=lambda rows: -(-sum(outs) // rows // blocks) * (rows * width + _COST_OF_TILE), default=0)
+
+
+def rows_of_tiles(shape: LayerShape, blocks: int) -> Rows:
+    """Of all matrices."""
+    D, Q, C, R, N, V, H, F = shape
+    return Rows(
+        down=rows_of_tile((Q, C + R), D, blocks), q_b=rows_of_tile((H * (N + R),), Q, blocks),
+        v_b=rows_of_tile((V,) * H, C, blocks), o=rows_of_tile((D,), H * V, blocks),
+        gate=rows_of_tile((2 * F,), D, blocks, 2) // 2, ff_down=rows_of_tile((D,), F, blocks),
+    )  # fmt: skip
+
+
+def readings(shape: LayerShape, blocks: int, refs, held) -> dict[str, Reading]:
+    """In the order in which they are read; `held` are the tokens in the cache. The matrices of `refs` are flat."""
+    D, Q, C, R, N, V, H, F = shape
+    rows = rows_of_tiles(shape, blocks)
+
+    def matrix(ref, out: int, width: int, rows: int, start=lambda tile: 0) -> Reading:
+        half = rows * width // 2
+
+        def halves(tile) -> list:
+            at = start(tile) + 2 * half * tile
+            return [ref.at[pl.ds(at, half)], ref.at[pl.ds(at + half, half)]]
+
+        return Reading(out // rows, rows, width, halves)
+
+    def gate_and_up(tile) -> list:
+        n = rows.gate * D
+        return [ref.at[pl.ds(tile * n, n)] for ref in (refs.gate, refs.up)]
+
+    return {
+        "q_a": matrix(refs.q_a, Q, D, rows.down),
+        "kv_a": matrix(refs.kv_a, C + R, D, rows.down),
+        "q_b": matrix(refs.q_b, H * (N + R), Q, rows.q_b),
+        "tokens": Reading(lax.div(held + TOKENS - 1, TOKENS), TOKENS, C + R, no_halves),
+        # Rows of values lie behind those of keys in each head.
+        "v_b": matrix(refs.kv_b, H * V, C, rows.v_b, lambda tile: (lax.div(tile * rows.v_b, V) + 1) * N * C),
+        "o": matrix(refs.o, D, H * V, rows.o),
+        "gate_up": Reading(F // rows.gate, 2 * rows.gate, D, gate_and_up),
+        "down": matrix(refs.down, D, F, rows.ff_down),
+    }
+
+
+def shares(of: dict[str, Reading], block, blocks: int) -> Iterator[tuple[str, Share]]:
+    """What a block has of each reading."""
+    number, offset = jnp.int32(0), jnp.int32(0)
+    for name, it in of.items():
+        first = lax.rem(block + blocks - offset, blocks)
+        count = lax.div(jnp.maximum(it.tiles - first + blocks - 1, 0), blocks)
+        number += lax.rem(number, it.slots)
+        yield name, Share(it, first, count, number)
+        number, offset = number + count * it.slots, lax.rem(offset + it.tiles, blocks)
+
+
+def slot_of(number):
+    """Of the ring."""
+    return lax.rem(number, SLOTS)
+
+
+def token_tile(shape: LayerShape, smem, pair) -> tuple[Any, Any]:
+    """Latents [TOKENS, C] and rotary keys [TOKENS, R] in a pair of slots."""
+    behind = pl.ds(TOKENS * shape.C // shape.R, TOKENS)
+    return smem.c_tiles.at[pair, pl.ds(0, TOKENS)], smem.rope_tiles.at[pair, behind]
+
+
+def produce(shape: LayerShape, blocks: int, block, of: dict[str, Reading], refs, smem) -> None:
+    """Copies all tiles of a block into the ring, each as soon as its slot is empty, and the input as first residual."""
+    plgpu.copy_gmem_to_smem(refs.h, smem.residual, smem.residual_full, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+    def wait(number) -> None:
+        @pl.when(number >= SLOTS)
+        def _():
+            plgpu.barrier_wait(smem.empty.at[slot_of(number)])
+
+    def copy_tokens(tile, slot) -> None:
+        pair, at = lax.div(slot, 2), pl.ds(tile * TOKENS, TOKENS)
+        for ref, place in zip((refs.c, refs.rope), token_tile(shape, smem, pair), strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[0, at], place, smem.tokens_full.at[pair])
+
+    def copy_rows(it: Reading, tile, slot) -> None:
+        half = it.rows * it.width // 2
+        for i, source in enumerate(it.halves(tile)):
+            plgpu.copy_gmem_to_smem(
+                source, smem.ring.at[slot, pl.ds(i * half, half)], smem.full.at[slot],
+                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+            )  # fmt: skip
+
+    done = jnp.int32(0)
+    for _name, (it, first, count, number) in shares(of, block, blocks):
+
+        @pl.when(done < number)
+        def _(done=done):  # a slot stays empty
+            wait(done)
+
+        def step(i, _, it=it, first=first, number=number):
+            tile, at = first + i * blocks, number + i * it.slots
+            for j in range(it.slots):
+                wait(at + j)
+            if it.slots == 2:
+                copy_tokens(tile, slot_of(at))
+            else:
+                copy_rows(it, tile, slot_of(at))
+
+        lax.fori_loop(0, count, step, None)
+        done = number + count * it.slots

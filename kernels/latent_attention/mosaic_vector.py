@@ -1,0 +1,263 @@
+"""Vectors and rows of matrices in the registers of a warpgroup; in Mosaic GPU itself where Pallas has no words.
+
+A vector [width] lies over the 128 threads of a warpgroup, `vec` neighbouring numbers each in turn.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+from jaxlib.mlir.dialects import math as mlir_math
+
+from latent_attention.mosaic_tiles import read
+
+COLUMNS = 64
+"""Of a tile that `over_rows` sums."""
+SCRATCH = 1024
+"""float32 numbers of shared memory that a warpgroup needs for its sums."""
+SPLAT = plgpu.Layout.WG_SPLAT
+
+
+def _layout(*tiles, warps, lanes) -> Any:
+    it = mgpu.TiledLayout(plgpu.Tiling(tiles), warps, lanes, vector_dim=-1, _check_canonical=False).canonicalize()
+    return plgpu.Layout.TILED(it.tiling, it.warp_dims, it.lane_dims, it.vector_dim)
+
+
+def _row_tile(vec: int) -> Any:
+    """[rows, width]; every thread has a part of each row."""
+    return _layout((1, 128 * vec), (1, 32 * vec), (1, vec), warps=(-5,), lanes=(-3,))
+
+
+TILE = _layout((8, COLUMNS), (2, COLUMNS), (1, 4), warps=(-6,), lanes=(-4, -3))
+"""[a multiple of 8, COLUMNS]."""
+ROWS = _row_tile(1).reduce((1,))
+"""A number a row; every thread has all."""
+ONE_BY_ONE = _row_tile(1).reduce((0,))
+"""A vector [a multiple of 128], a number a thread in turn."""
+
+
+def _widened(x: Any, vec: int) -> Any:
+    """float32 of 16-bit numbers in a register. Of bfloat16 by shifting: the conversion has a sixteenth of the speed."""
+    to = ir.VectorType.get((vec,), ir.F32Type.get())
+    if not isinstance(ir.VectorType(x.type).element_type, ir.BF16Type):
+        return arith.extf(to, x)
+    i32 = ir.IntegerType.get_signless(32)
+    words = mgpu.utils.bitcast(x, ir.VectorType.get((vec // 2,), i32))
+    numbers = []
+    for i in range(vec // 2):
+        word = vector.extract(words, [], [i])
+        numbers += [arith.shli(word, arith.constant(i32, 16)), arith.andi(word, arith.constant(i32, -65536))]
+    return mgpu.utils.bitcast(vector.from_elements(ir.VectorType.get((vec,), i32), numbers), to)
+
+
+def vec_of(width: int) -> int | None:
+    """Neighbouring numbers of a row that a thread reads at a time; None if rows of this width cannot be read."""
+    return next((vec for vec in (8, 4, 2) if width % (128 * vec) == 0), None)
+
+
+def along(width: int) -> Any:
+    """The layout of a vector."""
+    vec = vec_of(width)
+    assert vec is not None
+    return _row_tile(vec).reduce((0,))
+
+
+def _each_warp(width: int, vec: int) -> Any:
+    lanes = width // vec
+    copies = (plgpu.Replicated(32 // lanes),) if lanes < 32 else ()
+    return _layout((width,), (vec,), warps=(plgpu.Replicated(4),), lanes=(*copies, -2))
+
+
+def pairs(width: int) -> Any:
+    """[width], 64 at most, a pair a thread, in every warp."""
+    return _each_warp(width, 2)
+
+
+def angles(width: int) -> Any:
+    """[width / 2], a number for each of `pairs`."""
+    return _each_warp(width // 2, 1)
+
+
+def load(ref, layout) -> Any:
+    """float32 numbers at a reference."""
+    return read(ref, layout).astype(jnp.float32)
+
+
+def store(ref, x, layout) -> None:
+    """Writes x, in any layout, to memory."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    def write(_, ref, x):
+        x.store_untiled(ref, optimized=False)
+
+    write(ref, x)  # pyright: ignore[reportCallIssue]
+
+
+def store_transposed(ref, x) -> None:
+    """Writes an accumulator x [M, N] to memory as [N, M]."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def write(_, ref, x):
+        # The same layout with one number, not a pair, at a time.
+        of = x.layout
+        warps, lanes = (tuple(d - 1 for d in dims) for dims in (of.warp_dims, of.lane_dims))
+        layout = mgpu.TiledLayout(plgpu.Tiling((*of.tiling.tiles, (1,))), warps, lanes, -1, _check_canonical=False)
+        registers = np.empty(layout.registers_shape(x.shape), dtype=object)
+        flat, one = registers.reshape(-1, 2), ir.VectorType.get((1,), ir.F32Type.get())
+        for i, register in enumerate(x.registers.flat):
+            flat[i] = [vector.broadcast(one, vector.extract(register, [], [j])) for j in range(2)]
+        x = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        x.store_untiled(mgpu.utils.memref_transpose(ref, (1, 0)), optimized=False)
+
+    write(ref, x)  # pyright: ignore[reportCallIssue]
+
+
+def _reduce(op: str, x, axis: int, layout, to, scratch_ref) -> Any:
+    shape = x.shape[:axis] + x.shape[axis + 1 :]
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, plgpu.RefType()), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=to)
+    )
+    def reduce(_, x, scratch):
+        return x.reduce(op, axis, scratch)
+
+    return reduce(x, scratch_ref)  # pyright: ignore[reportCallIssue]
+
+
+def total(x, layout, scratch_ref) -> Any:
+    """The sum of a vector, a scalar."""
+    return _reduce("add", x, 0, layout, SPLAT, scratch_ref)
+
+
+def largest(x, layout, scratch_ref) -> Any:
+    """The largest number of a vector."""
+    return _reduce("max", x, 0, layout, SPLAT, scratch_ref)
+
+
+def over_rows(x, factors, scratch_ref) -> Any:
+    """[COLUMNS], as `TILE.reduce((0,))`: the sum of the rows of x [rows, COLUMNS], each times its factor."""
+    factors = plgpu.layout_cast(lax.broadcast_in_dim(factors, x.shape, [0]), TILE)
+    return _reduce("add", x * factors, 0, TILE, TILE.reduce((0,)), scratch_ref)
+
+
+def is_narrow(width: int) -> bool:
+    """Whether a warp has whole rows of this width, not a quarter of each."""
+    return width % 256 == 0 and width <= 1024
+
+
+_NARROW = _layout((4, 256), (1, 256), (1, 8), warps=(-6,), lanes=(-3,))
+
+
+def operand(width: int) -> Any:
+    """The layout of a vector that `products` multiplies rows of this width with."""
+    return _NARROW.reduce((0,)) if is_narrow(width) else along(width)
+
+
+def sums(width: int) -> Any:
+    """The layout of what `products` returns."""
+    return _NARROW.reduce((1,)) if is_narrow(width) else ROWS
+
+
+def products(x, rows_ref, rows: int, scratch_ref) -> Any:
+    """float32 [rows], as `sums`: rows of 16 bits in shared memory, one after the other, times x [width], an `operand`.
+
+    There must be a multiple of 4 rows of narrow ones.
+    """
+    (width,) = x.shape
+    narrow = is_narrow(width)
+    vec = 8 if narrow else vec_of(width)
+    assert vec is not None
+    layout = (_NARROW if narrow else _row_tile(vec)).to_mgpu()
+    one_layout = (_layout((4, 32), (1, 32), (1, 1), warps=(-6,), lanes=(-3,)) if narrow else _row_tile(1)).to_mgpu()
+
+    @plgpu.inline_mgpu(
+        arg_types=(operand(width), plgpu.RefType(), plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=sums(width)),
+    )
+    def multiply(_, x, rows_ref, scratch):
+        number = ir.F32Type.get()
+        wide, one = (ir.VectorType.get((n,), number) for n in (vec, 1))
+        w = mgpu.FragmentedArray.load_untiled(
+            mgpu.utils.memref_reshape(rows_ref, (rows, width)), layout=layout, optimized=False
+        )
+        registers = np.empty(one_layout.registers_shape((rows, 32 if narrow else 128)), dtype=object)
+        for i, row in enumerate(w.registers.reshape(registers.size, -1)):
+            acc = arith.constant(wide, ir.DenseElementsAttr.get_splat(wide, ir.FloatAttr.get_f32(0.0)))
+            for a, b in zip(row, x.registers.reshape(-1), strict=True):
+                acc = mlir_math.fma(_widened(a, vec), b, acc)
+            registers.flat[i] = vector.broadcast(one, vector.reduction(number, vector.CombiningKind.ADD, acc))
+        return mgpu.FragmentedArray(_registers=registers, _layout=one_layout, _is_signed=None).reduce("add", 1, scratch)
+
+    return multiply(x, rows_ref, scratch_ref)  # pyright: ignore[reportCallIssue]
+
+
+def turned(x, cos, sin) -> Any:
+    """x [R], as `pairs`, each pair (x0, x1) turned by an angle: (x0 cos - x1 sin, x1 cos + x0 sin)."""
+    layout, of_angles = pairs(x.size), angles(x.size)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, of_angles, of_angles),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
+    )
+    def turn(_, x, cos, sin):
+        (pair,), (c,), (s,) = (part.registers.flat for part in (x, cos, sin))
+        (even, odd), c, s = (
+            (vector.extract(pair, [], [i]) for i in (0, 1)),
+            *(vector.extract(y, [], [0]) for y in (c, s)),
+        )
+        first = arith.subf(arith.mulf(even, c), arith.mulf(odd, s))
+        second = arith.addf(arith.mulf(odd, c), arith.mulf(even, s))
+        registers = np.empty_like(x.registers)
+        registers.flat[0] = vector.from_elements(pair.type, [first, second])
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return turn(x, cos, sin)  # pyright: ignore[reportCallIssue]
+
+
+def meet_all(counter_ref, blocks: int) -> None:
+    """One thread of the warpgroup tells that its block is here and waits until all `blocks` are."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def meet(_, counter):
+        i32 = ir.IntegerType.get_signless(32)
+        pointer = mgpu.utils.memref_ptr(counter)
+
+        def atomic(code: str) -> Any:
+            return llvm.inline_asm(i32, [pointer], code, "=r,l", has_side_effects=True)
+
+        with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
+            here, n = atomic("atom.add.acq_rel.gpu.global.u32 $0, [$1], 1;"), arith.constant(i32, blocks)
+            target = arith.muli(arith.addi(arith.divui(here, n), arith.constant(i32, 1)), n)
+            loop = scf.WhileOp([], [])
+            with ir.InsertionPoint(loop.before.blocks.append()):
+                now = atomic("ld.acquire.gpu.global.u32 $0, [$1];")
+                scf.condition(arith.cmpi(arith.CmpIPredicate.ult, now, target), [])
+            with ir.InsertionPoint(loop.after.blocks.append()):
+                scf.yield_([])
+
+    meet(counter_ref)  # pyright: ignore[reportCallIssue]
+
+
+def meet_warpgroup() -> None:
+    """All warps of the warpgroup are here, and see what any has written to shared memory."""
+
+    @plgpu.inline_mgpu()
+    def meet(_):
+        mgpu.utils.warpgroup_barrier()
+
+    meet()  # pyright: ignore[reportCallIssue]
+
+
+def written_is_seen_by_copies() -> None:
+    """What this thread knows to be in global memory, copies to shared memory that it starts see too."""
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.proxy.async.global;", "", has_side_effects=True)
+
+    fence()  # pyright: ignore[reportCallIssue]
