@@ -80,7 +80,8 @@ def _consume(shape: LayerShape, blocks: int, dtype, eps: float, scale: float, bl
         """finish(first row, rows times x) for all of this consumer's; x may be x(tile)."""
         it, first, count, number = todo[name]
         skipped = lax.rem(wg + lax.rem(number, CONSUMERS), CONSUMERS)
-        rows = NARROW_ROWS if mv.is_narrow(it.width) else it.rows
+        narrow = mv.is_narrow(it.width)
+        rows = NARROW_ROWS if narrow else it.rows
 
         def step(m, _):
             i = skipped + m * CONSUMERS
@@ -88,15 +89,17 @@ def _consume(shape: LayerShape, blocks: int, dtype, eps: float, scale: float, bl
             xs = x(tile) if callable(x) else x
             plgpu.barrier_wait(smem.full.at[slot])
 
-            def some(j, _):
+            def some(j):
                 used = smem.ring.at[slot, pl.ds(j * rows * it.width, rows * it.width)]
-                finish(tile * it.rows + j * rows, mv.products(xs, used, rows, mine))
+                return mv.products(xs, used, rows, mine)
 
-            if rows == it.rows:
-                some(0, None)
+            if narrow:
+                lax.fori_loop(0, it.rows // rows, lambda j, _: finish(tile * it.rows + j * rows, some(j)), None)
+                plgpu.barrier_arrive(smem.empty.at[slot])
             else:
-                lax.fori_loop(0, it.rows // rows, some, None)
-            plgpu.barrier_arrive(smem.empty.at[slot])
+                y = some(0)
+                plgpu.barrier_arrive(smem.empty.at[slot])
+                finish(tile * it.rows, y)
 
         lax.fori_loop(0, lax.div(count - skipped + CONSUMERS - 1, CONSUMERS), step, None)
 
