@@ -24,7 +24,7 @@ from mla_jax.sampling import Sampling, SamplingPlan, choose, knobs
 PREFILL_CHUNK = 8192
 """Prompt tokens, of all rows together, that are processed at one time."""
 DECODE_BLOCK = 32
-"""Tokens that one call of the compiled loop adds; between calls, tokens are streamed and rows are stopped."""
+"""Tokens that one call of the compiled loop adds; meanwhile, those of the call before are streamed or stop rows."""
 
 OnTokens = Callable[[int, list[int]], bool | None]
 """Called with the row and its new tokens, a few at a time; True ends the row."""
@@ -44,7 +44,7 @@ def decode_block(
 
     def next_token(carry, step):
         tokens_B, cache, seen_BX, counter = carry
-        if fused:  # one row, which is not done, or this would not be called
+        if fused:  # one row, which was not done when this was called
             scores_BX, cache, counter = one_token.step(config, weights, tokens_B, cache, counter)
         else:
             h_B1D, cache = decoder.extend(
@@ -234,10 +234,9 @@ class Generator:
                 tokens[row, : valid[row]] = prompt[lengths[row] : lengths[row] + valid[row]]
             h_BTD = decoder.prefill_embed(self.config, self.weights["embed_tokens"], mesh.shard_batch(tokens))
             lengths_B, valid_B = mesh.shard_batch(lengths), mesh.shard_batch(valid)
-            last = self.config.num_hidden_layers - 1
             for i, weights in enumerate(self.weights["layers"]):
                 h_BTD, context.layers[i] = decoder.prefill_layer(
-                    self.config, weights, h_BTD, context.layers[i], lengths_B, valid_B, i == last
+                    self.config, weights, h_BTD, context.layers[i], lengths_B, valid_B, i + 1 == len(context.layers)
                 )
             lengths = lengths + valid
             context.tokens = [prompt[: lengths[row]] for row, prompt in enumerate(prompts)]
@@ -266,7 +265,7 @@ class Generator:
             new_NB = started
             if block < blocks:
                 started, tokens_B, layers, lengths_B, seen_BX = decode_block(
-                    self.config, self.weights, tokens_B, tuple(context.layers), lengths_B, mesh.shard_batch(done),
+                    self.config, self.weights, tokens_B, (*context.layers,), lengths_B, mesh.shard_batch(done.copy()),
                     seen_BX, values, key, jnp.int32(block * steps), plan=sampling.plan, steps=steps,
                 )  # fmt: skip
                 context.layers = list(layers)

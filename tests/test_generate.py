@@ -1,5 +1,6 @@
 """Generation through the cache equals asking the whole model for one token after another."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mla_jax.generate
 from latent_attention import dequantize, quantize
 from mla_jax import mesh
 from mla_jax.bridge import verify
@@ -56,7 +58,9 @@ def test_the_prefill_chunk_changes_nothing(chunk):
     assert generate(CONFIG, PARAMS, PROMPTS, max_new_tokens=NEW, prefill_chunk=chunk) == one_after_another()
 
 
-def test_a_row_ends_before_eos_and_the_others_go_on():
+@pytest.mark.parametrize("block", [5, 32])
+def test_a_row_ends_before_eos_and_the_others_go_on(monkeypatch, block):
+    monkeypatch.setattr("mla_jax.generate.DECODE_BLOCK", block)
     expected = one_after_another()
     eos = expected[1][4]
     cut = [row[: row.index(eos)] if eos in row else row for row in expected]
@@ -186,6 +190,38 @@ def test_tokens_are_streamed_and_rows_are_ended(generator, monkeypatch):
     assert got == streamed == [expected[0], expected[1][:5], *expected[2:]]
 
 
+def test_a_call_is_under_way_while_the_tokens_of_the_one_before_are_shown(generator, monkeypatch):
+    monkeypatch.setattr("mla_jax.generate.DECODE_BLOCK", 5)
+    decode_block, events, prompt = mla_jax.generate.decode_block, [], PROMPTS[:1]
+
+    def recorded(*args, **kwargs):
+        events.append("call")
+        return decode_block(*args, **kwargs)
+
+    monkeypatch.setattr("mla_jax.generate.decode_block", recorded)
+    continued(generator, prompt, on_tokens=lambda row, ids: events.append(len(ids)))
+    assert events == ["call", "call", 5, "call", 5, 2]
+    events.clear()
+    continued(generator, prompt, on_tokens=lambda row, ids: events.append(len(ids)) or True)
+    assert events == ["call", "call", 5]
+
+
+@pytest.mark.parametrize("end", ["stop", "error"])
+def test_a_context_goes_on_after_a_call_whose_tokens_were_dropped(generator, monkeypatch, end):
+    monkeypatch.setattr("mla_jax.generate.DECODE_BLOCK", 5)
+    context, prompts = Context.empty(2), PROMPTS[:2]
+
+    def on_tokens(row, ids):
+        if end == "error":
+            raise KeyboardInterrupt
+        return row == 0
+
+    with contextlib.nullcontext() if end == "stop" else pytest.raises(KeyboardInterrupt):
+        continued(generator, prompts, on_tokens=on_tokens, context=context)
+    following = [prompt + new[:3] + [7] for prompt, new in zip(prompts, one_after_another(), strict=False)]
+    assert continued(generator, following, context=context) == continued(generator, following)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_blocks_of_decoding_change_nothing(generator, monkeypatch, temperature):
     sampling = Sampling(temperature=temperature, seed=3)
@@ -194,7 +230,9 @@ def test_blocks_of_decoding_change_nothing(generator, monkeypatch, temperature):
     assert continued(generator, PROMPTS, sampling=sampling) == expected
 
 
-def test_a_repetition_penalty_keeps_tokens_from_coming_again(generator):
+@pytest.mark.parametrize("block", [5, 32])
+def test_a_repetition_penalty_keeps_tokens_from_coming_again(generator, monkeypatch, block):
+    monkeypatch.setattr("mla_jax.generate.DECODE_BLOCK", block)
     once = continued(generator, PROMPTS, sampling=Sampling(repetition_penalty=1e6))
     for prompt, new in zip(PROMPTS, once, strict=True):
         assert len(set(new)) == NEW and not set(new) & set(prompt)

@@ -16,7 +16,7 @@ from jax.experimental.mosaic.gpu.utils import vector_concat, vector_slice
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import gpu
 
-from latent_attention.mosaic_tiles import LOWEST, read
+from latent_attention.mosaic_tiles import LOWEST, layout_of, read
 
 _VECTOR = 4
 """Rows that a thread reads at a time: 16 bytes."""
@@ -31,12 +31,6 @@ _SLOTS_A_THREAD = 4
 """What a thread should have to read before more of them share the slots."""
 _PAD = 4
 """Between columns in shared memory, so that threads that read different columns find different banks."""
-
-
-def _layout(*tiles, warps, lanes):
-    """The layout of these tiles, the last dimension of which is what a thread reads at a time."""
-    it = mgpu.TiledLayout(plgpu.Tiling(tiles), warps, lanes, vector_dim=-1, _check_canonical=False).canonicalize()
-    return plgpu.Layout.TILED(it.tiling, it.warp_dims, it.lane_dims, it.vector_dim)
 
 
 class _Tile:
@@ -55,11 +49,11 @@ class _Tile:
         all_warps = self.columns, self.warp[1]
         if beside == 1:
             self.shape, slots_axis = (self.columns, rows), ()
-            self.layout = _layout(all_warps, self.warp, (wide, _VECTOR), warps=(-6,), lanes=(-4, -3))
+            self.layout = layout_of(all_warps, self.warp, (wide, _VECTOR), warps=(-6,), lanes=(-4, -3))
         else:
             self.shape, slots_axis = (beside, self.columns, rows), (0,)
             tiles = (beside, *all_warps), (beside_in_warp, *self.warp), (1, wide, _VECTOR)
-            self.layout = _layout(*tiles, warps=(-9, -8), lanes=(-6, -5, -4))
+            self.layout = layout_of(*tiles, warps=(-9, -8), lanes=(-6, -5, -4))
         self.stats_shape, self.stats_layout = (*self.shape[:-2], rows), self.layout.reduce((len(slots_axis),))
         self.slots_layout = self.layout.reduce((1, 2)) if slots_axis else None
         self.stats_axes = *slots_axis, len(self.shape) - 1
@@ -71,7 +65,7 @@ class _Tile:
     def transpose(self, x):
         """[columns, rows] -> [rows, columns], within each thread."""
         shape, (down, across) = (self.rows, self.columns), self.warp
-        layout = _layout(
+        layout = layout_of(
             (across, self.columns), (across, down), (_VECTOR, self.wide), (1, self.wide), warps=(-7,), lanes=(-5, -6)
         )
 
@@ -96,7 +90,7 @@ class _Tile:
         column_warps = math.gcd(4 // row_warps, self.columns // lane_columns)
         copies = 4 // (row_warps * column_warps)
         tiles = (column_warps * lane_columns, row_warps * lane_rows), (lane_columns, lane_rows), (1, 1)
-        return _layout(*tiles, warps=(-6, -5, *([plgpu.Replicated(copies)] if copies > 1 else [])), lanes=(-4, -3))
+        return layout_of(*tiles, warps=(-6, -5, *([plgpu.Replicated(copies)] if copies > 1 else [])), lanes=(-4, -3))
 
 
 @plgpu.inline_mgpu()

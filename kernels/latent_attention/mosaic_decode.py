@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from latent_attention.mosaic_combine import combine
-from latent_attention.mosaic_partials import SCRATCH, TILE, Config, partials
-from latent_attention.mosaic_tiles import CHUNK, restore_order
+from latent_attention.mosaic_partials import TILE, Config, partials
+from latent_attention.mosaic_tiles import CHUNK, SCRATCH, restore_order
 from latent_attention.schedule import schedule
 from latent_attention.shapes import DecodeShape, Gpu, local_gpu
 

@@ -21,10 +21,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention import mosaic_vector as mv
 from latent_attention.mosaic_layer_attention import Attention
-from latent_attention.mosaic_layer_memory import CONSUMERS, Refs, Shared, out_types, shared, shared_bytes
+from latent_attention.mosaic_layer_memory import Refs, Shared, out_types, shared, shared_bytes
 from latent_attention.mosaic_layer_ring import (
+    CONSUMERS,
     NARROW_ROWS,
-    SLOT,
     TOKENS,
     Share,
     produce,
@@ -32,6 +32,7 @@ from latent_attention.mosaic_layer_ring import (
     rows_of_tiles,
     shares,
     slot_of,
+    turns,
 )
 from latent_attention.shapes import Gpu, LayerShape, local_gpu
 
@@ -46,8 +47,8 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
         return f"it is for Hopper GPUs (sm_90); this is {'no GPU' if gpu is None else gpu.name}"
     if dtype not in ("bfloat16", "float16") or cache_dtype != dtype:
         return f"it takes 16-bit numbers and a cache of the same type, not {dtype} and {cache_dtype}"
-    if R != 64 or C % 256 or TOKENS * (C + R) > 2 * SLOT or 2 * SLOT % C or C * H > 8192 or H % 8 or N % 8:
-        return f"it takes C of 256, R of 64 and up to 32 heads in eights, not {C}, {R} and {H} of {N}"
+    if (C, R) != (256, 64) or H > 32 or H % 8 or N % 8:
+        return f"it takes C of 256, R of 64 and up to 32 heads, H and N in eights, not {C}, {R}, {H} and {N}"
     wide = [width for width in (D, H * V, F) if width % 256 or mv.is_narrow(width)]
     if wide or Q % 256 or not all(rows_of_tiles(shape, gpu.cores)):
         return f"its tiles do not fit these widths: {shape}"
@@ -78,8 +79,8 @@ def _consume(shape: LayerShape, blocks: int, dtype, eps: float, scale: float, bl
 
     def multiply(name: str, x, finish: Callable[[Any, Any], None]) -> None:
         """finish(first row, rows times x) for all of this consumer's; x may be x(tile)."""
-        it, first, count, number = todo[name]
-        skipped = lax.rem(wg + lax.rem(number, CONSUMERS), CONSUMERS)
+        it, first, _, number = todo[name]
+        skipped, steps = turns(wg, todo[name])
         narrow = mv.is_narrow(it.width)
         rows = NARROW_ROWS if narrow else it.rows
 
@@ -101,7 +102,7 @@ def _consume(shape: LayerShape, blocks: int, dtype, eps: float, scale: float, bl
                 plgpu.barrier_arrive(smem.empty.at[slot])
                 finish(tile * it.rows, y)
 
-        lax.fori_loop(0, lax.div(count - skipped + CONSUMERS - 1, CONSUMERS), step, None)
+        lax.fori_loop(0, steps, step, None)
 
     def vector(ref, width: int):
         return mv.load(ref, mv.operand(width))
@@ -229,13 +230,16 @@ def layer(
         sin: see `cos`.
         length: int32 [1], how many tokens the cache holds; where it is full, nothing is written and it is attended to
             without the new token.
-        cache: c [1, S, C] and k_rope [1, S, R]; updated in place.
+        cache: c [1, S, C] and k_rope [1, S, R]; updated in place where it is donated, else XLA copies it before.
         counter: see `triton_layer_jax.init_counter`.
         eps: of the norms.
         scale: of the scores.
 
     Returns:
         The output [D], the cache and the counter.
+
+    Raises:
+        RuntimeError: there is no NVIDIA GPU.
     """
     gpu = local_gpu()
     if gpu is None:

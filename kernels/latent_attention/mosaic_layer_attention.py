@@ -12,9 +12,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention import mosaic_vector as mv
-from latent_attention.mosaic_layer_memory import CONSUMERS, partial_slots
-from latent_attention.mosaic_layer_ring import TOKENS, Share, slot_of, token_tile
-from latent_attention.mosaic_tiles import COLUMNS_OF_TILE, LOWEST, iota, over_columns, read, reduce_columns, wgmma_zeros
+from latent_attention.mosaic_layer_memory import partial_slots
+from latent_attention.mosaic_layer_ring import CONSUMERS, TOKENS, Share, slot_of, token_tile, turns
+from latent_attention.mosaic_tiles import (
+    COLUMNS_OF_TILE,
+    MASKED,
+    clear_rows,
+    iota,
+    over_columns,
+    read,
+    reduce_columns,
+    wgmma_zeros,
+)
 from latent_attention.shapes import LayerShape
 
 _AT_ONCE = 16
@@ -29,6 +38,8 @@ class Attention:
         self.block, self.wg, self.refs, self.smem, self.scratch = block, wg, refs, smem, smem.scratch.at[wg]
         self.meet_in_block, self.capacity = meet, refs.c.shape[1]
         self.held = jnp.minimum(refs.length[0], self.capacity)
+        # The largest weight is 2^headroom, so that small ones are not lost in float16.
+        self.headroom = 15 if dtype == jnp.float16 else 0
 
     def attend_to_new(self) -> None:
         """The result of the new token, each head's by a block: the last ones, which have fewest tokens."""
@@ -45,16 +56,14 @@ class Attention:
             score = (score + product(pl.ds(C, R), mv.pairs(R))[0]) * self.log2_scale
             there = refs.length[0] < self.capacity
             mv.store(refs.partial.at[0, head], c, mv.operand(C))
-            refs.stats[0, 0, head] = jnp.where(there, score, 2 * LOWEST)
+            refs.stats[0, 0, head] = jnp.where(there, score, MASKED)
             refs.stats[1, 0, head] = jnp.where(there, 1.0, 0.0)
 
     def attend(self, share: Share, before) -> None:
         """The result of this block's tokens, if it has any; `before` slots were taken until here."""
         refs, smem, wg, H, C = self.refs, self.smem, self.wg, self.shape.H, self.shape.C
         first, count, number = share[1:]
-        # The consumers take turns at the pairs of slots.
-        skipped = lax.rem(wg + lax.rem(lax.div(number, 2), CONSUMERS), CONSUMERS)
-        steps = lax.div(count - skipped + CONSUMERS - 1, CONSUMERS)
+        skipped, steps = turns(wg, share)
 
         @pl.when((before < number) & (wg == 1))
         def _():
@@ -80,7 +89,7 @@ class Attention:
 
         @pl.when(steps > 0)
         def _():
-            lowest = plgpu.layout_cast(jnp.full((H,), 2 * LOWEST, jnp.float32), COLUMNS_OF_TILE)
+            lowest = plgpu.layout_cast(jnp.full((H,), MASKED, jnp.float32), COLUMNS_OF_TILE)
             carry = wgmma_zeros((C, H)), lowest, wgmma_zeros((TOKENS, H))
             acc, peak, sums = lax.fori_loop(0, steps, step, carry)
             total = reduce_columns("add", sums, self.scratch)
@@ -100,17 +109,13 @@ class Attention:
 
     def _tile(self, pair, base, acc, peak, sums):
         """Adds the tile in a pair of slots, tokens from `base` on, to what there is."""
-        smem, H, C = self.smem, self.shape.H, self.shape.C
+        smem, H = self.smem, self.shape.H
         c, k_rope = token_tile(self.shape, smem, pair)
         plgpu.barrier_wait(smem.tokens_full.at[pair])
 
         @pl.when(base + TOKENS > self.held)
         def _():  # what is not held may be NaN, and 0 x NaN is NaN
-            for j in range(0, C, TOKENS):
-                part = smem.c_tiles.at[pair, pl.ds(0, TOKENS), pl.ds(j, TOKENS)]
-                x = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-                part[...] = jnp.where(iota((TOKENS, TOKENS), 0) < self.held - base, x, jnp.zeros_like(x))
-            plgpu.commit_smem()
+            clear_rows(c, self.held - base)
 
         def scores_of(scores_ref):
             plgpu.wgmma(scores_ref, c, smem.q_c.transpose((1, 0)))
@@ -118,8 +123,8 @@ class Attention:
             return scores_ref[...]
 
         scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef((TOKENS, H), jnp.float32)) * self.log2_scale
-        scores = jnp.where(iota((TOKENS, H), 0) < self.held - base, scores, 2 * LOWEST)
-        new_peak = jnp.maximum(peak, reduce_columns("max", scores, self.scratch))
+        scores = jnp.where(iota((TOKENS, H), 0) < self.held - base, scores, MASKED)
+        new_peak = jnp.maximum(peak, reduce_columns("max", scores, self.scratch) - self.headroom)
         shrink = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(scores - over_columns(new_peak, scores.shape))
         own = smem.weights.at[self.wg]
@@ -177,7 +182,7 @@ class Attention:
         used = 1 + jnp.minimum(lax.div(self.held + TOKENS - 1, TOKENS), self.blocks)
         slot = plgpu.broadcasted_iota(jnp.int32, (partial_slots(self.blocks),), 0, layout=mv.ONE_BY_ONE)
         peaks, sums = (mv.load(refs.stats.at[i, :, head], mv.ONE_BY_ONE) for i in range(2))
-        peaks, sums = jnp.where(slot < used, peaks, 2 * LOWEST), jnp.where(slot < used, sums, 0.0)
+        peaks, sums = jnp.where(slot < used, peaks, MASKED), jnp.where(slot < used, sums, 0.0)
         factors = jnp.exp2(peaks - mv.largest(peaks, mv.ONE_BY_ONE, self.scratch))
         mv.store(shares, jnp.where(sums > 0, factors, 0.0), mv.ONE_BY_ONE)
         total = mv.total(factors * sums, mv.ONE_BY_ONE, self.scratch)  # its barriers make the shares seen

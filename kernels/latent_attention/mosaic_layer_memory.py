@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from latent_attention import mosaic_vector as mv
-from latent_attention.mosaic_layer_ring import SLOT, SLOTS, TOKENS
-from latent_attention.mosaic_tiles import tiled
+from latent_attention.mosaic_layer_ring import CONSUMERS, SLOT, SLOTS, TOKENS
+from latent_attention.mosaic_tiles import SCRATCH, tiled
 from latent_attention.shapes import LayerShape
 
-CONSUMERS = 2
 RESERVED = 2 << 10
 """Shared memory for barriers and alignment."""
 
@@ -66,7 +64,7 @@ class Refs(NamedTuple):
 
 @dataclasses.dataclass
 class Shared:
-    """Shared memory and barriers."""
+    """Shared memory and barriers, as `shared` makes them."""
 
     ring: Any
     c_tiles: Any
@@ -99,8 +97,9 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
         ),
         "q_c": tiled(H, C, dtype),
         "q_rope": tiled(H, R, dtype),
+        # What a consumer exchanges when it reduces scores, 128 H bytes, ends where the other's weights start.
         "weights": plgpu.RefUnion(
-            tiled(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, mv.SCRATCH), jnp.float32)
+            tiled(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, SCRATCH), jnp.float32)
         ),
         "inbox": tiled(C // 2, H, jnp.float32),
         "stats": plgpu.SMEM((2, H), jnp.float32),
@@ -119,7 +118,7 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
 def shared_bytes(shape: LayerShape, blocks: int) -> int:
     """All of it."""
     D, _, C, R, _, _, H, _ = shape
-    exchanged = max(H * TOKENS * 2, mv.SCRATCH * 4) + (partial_slots(blocks) + C) * 4
+    exchanged = max(H * TOKENS * 2, SCRATCH * 4) + (partial_slots(blocks) + C) * 4
     return RESERVED + 2 * (SLOTS * SLOT + H * (C + R) + D) + CONSUMERS * exchanged + 2 * C * H + 8 * H
 
 

@@ -21,6 +21,7 @@ SLOT = 10240
 """16-bit numbers of a slot, 20 KiB."""
 SLOTS = 8
 """Each belongs to one of the two consumers, as does each pair of them: a multiple of 4."""
+CONSUMERS = 2
 TOKENS = 64
 """Of a tile of the cache: M of wgmma."""
 NARROW_ROWS = 8
@@ -50,11 +51,8 @@ class Reading(NamedTuple):
     width: int
     halves: Callable[[Any], list]
     """References to the two halves of a tile; none of a tile of the cache."""
-
-    @property
-    def slots(self) -> int:
-        """Of a tile."""
-        return 1 if self.halves is not no_halves else 2
+    slots: int = 1
+    """That a tile takes."""
 
 
 class Share(NamedTuple):
@@ -66,11 +64,6 @@ class Share(NamedTuple):
     count: Any
     number: Any
     """Of the first slot that it takes, counted from the start of the kernel."""
-
-
-def no_halves(tile) -> list:
-    """Of a tile of the cache."""
-    return []
 
 
 def rows_of_tile(outs: tuple[int, ...], width: int, blocks: int, step: int = 1) -> int:
@@ -113,7 +106,7 @@ def readings(shape: LayerShape, blocks: int, refs, held) -> dict[str, Reading]:
         "q_a": matrix(refs.q_a, Q, D, rows.down),
         "kv_a": matrix(refs.kv_a, C + R, D, rows.down),
         "q_b": matrix(refs.q_b, H * (N + R), Q, rows.q_b),
-        "tokens": Reading(lax.div(held + TOKENS - 1, TOKENS), TOKENS, C + R, no_halves),
+        "tokens": Reading(lax.div(held + TOKENS - 1, TOKENS), TOKENS, C + R, lambda tile: [], slots=2),
         # Rows of values lie behind those of keys in each head.
         "v_b": matrix(refs.kv_b, H * V, C, rows.v_b, lambda tile: (lax.div(tile * rows.v_b, V) + 1) * N * C),
         "o": matrix(refs.o, D, H * V, rows.o),
@@ -131,6 +124,15 @@ def shares(of: dict[str, Reading], block, blocks: int) -> Iterator[tuple[str, Sh
         number += lax.rem(number, it.slots)
         yield name, Share(it, first, count, number)
         number, offset = number + count * it.slots, lax.rem(offset + it.tiles, blocks)
+
+
+def turns(wg, share: Share) -> tuple[Any, Any]:
+    """How many of a block's tiles come before the first of a consumer, and how many are its own: every other one.
+
+    By the number of the slot, or of the pair of slots, so that each belongs to one consumer, who sees all its uses.
+    """
+    skipped = lax.rem(wg + lax.rem(lax.div(share.number, share.reading.slots), CONSUMERS), CONSUMERS)
+    return skipped, lax.div(share.count - skipped + CONSUMERS - 1, CONSUMERS)
 
 
 def slot_of(number):
@@ -167,10 +169,10 @@ def produce(shape: LayerShape, blocks: int, block, of: dict[str, Reading], refs,
             )  # fmt: skip
 
     done = jnp.int32(0)
-    for _name, (it, first, count, number) in shares(of, block, blocks):
+    for _, (it, first, count, number) in shares(of, block, blocks):
 
         @pl.when(done < number)
-        def _(done=done):  # a slot stays empty
+        def stay_empty(done=done):
             wait(done)
 
         def step(i, _, it=it, first=first, number=number):

@@ -25,7 +25,10 @@ from latent_attention.mosaic_tiles import (
     CHUNK,
     COLUMNS_OF_TILE,
     LOWEST,
+    MASKED,
     ROWS_OF_TILE,
+    SCRATCH,
+    clear_rows,
     iota,
     load_transposed,
     over_columns,
@@ -38,14 +41,11 @@ from latent_attention.mosaic_tiles import (
 
 TILE = 64
 """Tokens of a tile: M of wgmma."""
-MASKED = 2 * LOWEST
 _LEAST_SCALE = 2.0**-60
 """Stands for a scale of 0, whose logarithm is not finite; sums of its inverse over any cache are."""
 _PRODUCER_REGISTERS = 24
 _CONSUMER_REGISTERS = {1: 232, 2: 240, 3: 160}
 """A thread, by the number of consumers; with the producer's, what a multiprocessor has."""
-SCRATCH = 1024
-"""Numbers each consumer has for the exchange between its warps."""
 
 
 class Config(NamedTuple):
@@ -182,7 +182,7 @@ def partials(
                     scores = int8_scores(slot, q_slot, c_scale, q_scale)
                 else:
                     if masked:
-                        clear_beyond(slot, held - base)
+                        clear_rows(c_s.at[slot], held - base)  # it may be NaN, and 0 x NaN is NaN
                     scores = plain_scores(slot, q_slot)
                 if masked:
                     scores = jnp.where(iota(tile_shape, 0) + base < seen(length, held), scores, MASKED)
@@ -231,14 +231,6 @@ def partials(
                 return held
             query = lax.div(iota(tile_shape, 1) + block * row_block, heads)
             return jnp.minimum(query + (length - queries + 1), held)
-
-        def clear_beyond(slot, valid):
-            """Zeros what the sequence does not hold of a tile: it may be NaN, and 0 x NaN is NaN."""
-            for j in range(chunks):
-                part = c_s.at[slot, :, pl.ds(j * CHUNK, CHUNK)]
-                x = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-                part[...] = jnp.where(iota((TILE, CHUNK), 0) < valid, x, jnp.zeros_like(x))
-            plgpu.commit_smem()
 
         def plain_scores(slot, q_slot):
             """Scores in powers of two of a 16-bit tile."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -14,6 +15,10 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 LOWEST = -1e30
 """Stands for minus infinity where the difference of two of them must be 0, not NaN."""
+MASKED = 2 * LOWEST
+"""Stands for the score of what is not seen: its weight is 0 beside any other."""
+SCRATCH = 1024
+"""float32 numbers of shared memory that a warpgroup needs to reduce over its warps."""
 CHUNK = 64
 """Columns of the latent that are worked on at one time: M of wgmma again, in the second product."""
 ROWS_OF_TILE = plgpu.Layout.WGMMA.reduce(1)
@@ -21,6 +26,12 @@ COLUMNS_OF_TILE = plgpu.Layout.WGMMA.reduce(0)
 _NO_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
 _SWIZZLE = 64
 """Bytes of a row of an int8 tile in shared memory; 16-byte units of a row are exchanged among themselves."""
+
+
+def layout_of(*tiles, warps, lanes) -> Any:
+    """The layout of these tiles, the last dimension of which is what a thread reads at a time."""
+    it = mgpu.TiledLayout(plgpu.Tiling(tiles), warps, lanes, vector_dim=-1, _check_canonical=False).canonicalize()
+    return plgpu.Layout.TILED(it.tiling, it.warp_dims, it.lane_dims, it.vector_dim)
 
 
 def tiled(rows: int, width: int, dtype, *leading: int, columns: int = CHUNK):
@@ -67,6 +78,16 @@ def reduce_columns(op: str, x, scratch_ref):
         return x.reduce(op, 0, scratch)
 
     return reduce(x, scratch_ref)  # pyright: ignore[reportCallIssue]
+
+
+def clear_rows(tile_ref, valid) -> None:
+    """Zeros the rows from `valid` on of a 16-bit tile [64, width] in shared memory, a column block at a time."""
+    rows, width = tile_ref.shape
+    for start in range(0, width, CHUNK):
+        part = tile_ref.at[:, pl.ds(start, CHUNK)]
+        x = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+        part[...] = jnp.where(iota((rows, CHUNK), 0) < valid, x, jnp.zeros_like(x))
+    plgpu.commit_smem()
 
 
 def _groups(width: int) -> list[tuple[int, int]]:

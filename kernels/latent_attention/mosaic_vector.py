@@ -14,26 +14,19 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
-from latent_attention.mosaic_tiles import read
+from latent_attention.mosaic_tiles import layout_of, read
 
 COLUMNS = 64
 """Of a tile that `over_rows` sums."""
-SCRATCH = 1024
-"""float32 numbers of shared memory that a warpgroup needs for its sums."""
 SPLAT = plgpu.Layout.WG_SPLAT
-
-
-def _layout(*tiles, warps, lanes) -> Any:
-    it = mgpu.TiledLayout(plgpu.Tiling(tiles), warps, lanes, vector_dim=-1, _check_canonical=False).canonicalize()
-    return plgpu.Layout.TILED(it.tiling, it.warp_dims, it.lane_dims, it.vector_dim)
 
 
 def _row_tile(vec: int) -> Any:
     """[rows, width]; every thread has a part of each row."""
-    return _layout((1, 128 * vec), (1, 32 * vec), (1, vec), warps=(-5,), lanes=(-3,))
+    return layout_of((1, 128 * vec), (1, 32 * vec), (1, vec), warps=(-5,), lanes=(-3,))
 
 
-TILE = _layout((8, COLUMNS), (2, COLUMNS), (1, 4), warps=(-6,), lanes=(-4, -3))
+TILE = layout_of((8, COLUMNS), (2, COLUMNS), (1, 4), warps=(-6,), lanes=(-4, -3))
 """[a multiple of 8, COLUMNS]."""
 ROWS = _row_tile(1).reduce((1,))
 """A number a row; every thread has all."""
@@ -55,22 +48,20 @@ def _widened(x: Any, vec: int) -> Any:
     return mgpu.utils.bitcast(vector.from_elements(ir.VectorType.get((vec,), i32), numbers), to)
 
 
-def vec_of(width: int) -> int | None:
-    """Neighbouring numbers of a row that a thread reads at a time; None if rows of this width cannot be read."""
-    return next((vec for vec in (8, 4, 2) if width % (128 * vec) == 0), None)
+def _vec_of(width: int) -> int:
+    """Neighbouring numbers of a row, a multiple of 256, that a thread reads at a time."""
+    return next(vec for vec in (8, 4, 2) if width % (128 * vec) == 0)
 
 
 def along(width: int) -> Any:
     """The layout of a vector."""
-    vec = vec_of(width)
-    assert vec is not None
-    return _row_tile(vec).reduce((0,))
+    return _row_tile(_vec_of(width)).reduce((0,))
 
 
 def _each_warp(width: int, vec: int) -> Any:
     lanes = width // vec
     copies = (plgpu.Replicated(32 // lanes),) if lanes < 32 else ()
-    return _layout((width,), (vec,), warps=(plgpu.Replicated(4),), lanes=(*copies, -2))
+    return layout_of((width,), (vec,), warps=(plgpu.Replicated(4),), lanes=(*copies, -2))
 
 
 def pairs(width: int) -> Any:
@@ -89,7 +80,7 @@ def load(ref, layout) -> Any:
 
 
 def store(ref, x, layout) -> None:
-    """Writes x, in any layout, to memory."""
+    """Writes x, which has this layout, to memory."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def write(_, ref, x):
@@ -150,7 +141,7 @@ def is_narrow(width: int) -> bool:
     return width % 256 == 0 and width <= 1024
 
 
-_NARROW = _layout((4, 256), (1, 256), (1, 8), warps=(-6,), lanes=(-3,))
+_NARROW = layout_of((4, 256), (1, 256), (1, 8), warps=(-6,), lanes=(-3,))
 
 
 def operand(width: int) -> Any:
@@ -170,10 +161,9 @@ def products(x, rows_ref, rows: int, scratch_ref) -> Any:
     """
     (width,) = x.shape
     narrow = is_narrow(width)
-    vec = 8 if narrow else vec_of(width)
-    assert vec is not None
+    vec = 8 if narrow else _vec_of(width)
     layout = (_NARROW if narrow else _row_tile(vec)).to_mgpu()
-    one_layout = (_layout((4, 32), (1, 32), (1, 1), warps=(-6,), lanes=(-3,)) if narrow else _row_tile(1)).to_mgpu()
+    one_layout = (layout_of((4, 32), (1, 32), (1, 1), warps=(-6,), lanes=(-3,)) if narrow else _row_tile(1)).to_mgpu()
 
     @plgpu.inline_mgpu(
         arg_types=(operand(width), plgpu.RefType(), plgpu.RefType()),

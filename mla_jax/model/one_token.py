@@ -9,7 +9,6 @@ import functools
 import jax
 
 import latent_attention
-from latent_attention import mosaic_layer
 from latent_attention import triton_layer_jax as kernels
 from latent_attention.shapes import DecodeShape, LayerShape, local_gpu
 from mla_jax import mesh
@@ -49,6 +48,10 @@ def _attention(config: ModelConfig, cache: LayerCache) -> str:
 def is_one_kernel(config: ModelConfig, cache: LayerCache, int8_weights: bool) -> bool:
     """Whether a layer is one kernel, where `why_not` says None."""
     if int8_weights or _attention(config, cache) != "mosaic":
+        return False
+    try:  # another JAX may have moved what it uses
+        from latent_attention import mosaic_layer
+    except (ImportError, AttributeError):
         return False
     reason = mosaic_layer.why_not(_shape(config), config.dtype, cache.c_BSC.dtype.name, cache.capacity, local_gpu())
     return reason is None
@@ -90,6 +93,8 @@ def step(
 def _layer(config: ModelConfig, weights: dict, h_D, cos, sin, cache: LayerCache, lengths_B, counter):
     shape, arrays = _shape(config), (cache.c_BSC, cache.k_rope_BSR, cache.scales_B2S)
     if is_one_kernel(config, cache, weights["self_attn"]["o_proj"].scale_out is not None):
+        from latent_attention import mosaic_layer  # packages and seconds that nothing else here needs
+
         h_D, (c, k_rope), counter = mosaic_layer.layer(
             shape, weights, h_D, cos, sin, lengths_B, arrays[:2], counter, eps=config.rms_norm_eps,
             scale=softmax_scale(config),

@@ -1,6 +1,7 @@
 """When the kernels for one token are used; what they compute is tested on a GPU."""
 
 import dataclasses
+import sys
 
 import jax
 import pytest
@@ -74,6 +75,9 @@ def test_on_hopper_a_layer_is_one_kernel_where_it_fits(monkeypatch):
     assert not is_one_kernel(cache_dtype="int8")
     assert not is_one_kernel(decode="triton")
     assert not is_one_kernel(kv_lora_rank=512)
+    monkeypatch.setitem(sys.modules, "latent_attention.mosaic_layer", None)  # as with a JAX that it cannot use
+    monkeypatch.delattr(latent_attention, "mosaic_layer", raising=False)
+    assert not is_one_kernel()
 
 
 def test_a_mesh_goes_through_xla_even_of_one_device():

@@ -12,7 +12,7 @@ from mla_jax.generate import DECODE_BLOCK, Context, Generator, decode_block
 from mla_jax.model.cache import LayerCache
 from mla_jax.sampling import Sampling, knobs
 
-BLOCKS = 6
+BLOCKS = 5
 """Calls of the compiled loop that are timed; the median counts."""
 
 
