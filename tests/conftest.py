@@ -9,6 +9,9 @@ import tempfile
 import pytest
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# A device that waits for the others in a collective holds one of XLA's threads, by default one a device: where two
+# collectives are ready at a time, devices that start with different ones would wait for each other.
+os.environ.setdefault("NPROC", "64")
 if shutil.which("nvidia-smi") is None:  # what runs on a GPU is tested as it runs there
     # Compiling takes longer than running: programs are optimised less, and compiled once for all tests, xdist's workers
     # and the processes that tests start, which inherit this. XLA passes the same to LLVM, which does less with it.
