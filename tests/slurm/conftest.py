@@ -20,7 +20,7 @@ def cluster(tmp_path_factory) -> Iterator[Slurm]:
     if started.returncode == CANNOT:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stderr
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device in each process
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}  # one device each
     environment["SLURM_CONF"] = started.stdout.strip().splitlines()[-1].removeprefix("export SLURM_CONF=")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     environment["JAX_PLATFORMS"] = "cpu"
