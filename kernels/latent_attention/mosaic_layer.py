@@ -1,4 +1,4 @@
-"""A layer of MLA for one token on Hopper: one Pallas Mosaic GPU kernel in which reading hardly ever pauses.
+"""A layer of MLA for one token on Hopper: one Pallas Mosaic GPU kernel that reads ahead while its products wait.
 
 Every product is a matrix [out, in] times one vector, so that only reading the matrix counts. A block a multiprocessor
 stays for the whole layer. In it a warpgroup, the producer, copies what the block has to read into a ring in shared
@@ -6,8 +6,8 @@ memory and stops only when the ring is full (`mosaic_layer_ring`); two others, t
 What one product writes, the next reads in all blocks: before it, the consumers of all blocks wait for each other at a
 counter in memory (`meet`), while tiles of what follows are already on their way.
 
-Of the code a multiprocessor runs most once a layer, and fetching it takes longer than running it: short loops are
-faster here than what is written out.
+Most of the code runs once a layer, and it seems to take longer to fetch than to run: short loops were faster here than
+what is written out.
 """
 
 from collections.abc import Callable, Mapping

@@ -35,7 +35,7 @@ ONE_BY_ONE = _row_tile(1).reduce((0,))
 
 
 def _widened(x: Any, vec: int) -> Any:
-    """float32 of 16-bit numbers in a register. Of bfloat16 by shifting: the conversion has a sixteenth of the speed."""
+    """float32 of 16-bit numbers in a register; of bfloat16 by shifts, where a conversion may cost more."""
     to = ir.VectorType.get((vec,), ir.F32Type.get())
     if not isinstance(ir.VectorType(x.type).element_type, ir.BF16Type):
         return arith.extf(to, x)
