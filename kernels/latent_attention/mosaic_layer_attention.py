@@ -11,8 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from latent_attention import mosaic_products as products
 from latent_attention import mosaic_vector as mv
-from latent_attention.mosaic_layer_memory import partial_slots
+from latent_attention.mosaic_layer_memory import AHEAD, AT_ONCE, partial_slots
 from latent_attention.mosaic_layer_ring import CONSUMERS, TOKENS, Share, slot_of, token_tile, turns
 from latent_attention.mosaic_tiles import (
     COLUMNS_OF_TILE,
@@ -26,9 +27,6 @@ from latent_attention.mosaic_tiles import (
 )
 from latent_attention.shapes import LayerShape
 
-_AT_ONCE = 16
-"""Partial results whose loads are on their way at the same time."""
-
 
 class Attention:
     """Of a consumer of a block; `held` tokens are in the cache, with room for `capacity`."""
@@ -38,6 +36,8 @@ class Attention:
         self.block, self.wg, self.refs, self.smem, self.scratch = block, wg, refs, smem, smem.scratch.at[wg]
         self.meet_in_block, self.capacity = meet, refs.c.shape[1]
         self.held = jnp.minimum(refs.length[0], self.capacity)
+        # Results: of the new token and of each block that has tokens.
+        self.used = 1 + jnp.minimum(lax.div(self.held + TOKENS - 1, TOKENS), blocks)
         # The largest weight is 2^headroom, so that small ones are not lost in float16.
         self.headroom = 15 if dtype == jnp.float16 else 0
 
@@ -52,28 +52,27 @@ class Attention:
                 q, k = (mv.load(ref.at[columns], layout) for ref in (refs.absorbed.at[head], refs.new))
                 return mv.total(q * k, layout, self.scratch), k
 
-            score, c = product(pl.ds(0, C), mv.operand(C))
+            score, c = product(pl.ds(0, C), products.operand(C))
             score = (score + product(pl.ds(C, R), mv.pairs(R))[0]) * self.log2_scale
             there = refs.length[0] < self.capacity
-            mv.store(refs.partial.at[0, head], c, mv.operand(C))
-            refs.stats[0, 0, head] = jnp.where(there, score, MASKED)
-            refs.stats[1, 0, head] = jnp.where(there, 1.0, 0.0)
+            mv.store(refs.partial.at[0, head], c, products.operand(C))
+            refs.stats[0, head, 0] = jnp.where(there, score, MASKED)
+            refs.stats[1, head, 0] = jnp.where(there, 1.0, 0.0)
 
-    def attend(self, share: Share, before) -> None:
-        """The result of this block's tokens, if it has any; `before` slots were taken until here."""
-        refs, smem, wg, H, C = self.refs, self.smem, self.wg, self.shape.H, self.shape.C
-        first, count, number = share[1:]
-        skipped, steps = turns(wg, share)
+    def fetch_queries(self, share: Share) -> None:
+        """To shared memory, if the block has tokens."""
+        refs, smem, C = self.refs, self.smem, self.shape.C
 
-        @pl.when((before < number) & (wg == 1))
+        @pl.when(share.count > 0)
         def _():
-            plgpu.barrier_arrive(smem.empty.at[slot_of(before)])
-
-        @pl.when((wg == 0) & (count > 0))
-        def _():
-            mv.written_is_seen_by_copies()
             plgpu.copy_gmem_to_smem(refs.absorbed.at[:, pl.ds(0, C)], smem.q_c, smem.q_full)
             plgpu.copy_gmem_to_smem(refs.absorbed.at[:, pl.ds(C, self.shape.R)], smem.q_rope, smem.q_full)
+
+    def attend(self, share: Share) -> None:
+        """The result of this block's tokens, if it has any, whose queries are on their way."""
+        smem, wg, H, C = self.smem, self.wg, self.shape.H, self.shape.C
+        first, count, number = share[1:]
+        skipped, steps = turns(wg, share)
 
         @pl.when(count > 0)
         def _():
@@ -144,7 +143,8 @@ class Attention:
         for part in parts:
             mv.store_transposed(self.refs.partial.at[slot, :, pl.ds(start, len(part))], part)
             start += len(part)
-        self.refs.stats[0, slot], self.refs.stats[1, slot] = peak, total
+        for i, number in enumerate((peak, total)):
+            mv.store_apart(self.refs.stats.at[i, :, slot], number, COLUMNS_OF_TILE)
 
     def _halves(self) -> list[slice]:
         """Of the accumulator, which are exchanged one after the other."""
@@ -156,6 +156,7 @@ class Attention:
         self.smem.stats[0], self.smem.stats[1] = peak, total
         for half in self._halves():
             self.smem.inbox[...] = acc[half]
+            plgpu.commit_smem()  # copies will write there
             self.meet_in_block()
             self.meet_in_block()
 
@@ -175,28 +176,51 @@ class Attention:
         ]
         return parts, together, total * own + their_total * other
 
+    def fetch(self, head) -> None:
+        """The first results of a head to shared memory, for both consumers."""
+        for i in range(2):
+            plgpu.copy_gmem_to_smem(self.refs.stats.at[i, head], self.smem.of_head.at[i], self.smem.of_head_full)
+        for wg in range(CONSUMERS):
+            for i in range(AHEAD):
+                self._fetch(head, wg, i)
+
+    def _place(self, wg, i):
+        return AHEAD * wg + lax.rem(i, AHEAD)
+
+    def _fetch(self, head, wg, i) -> None:
+        """A consumer's i-th results. They take turns; there is memory for whole rounds, in which may be anything."""
+        first, place = (i * CONSUMERS + wg) * AT_ONCE, self._place(wg, i)
+
+        @pl.when(first < self.used)
+        def _():
+            results = self.refs.partial.at[pl.ds(first, AT_ONCE), head]
+            plgpu.copy_gmem_to_smem(results, self.smem.partials.at[place], self.smem.partials_full.at[place])
+
     def latent_of(self, head):
-        """The attention of a head over latents, from all results: float32 [C], rounded."""
-        refs, C, wg = self.refs, self.shape.C, self.wg
-        shares, latent = self.smem.shares.at[wg], self.smem.latent.at[wg]
-        used = 1 + jnp.minimum(lax.div(self.held + TOKENS - 1, TOKENS), self.blocks)
-        slot = plgpu.broadcasted_iota(jnp.int32, (partial_slots(self.blocks),), 0, layout=mv.ONE_BY_ONE)
-        peaks, sums = (mv.load(refs.stats.at[i, :, head], mv.ONE_BY_ONE) for i in range(2))
-        peaks, sums = jnp.where(slot < used, peaks, MASKED), jnp.where(slot < used, sums, 0.0)
+        """The attention of a head over latents: [C], as `operand`. Both consumers add the results that they fetched."""
+        smem, C, wg = self.smem, self.shape.C, self.wg
+        plgpu.barrier_wait(smem.of_head_full)
+        slot = mv.numbers(partial_slots(self.blocks))
+        peaks, sums = (read(smem.of_head.at[i], mv.ONE_BY_ONE) for i in range(2))
+        peaks, sums = jnp.where(slot < self.used, peaks, MASKED), jnp.where(slot < self.used, sums, 0.0)
         factors = jnp.exp2(peaks - mv.largest(peaks, mv.ONE_BY_ONE, self.scratch))
-        mv.store(shares, jnp.where(sums > 0, factors, 0.0), mv.ONE_BY_ONE)
+        mv.store(smem.shares, jnp.where(sums > 0, factors, 0.0), mv.ONE_BY_ONE)  # the same of both consumers
         total = mv.total(factors * sums, mv.ONE_BY_ONE, self.scratch)  # its barriers make the shares seen
 
         def some(i, acc):
-            """There is memory for whole rounds of results, in which may be anything."""
-            parts = [mv.load(refs.partial.at[i * _AT_ONCE + j, head], mv.along(C)) for j in range(_AT_ONCE)]
-            for j, part in enumerate(parts):
-                share = self.smem.shares[wg, i * _AT_ONCE + j]
+            place, first = self._place(wg, i), (i * CONSUMERS + wg) * AT_ONCE
+            plgpu.barrier_wait(smem.partials_full.at[place])
+            for j in range(AT_ONCE):
+                share, part = smem.shares[first + j], mv.load(smem.partials.at[place, j], mv.along(C))
                 acc += share * jnp.where(share > 0, part, 0.0)
+            mv.meet_warpgroup()
+            self._fetch(head, wg, i + AHEAD)
             return acc
 
         nothing = plgpu.layout_cast(jnp.zeros((C,), jnp.float32), mv.along(C))
-        acc = lax.fori_loop(0, lax.div(used + _AT_ONCE - 1, _AT_ONCE), some, nothing)
-        mv.store(latent, (acc / total).astype(self.dtype).astype(jnp.float32), mv.along(C))
-        mv.meet_warpgroup()
-        return mv.load(latent, mv.operand(C))
+        rounds = lax.div(self.used + (CONSUMERS - wg) * AT_ONCE - 1, CONSUMERS * AT_ONCE)
+        mv.store(smem.latent.at[wg], lax.fori_loop(0, rounds, some, nothing), mv.along(C))
+        self.meet_in_block()
+        one, other = (mv.load(smem.latent.at[i], products.operand(C)) for i in range(CONSUMERS))
+        self.meet_in_block()
+        return ((one + other) / total).astype(self.dtype)

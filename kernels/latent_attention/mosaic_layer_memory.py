@@ -1,23 +1,34 @@
 """What a block of `mosaic_layer` works on: arrays in memory, and its shared memory."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from latent_attention.mosaic_layer_ring import CONSUMERS, SLOT, SLOTS, TOKENS
+from latent_attention.mosaic_layer_ring import CONSUMERS, SLOT, SLOTS, TOKENS, rows_of_block
 from latent_attention.mosaic_tiles import SCRATCH, tiled
 from latent_attention.shapes import LayerShape
 
-RESERVED = 2 << 10
-"""Shared memory for barriers and alignment."""
+AT_ONCE = 6
+"""Results of the attention that come in one copy."""
+AHEAD = 2
+"""Such copies for each consumer at a time."""
+_ALIGNMENT = 1024
+"""Of arrays in shared memory."""
 
 
 def partial_slots(blocks: int) -> int:
-    """Of partial results of the attention: of the new token and of each block; whole rows of 128 threads."""
-    return -(-(blocks + 1) // 128) * 128
+    """Of partial results of the attention: of the new token and of each block; whole rounds, and 128 threads."""
+    return -(-(blocks + AT_ONCE) // 128) * 128
+
+
+def longest_vector(shape: LayerShape) -> int:
+    """That blocks make together and all multiply with; hidden states have a place of their own."""
+    return max(shape.Q, shape.H * shape.V, shape.F)
 
 
 class Refs(NamedTuple):
@@ -55,7 +66,7 @@ class Refs(NamedTuple):
     partial: Any
     """float32 [slots, H, C], to be divided by the sums."""
     stats: Any
-    """float32 [2, slots, H]: peaks of scores, and sums of 2^(score - peak)."""
+    """float32 [2, H, slots]: peaks of scores, and sums of 2^(score - peak)."""
     value: Any
     middle: Any
     """Hidden state after the attention."""
@@ -74,14 +85,27 @@ class Shared:
     weights: Any
     scratch: Any
     inbox: Any
+    partials: Any
+    """Results of the attention for a head: of each consumer those that it adds, and those that it adds after them."""
+    vector: Any
+    """That the rows of a matrix are multiplied with."""
+    parts: Any
+    """float32 [rows, 4]: of the products of the rows that the block has of a matrix, each warp's part."""
     stats: Any
+    of_head: Any
+    """Peaks and sums of all results for a head."""
     shares: Any
+    """Of each result in the attention."""
     latent: Any
+    """What each consumer has added."""
     residual: Any
     full: Any
     tokens_full: Any
     empty: Any
     q_full: Any
+    partials_full: Any
+    of_head_full: Any
+    vector_full: Any
     residual_full: Any
     met: Any
 
@@ -101,25 +125,38 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
         "weights": plgpu.RefUnion(
             tiled(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, SCRATCH), jnp.float32)
         ),
-        "inbox": tiled(C // 2, H, jnp.float32),
+        # In turn: vector of the queries, inbox and then partials of the attention, vectors of what follows.
+        "exchange": plgpu.RefUnion(
+            tiled(C // 2, H, jnp.float32), plgpu.SMEM((CONSUMERS * AHEAD, AT_ONCE, C), jnp.float32),
+            plgpu.SMEM((longest_vector(shape),), dtype),
+        ),
+        "parts": plgpu.SMEM((rows_of_block(shape, blocks), 4), jnp.float32),
         "stats": plgpu.SMEM((2, H), jnp.float32),
-        "shares": plgpu.SMEM((CONSUMERS, partial_slots(blocks)), jnp.float32),
+        "of_head": plgpu.SMEM((2, partial_slots(blocks)), jnp.float32),
+        "shares": plgpu.SMEM((partial_slots(blocks),), jnp.float32),
         "latent": plgpu.SMEM((CONSUMERS, C), jnp.float32),
         "residual": plgpu.SMEM((D,), dtype),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
         "tokens_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS // 2),
         "empty": plgpu.Barrier(num_arrivals=1, num_barriers=SLOTS),
         "q_full": plgpu.Barrier(num_arrivals=2),
+        "partials_full": plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS * AHEAD),
+        "of_head_full": plgpu.Barrier(num_arrivals=2),
+        "vector_full": plgpu.Barrier(num_arrivals=1),
         "residual_full": plgpu.Barrier(num_arrivals=1),
         "met": plgpu.Barrier(num_arrivals=CONSUMERS),
     }  # fmt: skip
 
 
 def shared_bytes(shape: LayerShape, blocks: int) -> int:
-    """All of it."""
-    D, _, C, R, _, _, H, _ = shape
-    exchanged = max(H * TOKENS * 2, SCRATCH * 4) + (partial_slots(blocks) + C) * 4
-    return RESERVED + 2 * (SLOTS * SLOT + H * (C + R) + D) + CONSUMERS * exchanged + 2 * C * H + 8 * H
+    """All of it, with the alignment that Pallas gives each array."""
+
+    def size(x) -> int:
+        if isinstance(x, plgpu.Barrier):
+            return 8 * int(np.prod(x.num_barriers))
+        return -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+
+    return sum(map(size, shared(shape, blocks, jnp.bfloat16).values()))
 
 
 def out_types(shape: LayerShape, blocks: int, dtype) -> list[jax.ShapeDtypeStruct]:
@@ -129,6 +166,6 @@ def out_types(shape: LayerShape, blocks: int, dtype) -> list[jax.ShapeDtypeStruc
     of = jax.ShapeDtypeStruct
     return [
         of((D,), dtype), of((Q + C + R,), dtype), of((H * (N + R),), dtype), of((C + R,), dtype), of((H, C + R), dtype),
-        of((slots, H, C), jnp.float32), of((2, slots, H), jnp.float32), of((H * V,), dtype), of((D,), dtype),
+        of((slots, H, C), jnp.float32), of((2, H, slots), jnp.float32), of((H * V,), dtype), of((D,), dtype),
         of((F,), dtype),
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from latent_attention import mosaic_vector as mv
+from latent_attention import mosaic_products as products
 from latent_attention.shapes import LayerShape
 
 SLOT = 10240
@@ -24,8 +24,14 @@ SLOTS = 8
 CONSUMERS = 2
 TOKENS = 64
 """Of a tile of the cache: M of wgmma."""
-NARROW_ROWS = 8
-"""Of narrow rows, so many are multiplied at a time."""
+IN_FLIGHT = 2
+"""Tiles of matrices on their way at a time. They suffice for the full rate; behind more, whatever else goes to memory
+waits longer, above all what blocks tell each other."""
+_UNHURRIED = 6
+"""Tiles that come one at a time, as they are needed long after there is room for them: what else goes to memory hardly
+waits."""
+_NARROW_ROWS = 8
+"""Tiles of narrow rows have a multiple of so many, two for each warp."""
 _COST_OF_TILE = 4096
 """Numbers that are read in the time that a tile takes besides."""
 
@@ -53,6 +59,8 @@ class Reading(NamedTuple):
     """References to the two halves of a tile; none of a tile of the cache."""
     slots: int = 1
     """That a tile takes."""
+    unhurried: int = 0
+    """Tiles at the start, as of `_UNHURRIED`."""
 
 
 class Share(NamedTuple):
@@ -69,7 +77,7 @@ class Share(NamedTuple):
 def rows_of_tile(outs: tuple[int, ...], width: int, blocks: int, step: int = 1) -> int:
     """Rows of a tile of matrices [out, width], with which the busiest block is done first; 0 if none fits."""
     common = math.gcd(*outs)
-    step *= NARROW_ROWS if mv.is_narrow(width) else 1
+    step *= _NARROW_ROWS if products.is_narrow(width) else 1
     fitting = [rows for rows in range(step, SLOT // width + 1, step) if common % rows == 0]
     return min(fitting, key=lambda rows: -(-sum(outs) // rows // blocks) * (rows * width + _COST_OF_TILE), default=0)
 
@@ -82,6 +90,14 @@ def rows_of_tiles(shape: LayerShape, blocks: int) -> Rows:
         v_b=rows_of_tile((V,) * H, C, blocks), o=rows_of_tile((D,), H * V, blocks),
         gate=rows_of_tile((2 * F,), D, blocks, 2) // 2, ff_down=rows_of_tile((D,), F, blocks),
     )  # fmt: skip
+
+
+def rows_of_block(shape: LayerShape, blocks: int) -> int:
+    """The most rows that a block has of a matrix."""
+    D, Q, C, R, N, V, H, F = shape
+    rows = rows_of_tiles(shape, blocks)
+    outs = (Q + C + R, rows.down), (H * (N + R), rows.q_b), (H * V, rows.v_b), (D, rows.o), (D, rows.ff_down)
+    return max(-(-out // n // blocks) * n for out, n in (*outs, (2 * F, 2 * rows.gate)))
 
 
 def readings(shape: LayerShape, blocks: int, refs, held) -> dict[str, Reading]:
@@ -109,7 +125,7 @@ def readings(shape: LayerShape, blocks: int, refs, held) -> dict[str, Reading]:
         "tokens": Reading(lax.div(held + TOKENS - 1, TOKENS), TOKENS, C + R, lambda tile: [], slots=2),
         # Rows of values lie behind those of keys in each head.
         "v_b": matrix(refs.kv_b, H * V, C, rows.v_b, lambda tile: (lax.div(tile * rows.v_b, V) + 1) * N * C),
-        "o": matrix(refs.o, D, H * V, rows.o),
+        "o": matrix(refs.o, D, H * V, rows.o)._replace(unhurried=_UNHURRIED),
         "gate_up": Reading(F // rows.gate, 2 * rows.gate, D, gate_and_up),
         "down": matrix(refs.down, D, F, rows.ff_down),
     }
@@ -126,12 +142,14 @@ def shares(of: dict[str, Reading], block, blocks: int) -> Iterator[tuple[str, Sh
         number, offset = number + count * it.slots, lax.rem(offset + it.tiles, blocks)
 
 
-def turns(wg, share: Share) -> tuple[Any, Any]:
-    """How many of a block's tiles come before the first of a consumer, and how many are its own: every other one.
+def owner(number):
+    """The consumer of a slot, or of a pair of them, by its number: each belongs to one, who sees all its uses."""
+    return lax.rem(number, CONSUMERS)
 
-    By the number of the slot, or of the pair of slots, so that each belongs to one consumer, who sees all its uses.
-    """
-    skipped = lax.rem(wg + lax.rem(lax.div(share.number, share.reading.slots), CONSUMERS), CONSUMERS)
+
+def turns(wg, share: Share) -> tuple[Any, Any]:
+    """How many of a block's tiles come before the first of a consumer, and how many are its own: every other one."""
+    skipped = lax.rem(wg + owner(lax.div(share.number, share.reading.slots)), CONSUMERS)
     return skipped, lax.div(share.count - skipped + CONSUMERS - 1, CONSUMERS)
 
 
@@ -150,11 +168,6 @@ def produce(shape: LayerShape, blocks: int, block, of: dict[str, Reading], refs,
     """Copies all tiles of a block into the ring, each as soon as its slot is empty, and the input as first residual."""
     plgpu.copy_gmem_to_smem(refs.h, smem.residual, smem.residual_full, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
-    def wait(number) -> None:
-        @pl.when(number >= SLOTS)
-        def _():
-            plgpu.barrier_wait(smem.empty.at[slot_of(number)])
-
     def copy_tokens(tile, slot) -> None:
         pair, at = lax.div(slot, 2), pl.ds(tile * TOKENS, TOKENS)
         for ref, place in zip((refs.c, refs.rope), token_tile(shape, smem, pair), strict=True):
@@ -168,21 +181,28 @@ def produce(shape: LayerShape, blocks: int, block, of: dict[str, Reading], refs,
                 oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
             )  # fmt: skip
 
-    done = jnp.int32(0)
-    for _, (it, first, count, number) in shares(of, block, blocks):
+    def until(landed, number):
+        """Waits for the tiles of matrices from `landed` to before `number`; for each, as waits see a turn's parity."""
+        lax.fori_loop(landed, number, lambda i, _: plgpu.barrier_wait(smem.full.at[slot_of(i)]), None)
+        return jnp.maximum(landed, number)
 
-        @pl.when(done < number)
-        def stay_empty(done=done):
-            wait(done)
+    landed = done = jnp.int32(0)
+    for name, (it, first, count, number) in shares(of, block, blocks):
+        if name == "tokens":
+            until(landed, done)
 
-        def step(i, _, it=it, first=first, number=number):
+        def step(i, landed, it=it, first=first, number=number):
             tile, at = first + i * blocks, number + i * it.slots
             for j in range(it.slots):
-                wait(at + j)
+                plgpu.barrier_wait(smem.empty.at[slot_of(at + j)])
             if it.slots == 2:
                 copy_tokens(tile, slot_of(at))
-            else:
-                copy_rows(it, tile, slot_of(at))
+                return landed
+            landed = until(landed, at + 1 - jnp.where(i < it.unhurried, 1, IN_FLIGHT))
+            copy_rows(it, tile, slot_of(at))
+            return landed
 
-        lax.fori_loop(0, count, step, None)
+        landed = lax.fori_loop(0, count, step, landed)
         done = number + count * it.slots
+        if name == "tokens":
+            landed = done

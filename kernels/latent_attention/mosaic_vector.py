@@ -11,8 +11,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf, vector
-from jaxlib.mlir.dialects import math as mlir_math
+from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
 
 from latent_attention.mosaic_tiles import layout_of, read
 
@@ -21,41 +20,25 @@ COLUMNS = 64
 SPLAT = plgpu.Layout.WG_SPLAT
 
 
-def _row_tile(vec: int) -> Any:
+def row_tile(vec: int) -> Any:
     """[rows, width]; every thread has a part of each row."""
     return layout_of((1, 128 * vec), (1, 32 * vec), (1, vec), warps=(-5,), lanes=(-3,))
 
 
 TILE = layout_of((8, COLUMNS), (2, COLUMNS), (1, 4), warps=(-6,), lanes=(-4, -3))
 """[a multiple of 8, COLUMNS]."""
-ROWS = _row_tile(1).reduce((1,))
-"""A number a row; every thread has all."""
-ONE_BY_ONE = _row_tile(1).reduce((0,))
+ONE_BY_ONE = row_tile(1).reduce((0,))
 """A vector [a multiple of 128], a number a thread in turn."""
 
 
-def _widened(x: Any, vec: int) -> Any:
-    """float32 of 16-bit numbers in a register; of bfloat16 by shifts, where a conversion may cost more."""
-    to = ir.VectorType.get((vec,), ir.F32Type.get())
-    if not isinstance(ir.VectorType(x.type).element_type, ir.BF16Type):
-        return arith.extf(to, x)
-    i32 = ir.IntegerType.get_signless(32)
-    words = mgpu.utils.bitcast(x, ir.VectorType.get((vec // 2,), i32))
-    numbers = []
-    for i in range(vec // 2):
-        word = vector.extract(words, [], [i])
-        numbers += [arith.shli(word, arith.constant(i32, 16)), arith.andi(word, arith.constant(i32, -65536))]
-    return mgpu.utils.bitcast(vector.from_elements(ir.VectorType.get((vec,), i32), numbers), to)
-
-
-def _vec_of(width: int) -> int:
+def vec_of(width: int) -> int:
     """Neighbouring numbers of a row, a multiple of 256, that a thread reads at a time."""
     return next(vec for vec in (8, 4, 2) if width % (128 * vec) == 0)
 
 
 def along(width: int) -> Any:
     """The layout of a vector."""
-    return _row_tile(_vec_of(width)).reduce((0,))
+    return row_tile(vec_of(width)).reduce((0,))
 
 
 def _each_warp(width: int, vec: int) -> Any:
@@ -85,6 +68,16 @@ def store(ref, x, layout) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def write(_, ref, x):
         x.store_untiled(ref, optimized=False)
+
+    write(ref, x)  # pyright: ignore[reportCallIssue]
+
+
+def store_apart(ref, x, layout) -> None:
+    """Writes x, which has this layout, to memory where its numbers do not lie side by side."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    def write(_, ref, x):
+        x.foreach(lambda number, at: memref.store(number, ref, at))
 
     write(ref, x)  # pyright: ignore[reportCallIssue]
 
@@ -136,54 +129,49 @@ def over_rows(x, factors, scratch_ref) -> Any:
     return _reduce("add", x * factors, 0, TILE, TILE.reduce((0,)), scratch_ref)
 
 
-def is_narrow(width: int) -> bool:
-    """Whether a warp has whole rows of this width, not a quarter of each."""
-    return width % 256 == 0 and width <= 1024
+def numbers(count: int = 128) -> Any:
+    """0 to count - 1, as `ONE_BY_ONE`."""
+    return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ONE_BY_ONE)
 
 
-_NARROW = layout_of((4, 256), (1, 256), (1, 8), warps=(-6,), lanes=(-3,))
-
-
-def operand(width: int) -> Any:
-    """The layout of a vector that `products` multiplies rows of this width with."""
-    return _NARROW.reduce((0,)) if is_narrow(width) else along(width)
-
-
-def sums(width: int) -> Any:
-    """The layout of what `products` returns."""
-    return _NARROW.reduce((1,)) if is_narrow(width) else ROWS
-
-
-def products(x, rows_ref, rows: int, scratch_ref) -> Any:
-    """float32 [rows], as `sums`: rows of 16 bits in shared memory, one after the other, times x [width], an `operand`.
-
-    There must be a multiple of 4 rows of narrow ones.
-    """
-    (width,) = x.shape
-    narrow = is_narrow(width)
-    vec = 8 if narrow else _vec_of(width)
-    layout = (_NARROW if narrow else _row_tile(vec)).to_mgpu()
-    one_layout = (layout_of((4, 32), (1, 32), (1, 1), warps=(-6,), lanes=(-3,)) if narrow else _row_tile(1)).to_mgpu()
+def gathered(ref, at) -> Any:
+    """float32 numbers of a vector in shared memory, at places [128] as `ONE_BY_ONE`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(operand(width), plgpu.RefType(), plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=sums(width)),
+        arg_types=(plgpu.RefType(), ONE_BY_ONE),
+        return_type=plgpu.ShapeDtypeStruct(at.shape, ref.dtype, layout=ONE_BY_ONE),
     )
-    def multiply(_, x, rows_ref, scratch):
-        number = ir.F32Type.get()
-        wide, one = (ir.VectorType.get((n,), number) for n in (vec, 1))
-        w = mgpu.FragmentedArray.load_untiled(
-            mgpu.utils.memref_reshape(rows_ref, (rows, width)), layout=layout, optimized=False
-        )
-        registers = np.empty(one_layout.registers_shape((rows, 32 if narrow else 128)), dtype=object)
-        for i, row in enumerate(w.registers.reshape(registers.size, -1)):
-            acc = arith.constant(wide, ir.DenseElementsAttr.get_splat(wide, ir.FloatAttr.get_f32(0.0)))
-            for a, b in zip(row, x.registers.reshape(-1), strict=True):
-                acc = mlir_math.fma(_widened(a, vec), b, acc)
-            registers.flat[i] = vector.broadcast(one, vector.reduction(number, vector.CombiningKind.ADD, acc))
-        return mgpu.FragmentedArray(_registers=registers, _layout=one_layout, _is_signed=None).reduce("add", 1, scratch)
+    def gather(_, ref, at):
+        kind = ir.MemRefType(ref.type).element_type
 
-    return multiply(x, rows_ref, scratch_ref)  # pyright: ignore[reportCallIssue]
+        def of(place):
+            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], kind)
+            return vector.broadcast(ir.VectorType.get((1,), kind), llvm.load(kind, pointer))
+
+        return each(at, of)
+
+    return gather(ref, at).astype(jnp.float32)  # pyright: ignore[reportCallIssue]
+
+
+def scatter(ref, at, x) -> None:
+    """Writes x [128] to places [128] of a vector in memory, both as `ONE_BY_ONE`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ONE_BY_ONE, ONE_BY_ONE))
+    def write(_, ref, at, x):
+        kind = ir.MemRefType(ref.type).element_type
+        for place, register in zip(at.registers.flat, x.registers.flat, strict=True):
+            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [vector.extract(place, [], [0])], kind)
+            llvm.store(vector.extract(register, [], [0]), pointer)
+
+    write(ref, at, x)  # pyright: ignore[reportCallIssue]
+
+
+def each(x: Any, function) -> Any:
+    """function(number) of each of a thread's numbers, vectors of one."""
+    registers = np.empty_like(x.registers)
+    for i, register in enumerate(x.registers.flat):
+        registers.flat[i] = function(vector.extract(register, [], [0]))
+    return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
 def turned(x, cos, sin) -> Any:
@@ -221,7 +209,7 @@ def meet_all(counter_ref, blocks: int) -> None:
             return llvm.inline_asm(i32, [pointer], code, "=r,l", has_side_effects=True)
 
         with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
-            here, n = atomic("atom.add.acq_rel.gpu.global.u32 $0, [$1], 1;"), arith.constant(i32, blocks)
+            here, n = atomic("atom.add.release.gpu.global.u32 $0, [$1], 1;"), arith.constant(i32, blocks)
             target = arith.muli(arith.addi(arith.divui(here, n), arith.constant(i32, 1)), n)
             loop = scf.WhileOp([], [])
             with ir.InsertionPoint(loop.before.blocks.append()):

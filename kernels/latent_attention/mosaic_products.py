@@ -1,0 +1,139 @@
+"""Rows of a matrix in shared memory times a vector, on the tensor cores of Hopper, for `mosaic_layer`.
+
+A vector [width] lies in registers: over the 128 threads of a warpgroup, or, if it is narrow, in each of its warps.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+from latent_attention.mosaic_tiles import layout_of
+from latent_attention.mosaic_vector import ONE_BY_ONE, along, each, row_tile, vec_of
+
+
+def is_narrow(width: int) -> bool:
+    """Whether a warp has whole rows of this width, not a quarter of each."""
+    return width % 256 == 0 and width <= 1024
+
+
+_NARROW = layout_of((4, 256), (1, 256), (1, 8), warps=(-6,), lanes=(-3,))
+
+
+def operand(width: int) -> Any:
+    """The layout of a vector that `dots` multiplies rows of this width with."""
+    return _NARROW.reduce((0,)) if is_narrow(width) else along(width)
+
+
+_CHAIN = 5
+"""Products of tensor cores that wait for each other; more would rather wait than be added at the end."""
+
+
+def dots(x, rows_ref, rows: int, sums_ref) -> None:
+    """Each warp's part of the rows [rows * width], 16 bits in shared memory, times x [width], an `operand`: [rows, 4].
+
+    Of narrow rows, a multiple of 4, a warp has whole ones, and the other parts are 0.
+
+    Tensor cores multiply 16 x 16 numbers by 16 x 8. A thread holds, of the first, four of each of two rows, and of the
+    second as many, which are given those of x at the same places: then the sums of its products are on the diagonal.
+    """
+    (width,) = x.shape
+    narrow = is_narrow(width)
+    vec = 8 if narrow else vec_of(width)
+    layout = (_NARROW if narrow else row_tile(vec)).to_mgpu()
+
+    @plgpu.inline_mgpu(arg_types=(operand(width), plgpu.RefType(), plgpu.RefType()))
+    def multiply(_, x, rows_ref, sums):
+        i32 = ir.IntegerType.get_signless(32)
+
+        def constant(n):
+            return arith.constant(i32, n)
+
+        def words(registers) -> list:
+            """Two numbers each, an even number of them."""
+            packed = [mgpu.utils.bitcast(r, ir.VectorType.get((vec // 2,), i32)) for r in registers.reshape(-1)]
+            each = [vector.extract(r, [], [i]) for r in packed for i in range(vec // 2)]
+            return each + [constant(0)] * (len(each) % 2)
+
+        w = mgpu.FragmentedArray.load_untiled(
+            mgpu.utils.memref_reshape(rows_ref, (rows, width)), layout=layout, optimized=False
+        )
+        thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
+        lane, warp = arith.remui(thread, constant(32)), arith.divui(thread, constant(32))
+        # Thread (row, pair) of an 8 x 8 result has numbers 2 pair and 2 pair + 1 of a row.
+        row, pair = arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
+        equal = arith.CmpIPredicate.eq
+        has_one = arith.cmpi(equal, pair, arith.divui(row, constant(2)))
+        is_second = arith.cmpi(equal, arith.remui(row, constant(2)), constant(1))
+        nothing = arith.constant(ir.F32Type.get(), 0.0)
+
+        def on_diagonal(numbers) -> Any:
+            return arith.select(has_one, arith.select(is_second, numbers[1], numbers[0]), nothing)
+
+        xs, totals = words(x.registers), []
+        own = w.registers.reshape(rows // 4 if narrow else rows, -1)
+        steps, kind = len(xs) // 2, "bf16" if isinstance(x.mlir_dtype, ir.BF16Type) else "f16"
+        chains = -(-steps // _CHAIN)
+        for i in range(0, len(own), 2):
+            one = words(own[i])
+            other = words(own[i + 1]) if i + 1 < len(own) else [constant(0)] * len(one)
+            results = [[nothing] * 4 for _ in range(chains)]
+            for k in range(steps):
+                at = slice(2 * k, 2 * k + 2)
+                a = [word for both in zip(one[at], other[at], strict=True) for word in both]
+                results[k % chains] = _mma(kind, a, xs[at], results[k % chains])
+            for half in (slice(0, 2), slice(2, 4))[: len(own) - i]:
+                total = functools.reduce(arith.addf, (on_diagonal(numbers[half]) for numbers in results))
+                for distance in (4, 9, 18):  # the threads that have one differ in these
+                    total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
+                totals.append(total)
+        first = scf.IfOp(arith.cmpi(equal, lane, constant(0)))
+        with ir.InsertionPoint(first.then_block):
+            for i, total in enumerate(totals):
+                if narrow:
+                    at = arith.muli(arith.addi(warp, constant(4 * i)), constant(4))
+                    parts = vector.from_elements(ir.VectorType.get((4,), total.type), [total] + [nothing] * 3)
+                else:
+                    at, parts = arith.addi(warp, constant(4 * i)), total
+                pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [at], total.type)
+                llvm.store(parts, pointer)
+            scf.yield_([])
+
+    multiply(x, rows_ref, sums_ref)  # pyright: ignore[reportCallIssue]
+
+
+def _mma(kind: str, a: list, b: list, c: list) -> list:
+    """c + a b of m16n8k16, each thread's numbers of them; Mosaic's own takes whole tiles in its layouts."""
+    code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+    code += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    number = ir.F32Type.get()
+    out: Any = llvm.inline_asm(
+        llvm.StructType.get_literal([number] * 4), [*a, *b, *c], code, ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+    )
+    return [llvm.extractvalue(number, out, [i]) for i in range(4)]
+
+
+def summed(sums_ref, rows) -> Any:
+    """The sums [128] of the parts [.., 4] of rows [128], as `ONE_BY_ONE`, in shared memory."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), ONE_BY_ONE),
+        return_type=plgpu.ShapeDtypeStruct(rows.shape, jnp.float32, layout=ONE_BY_ONE),
+    )
+    def add(_, sums, rows):
+        number = ir.F32Type.get()
+        four, one = (ir.VectorType.get((n,), number) for n in (4, 1))
+
+        def of(row):
+            at = arith.muli(row, arith.constant(row.type, 4))
+            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [at], number)
+            parts = llvm.load(four, pointer)
+            return vector.broadcast(one, vector.reduction(number, vector.CombiningKind.ADD, parts))
+
+        return each(rows, of)
+
+    return add(sums_ref, rows)  # pyright: ignore[reportCallIssue]
