@@ -184,12 +184,17 @@ class Attention:
             for i in range(AHEAD):
                 self._fetch(head, wg, i)
 
+    def _first(self, wg, i):
+        """Of a consumer's i-th few results, at which the two take turns."""
+        return (i * CONSUMERS + wg) * AT_ONCE
+
     def _place(self, wg, i):
+        """Where these are in shared memory."""
         return AHEAD * wg + lax.rem(i, AHEAD)
 
     def _fetch(self, head, wg, i) -> None:
-        """A consumer's i-th results. They take turns; there is memory for whole rounds, in which may be anything."""
-        first, place = (i * CONSUMERS + wg) * AT_ONCE, self._place(wg, i)
+        """There is memory for whole rounds of results, in which may be anything."""
+        first, place = self._first(wg, i), self._place(wg, i)
 
         @pl.when(first < self.used)
         def _():
@@ -208,7 +213,7 @@ class Attention:
         total = mv.total(factors * sums, mv.ONE_BY_ONE, self.scratch)  # its barriers make the shares seen
 
         def some(i, acc):
-            place, first = self._place(wg, i), (i * CONSUMERS + wg) * AT_ONCE
+            place, first = self._place(wg, i), self._first(wg, i)
             plgpu.barrier_wait(smem.partials_full.at[place])
             for j in range(AT_ONCE):
                 share, part = smem.shares[first + j], mv.load(smem.partials.at[place, j], mv.along(C))

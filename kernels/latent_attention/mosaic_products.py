@@ -56,8 +56,8 @@ def dots(x, rows_ref, rows: int, sums_ref) -> None:
         def words(registers) -> list:
             """Two numbers each, an even number of them."""
             packed = [mgpu.utils.bitcast(r, ir.VectorType.get((vec // 2,), i32)) for r in registers.reshape(-1)]
-            each = [vector.extract(r, [], [i]) for r in packed for i in range(vec // 2)]
-            return each + [constant(0)] * (len(each) % 2)
+            unpacked = [vector.extract(r, [], [i]) for r in packed for i in range(vec // 2)]
+            return unpacked + [constant(0)] * (len(unpacked) % 2)
 
         w = mgpu.FragmentedArray.load_untiled(
             mgpu.utils.memref_reshape(rows_ref, (rows, width)), layout=layout, optimized=False

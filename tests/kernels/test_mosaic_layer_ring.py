@@ -47,7 +47,7 @@ class Place:
         return [(int(x.start), x.size) if isinstance(x, pl.Slice) else int(np.asarray(x)) for x in parts]
 
     def slot(self) -> tuple[str, int]:
-        """Of a barrier: its name and number, 0 if there is one."""
+        """Of a barrier: its name and number; 0 if there is one only."""
         return self.name, (self.numbers() or [0])[0]
 
 
@@ -83,6 +83,7 @@ def test_each_tile_is_dealt_to_one_block_and_slots_follow_each_other(blocks, hel
 
 class Step(NamedTuple):
     kind: str
+    """To wait for a barrier, to arrive at it or to start a copy that does."""
     barrier: tuple[str, int]
     what: Any = None
     """Of a copy, source and place; of a consumer's wait, which tile it then takes."""
@@ -113,7 +114,7 @@ def consumed(of: dict, block: int) -> list[list[Step]]:
             skipped, steps = map(int, turns(wg, share))
             for i in range(skipped, skipped + CONSUMERS * steps, CONSUMERS):
                 at = int(number) + i * slots
-                assert owner(at // slots) == wg  # as products of one tile at a time tell it
+                assert owner(at // slots) == wg  # as consumers tell whose a single tile is
                 full = ("tokens_full", at % SLOTS // 2) if slots == 2 else ("full", at % SLOTS)
                 does[wg].append(Step("wait", full, n + i))
                 does[wg] += [Step("arrive", ("empty", (at + j) % SLOTS)) for j in range(reading.slots)]
@@ -172,7 +173,8 @@ class Ring:
         return True
 
 
-def in_turn(ring: Ring) -> list:
+def moves_of(ring: Ring) -> list:
+    """Of the producer, of the consumers, and the landing of a copy."""
     return [lambda agent=agent: ring.move(agent) for agent in range(len(ring.agents))] + [ring.land]
 
 
@@ -196,7 +198,7 @@ def test_the_ring_is_filled_and_emptied_without_losing_count(shape, held, block,
     for name, order in ORDERS.items():
         ring, random = Ring(agents, arrivals), np.random.default_rng(block)
         while any(ring.agents):
-            assert any(move() for move in order(in_turn(ring), random)), f"{name}: all wait for each other"
+            assert any(move() for move in order(moves_of(ring), random)), f"{name}: all wait for each other"
         assert ring.copies == 2 * sum(int(share.count) for _, share in shares(of, jnp.int32(block), BLOCKS))
         assert not ring.content
 
@@ -209,7 +211,7 @@ def test_each_tile_is_copied_from_where_it_lies_to_its_slot(shape, held, block, 
     copies = iter([step for step in produced(shape, of, block, monkeypatch) if step.kind == "copy"])
     for name, (reading, first, count, number) in shares(of, jnp.int32(block), BLOCKS):
         for i in range(int(count)):
-            tile, slot, half = int(first) + i * BLOCKS, (int(number) + i * reading.slots) % SLOTS, 0
+            tile, slot = int(first) + i * BLOCKS, (int(number) + i * reading.slots) % SLOTS
             rows, size = tile * reading.rows, reading.rows * reading.width // 2
             if name == "v_b":  # heads have rows of keys, then of values
                 rows = rows // V * (N + V) + N + rows % V
