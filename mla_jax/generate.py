@@ -18,6 +18,7 @@ from mla_jax.errors import InputError, UsageError
 from mla_jax.memory import GRANULE, MemoryPlan, device_limit, most_that_fits, room_for, round_up
 from mla_jax.model import decoder, one_token
 from mla_jax.model.cache import LatentCache, LayerCache, init_layer, resized
+from mla_jax.model.rope import rotations
 from mla_jax.prompts import check_prompts, common_prefix, seen_tokens
 from mla_jax.sampling import Sampling, SamplingPlan, choose, knobs
 
@@ -25,6 +26,8 @@ PREFILL_CHUNK = 8192
 """Prompt tokens, of all rows together, that are processed at one time."""
 DECODE_BLOCK = 32
 """Tokens that one call of the compiled loop adds; meanwhile, those of the call before are streamed or stop rows."""
+_UNROLL = 4
+"""Tokens that a turn of the compiled loop adds by the kernels for one token, beside which a turn's own time counts."""
 
 OnTokens = Callable[[int, list[int]], bool | None]
 """Called with the row and its new tokens, a few at a time; True ends the row."""
@@ -43,21 +46,25 @@ def decode_block(
     fused = one_token.why_not(config, layers) is None
 
     def next_token(carry, step):
-        tokens_B, cache, seen_BX, counter = carry
+        (tokens_B, cache, seen_BX, counter), (number, turn) = carry, step
         if fused:  # one row, which was not done when this was called
-            scores_BX, cache, counter = one_token.step(config, weights, tokens_B, cache, counter)
+            scores_BX, cache, counter = one_token.step(config, weights, tokens_B, turn, cache, counter)
         else:
             h_B1D, cache = decoder.extend(
                 config, weights, tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True
             )
             scores_BX = decoder.logits(config, weights, h_B1D[:, 0])
-        tokens_B = choose(plan, values, scores_BX, seen_BX, jax.random.fold_in(key, step))
+        tokens_B = choose(plan, values, scores_BX, seen_BX, jax.random.fold_in(key, number))
         if seen_BX is not None:
             seen_BX |= jax.nn.one_hot(tokens_B, seen_BX.shape[1], dtype=bool)
         return (tokens_B, cache, seen_BX, counter), tokens_B
 
     start = tokens_B, LatentCache(layers, lengths_B), seen_BX, one_token.init_counter()
-    (tokens_B, cache, seen_BX, _), new_NB = jax.lax.scan(next_token, start, first + jnp.arange(steps))
+    coming = jnp.arange(steps)
+    turns = rotations(config, lengths_B[0] + coming) if fused else None
+    (tokens_B, cache, seen_BX, _), new_NB = jax.lax.scan(
+        next_token, start, (first + coming, turns), unroll=_UNROLL if fused else 1
+    )
     return new_NB, tokens_B, cache.layers, cache.lengths_B, seen_BX
 
 

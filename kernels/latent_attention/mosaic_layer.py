@@ -1,9 +1,9 @@
 """A layer of MLA for one token on Hopper: one Pallas Mosaic GPU kernel that reads ahead while its products wait.
 
 Every product is a matrix [out, in] times one vector, so that only reading the matrix counts. A block a multiprocessor
-stays for the whole layer. In it a warpgroup, the producer, copies what the block has to read into a ring in shared
-memory and stops only when the ring is full (`mosaic_layer_ring`); two others, the consumers, take turns at the tiles
-(`mosaic_layer_consumer`).
+stays for the whole layer. In it a warpgroup, the producer, copies most of what the block has to read into a ring in
+shared memory and stops only when the ring is full (`mosaic_layer_ring`); two others, the consumers, take turns at the
+tiles (`mosaic_layer_consumer`).
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention import mosaic_products as products
 from latent_attention.mosaic_layer_consumer import Consumer
-from latent_attention.mosaic_layer_memory import Refs, Shared, out_types, shared, shared_bytes
+from latent_attention.mosaic_layer_memory import VALUES, Refs, Shared, out_types, shared, shared_bytes
 from latent_attention.mosaic_layer_ring import CONSUMERS, SLOTS, TOKENS, Share, produce, readings, rows_of_tiles, shares
 from latent_attention.shapes import Gpu, LayerShape, local_gpu
 
-_REGISTERS = 24, 240
+_REGISTERS = 40, 232
 """Of a thread of the producer and of the consumers."""
 
 
@@ -37,6 +37,8 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
     wide = [width for width in (D, H * V, F) if width % 256 or products.is_narrow(width)]
     if wide or Q % 256 or not all(rows_of_tiles(shape, gpu.cores)):
         return f"its tiles do not fit these widths: {shape}"
+    if V % (CONSUMERS * VALUES):
+        return f"it takes V in multiples of {CONSUMERS * VALUES}, not {V}"
     if H > gpu.cores or capacity % TOKENS:
         return f"it takes a cache of a multiple of {TOKENS} tokens and a multiprocessor a head"
     if shared_bytes(shape, gpu.cores) > gpu.shared_memory:
@@ -124,7 +126,7 @@ def layer(
     )
     out = launch(
         h_D, weights["input_layernorm"], flat["q_a_proj"], flat["kv_a_proj_with_mqa"], attn["q_a_layernorm"],
-        flat["q_b_proj"], attn["kv_a_layernorm"], flat["kv_b_proj"], matrices["kv_b_proj"], cos, sin, length,
+        flat["q_b_proj"], attn["kv_a_layernorm"], matrices["kv_b_proj"], cos, sin, length,
         flat["o_proj"], weights["post_attention_layernorm"], flat["gate_proj"], flat["up_proj"], flat["down_proj"],
         *in_place,
     )  # fmt: skip

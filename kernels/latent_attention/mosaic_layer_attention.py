@@ -94,17 +94,15 @@ class Attention:
             total = reduce_columns("add", sums, self.scratch)
             slot = 1 + first  # blocks that have tokens come first
 
-            @pl.when(count == 1)
-            def _():
-                self._keep(slot, [acc], peak, total)
-
             @pl.when((count > 1) & (skipped == 1))
             def _():
                 self._give(acc, peak, total)
 
-            @pl.when((count > 1) & (skipped == 0))
+            @pl.when(skipped == 0)
             def _():
-                self._keep(slot, *self._joined(acc, peak, total))
+                alone = *(acc[half] for half in self._halves()), peak, total
+                *parts, peak_, total_ = lax.cond(count > 1, lambda: self._joined(acc, peak, total), lambda: alone)
+                self._keep(slot, parts, peak_, total_)
 
     def _tile(self, pair, base, acc, peak, sums):
         """Adds the tile in a pair of slots, tokens from `base` on, to what there is."""
@@ -174,7 +172,7 @@ class Attention:
             acc[half] * over_columns(own, their.shape) + their * over_columns(other, their.shape)
             for half, their in zip(self._halves(), theirs, strict=True)
         ]
-        return parts, together, total * own + their_total * other
+        return *parts, together, total * own + their_total * other
 
     def fetch(self, head) -> None:
         """The first results of a head to shared memory, for both consumers."""

@@ -5,10 +5,13 @@ What one product writes, the next reads in all blocks: before it, the blocks wai
 
 Five of these seven meetings lie before the output projection, where there is little to read: the ring is full, and
 memory idle, until they are over. So what counts is how soon numbers are where they are needed: long vectors come by
-copies, which start as soon as all blocks have met, and nothing else may crowd memory then.
+copies, which start as soon as all blocks have met, and nothing else may crowd memory then. While blocks wait, registers
+take tiles too, so that there is room in the ring (`ahead`). And code is kept short: all of it runs in each launch, and
+what the instruction cache has lost comes no faster than numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,9 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from latent_attention import mosaic_products as products
 from latent_attention import mosaic_vector as mv
 from latent_attention.mosaic_layer_attention import Attention
-from latent_attention.mosaic_layer_ring import CONSUMERS, Share, owner, slot_of, turns
+from latent_attention.mosaic_layer_memory import VALUES
+from latent_attention.mosaic_layer_ring import CONSUMERS, SLOTS, Share, slot_of, tiles_ahead, turns
 from latent_attention.mosaic_tiles import read
 from latent_attention.shapes import LayerShape
+
+
+def _nothing() -> None: ...
 
 
 class Consumer:
@@ -32,6 +39,9 @@ class Consumer:
         self.per_head = shape.C // mv.COLUMNS
         """Units of the absorption."""
         self.units = shape.H * self.per_head
+        self.value_units = shape.H * shape.V // (CONSUMERS * VALUES)
+        self.counted = lax.div(mv.counted(refs.counter), blocks) * blocks
+        """What the counter was at when all blocks had met last."""
         self.attention = Attention(shape, blocks, dtype, scale, block, wg, refs, smem, self.meet_in_block)
 
     def run(self) -> None:
@@ -40,88 +50,116 @@ class Consumer:
         refs, smem, attention = self.refs, self.smem, self.attention
         self.multiply("a", self.normalised(self.vector(refs.h, D), self.vector(refs.input_gain, D)), self.to(refs.a))
         unit = jnp.minimum(self.block, self.units - 1)
-        k = self.keys(unit)  # these four are on their way meanwhile
-        cos, sin = (mv.load(ref, mv.angles(R)) for ref in (refs.cos, refs.sin))
-        latent_gain = self.vector(refs.kv_gain, C)
-        gain = self.vector(refs.q_gain, Q)
-        self.multiply("q_b", self.normalised(self.meet_for(refs.a.at[pl.ds(0, Q)]), gain), self.to(refs.q))
+
+        def meanwhile():
+            v = self.value_rows(jnp.minimum(self.block, self.value_units - 1))
+            cos, sin = (mv.load(ref, mv.angles(R)) for ref in (refs.cos, refs.sin))
+            return self.vector(refs.q_gain, Q), self.keys(unit), v, cos, sin, self.vector(refs.kv_gain, C)
+
+        x, (gain, k, v, *turn) = self.meet_for(refs.a.at[pl.ds(0, Q)], meanwhile)
+        self.multiply("q_b", self.normalised(x, gain), self.to(refs.q))
         self.meet()
         self.absorb(unit, k)
-        self.remember(cos, sin, latent_gain)
+        self.remember(*turn)
         self.meet_in_block()
         self.meet(lambda: attention.fetch_queries(self.todo["tokens"]))
         attention.attend_to_new()
         attention.attend(self.todo["tokens"])
         self.meet_in_block()
-        self.values()
-        x = self.meet_for(refs.value)
+        ahead = self.meet(lambda: self.fetch_values(0), lambda: self.ahead("o"))
+        self.values(v)
+        x, _ = self.meet_for(refs.value)
         plgpu.barrier_wait(smem.residual_full)
-        self.multiply("o", x, self.added_to(refs.middle))
-        gain = self.vector(refs.post_gain, D)
-        self.meet(lambda: self._copy(refs.middle, smem.residual, smem.residual_full))
+        self.multiply("o", x, self.added_to(refs.middle), ahead=ahead)
+        gain, ahead = self.meet(
+            lambda: self._copy(refs.middle, smem.residual, smem.residual_full),
+            lambda: (self.vector(refs.post_gain, D), self.ahead("gate_up")),
+        )
         plgpu.barrier_wait(smem.residual_full)
-        self.multiply("gate_up", self.normalised(self.vector(smem.residual, D), gain), self.gated, of_each=2)
-        self.multiply("down", self.meet_for(refs.inner), self.added_to(refs.out))
+        x = self.normalised(self.vector(smem.residual, D), gain)
+        self.multiply("gate_up", x, self.gated, of_each=2, ahead=ahead)
+        x, ahead = self.meet_for(refs.inner, lambda: self.ahead("down"))
+        self.multiply("down", x, self.added_to(refs.out), ahead=ahead)
 
     def meet_in_block(self) -> None:
-        """Both consumers are here."""
-        plgpu.barrier_arrive(self.smem.met)
-        plgpu.barrier_wait(self.smem.met)
+        """Both consumers are here, and see what either has written to shared memory."""
+        mv.meet_warpgroups(CONSUMERS)
 
-    def meet(self, then: Callable[[], None] | None = None) -> None:
+    def meet(self, then: Callable[[], None] = _nothing, meanwhile: Callable[[], Any] = _nothing) -> Any:
         """Consumer 0 tells the other blocks, waits for them and does what comes `then`: it starts copies.
 
-        What consumer 1 has written, and what it still reads, counts only after `meet_in_block`.
+        What consumer 1 has written, and what it still reads, counts only after `meet_in_block`. Both consumers do
+        `meanwhile`, and get its result, while word is on its way.
         """
 
         @pl.when(self.wg == 0)
         def _():
             mv.meet_warpgroup()
-            mv.meet_all(self.refs.counter, self.blocks)
-            if then is not None:
+            mv.count_up(self.refs.counter)
+
+        self.counted += self.blocks
+        result = meanwhile()
+
+        @pl.when(self.wg == 0)
+        def _():
+            mv.wait_until(self.refs.counter, self.counted)
+            if then is not _nothing:
                 mv.written_is_seen_by_copies()
                 then()
 
         self.meet_in_block()
+        return result
 
     def _copy(self, ref, place, full) -> None:
         plgpu.copy_gmem_to_smem(ref, place, full, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
-    def meet_for(self, ref):
+    def meet_for(self, ref, meanwhile: Callable[[], Any] = _nothing) -> tuple[Any, Any]:
         """The vector that all blocks have written, as `operand`; a copy is there sooner than what threads load."""
         (width,) = ref.shape
         place = self.smem.vector.at[pl.ds(0, width)]
-        self.meet(lambda: self._copy(ref, place, self.smem.vector_full))
+        result = self.meet(lambda: self._copy(ref, place, self.smem.vector_full), meanwhile)
         plgpu.barrier_wait(self.smem.vector_full)
-        return read(place, products.operand(width))
+        return read(place, products.operand(width)), result
 
-    def multiply(self, name: str, x, finish: Callable[..., None], of_each: int = 1) -> None:
+    def _take(self, share: Share, i) -> Any:
+        """The block's i-th tile of a matrix, in registers; its slot is empty then."""
+        it, slot = share.reading, slot_of(share.number + i)
+        plgpu.barrier_wait(self.smem.full.at[slot])
+        w = products.load_rows(self.smem.ring.at[slot, pl.ds(0, it.rows * it.width)], it.rows, it.width)
+        plgpu.barrier_arrive(self.smem.empty.at[slot])
+        return w
+
+    def ahead(self, name: str) -> list:
+        """The first tiles of this consumer of a matrix, for `multiply`: until then, the ring has room for others."""
+        share = self.todo[name]
+        skipped, _ = turns(self.wg, share)
+        return [self._take(share, skipped + m * CONSUMERS) for m in range(tiles_ahead(share.reading, self.blocks))]
+
+    def multiply(self, name: str, x, finish: Callable[..., None], of_each: int = 1, ahead: Sequence[Any] = ()) -> None:
         """Multiplies all rows that the block has of a matrix; consumer 0 calls finish(rows [128], their products).
 
-        x is a vector or x(i), that of the block's i-th tile, which both consumers make. Where tiles have rows of two
-        matrices, `of_each` is 2, and `finish` gets the products of both.
+        x is a vector, `ahead` the tiles that this consumer has taken already: their turn comes when those in the ring
+        have been taken, so that it is filled again meanwhile. Where tiles have rows of two matrices, `of_each` is 2,
+        and `finish` gets the products of both.
         """
-        smem, wg = self.smem, self.wg
-        it, _, count, number = self.todo[name]
+        share = self.todo[name]
+        it = share.reading
+        skipped, steps = turns(self.wg, share)
 
-        def tile(i, x):
-            slot = slot_of(number + i)
-            plgpu.barrier_wait(smem.full.at[slot])
-            rows, parts = smem.ring.at[slot, pl.ds(0, it.rows * it.width)], smem.parts.at[pl.ds(i * it.rows, it.rows)]
-            products.dots(x, rows, it.rows, parts)
-            plgpu.barrier_arrive(smem.empty.at[slot])
+        def tile(m, w):
+            products.dots(x, w, self.smem.parts.at[pl.ds((skipped + m * CONSUMERS) * it.rows, it.rows)])
 
-        def together(i, _):
-            of_tile = x(i)
-            pl.when(owner(number + i) == wg)(lambda: tile(i, of_tile))
+        def step(m, _):
+            tile(m, self._take(share, skipped + m * CONSUMERS))
 
-        if callable(x):
-            lax.fori_loop(0, count, together, None)
-        else:
-            skipped, steps = turns(wg, self.todo[name])
-            lax.fori_loop(0, steps, lambda m, _: tile(skipped + m * CONSUMERS, x), None)
+            @pl.when(m == jnp.minimum(len(ahead) + SLOTS // CONSUMERS, steps) - 1)
+            def _():
+                for n, w in enumerate(ahead):
+                    tile(n, w)
+
+        lax.fori_loop(len(ahead), steps, step, None)
         self.meet_in_block()
-        pl.when(wg == 0)(lambda: self._add_parts(self.todo[name], finish, of_each))
+        pl.when(self.wg == 0)(lambda: self._add_parts(share, finish, of_each))
 
     def _add_parts(self, share: Share, finish: Callable[..., None], of_each: int) -> None:
         it, first, count, _ = share
@@ -167,7 +205,7 @@ class Consumer:
         """The part of the up-projection of keys that makes a unit of the absorption, of a head and some columns."""
         _, _, _, _, N, V, _, _ = self.shape
         row, column = lax.div(unit, self.per_head) * (N + V), lax.rem(unit, self.per_head) * mv.COLUMNS
-        return read(self.refs.kv_b_rows.at[pl.ds(row, N), pl.ds(column, mv.COLUMNS)], mv.TILE)
+        return read(self.refs.kv_b.at[pl.ds(row, N), pl.ds(column, mv.COLUMNS)], mv.TILE)
 
     def absorb(self, unit, k) -> None:
         """The up-projection of keys moves to the query; of the block's first unit, if it has one, `keys` are given."""
@@ -182,8 +220,9 @@ class Consumer:
         @pl.when((self.wg == 0) & (block < self.units))
         def _():
             one(unit, k)
-            more = self._own(self.units)
-            lax.fori_loop(1, more, lambda i, _: one(block + i * blocks, self.keys(block + i * blocks)), None)
+            if self.units > blocks:
+                more = self._own(self.units)
+                lax.fori_loop(1, more, lambda i, _: one(block + i * blocks, self.keys(block + i * blocks)), None)
 
     def remember(self, cos, sin, gain) -> None:
         """Rotary parts of the queries, and the new token's latent and rotary key, also to the cache.
@@ -201,11 +240,9 @@ class Consumer:
 
         @pl.when(self.wg == 1)
         def _():
-            def rotary(i, _):
-                head = block + i * blocks
-                turn(refs.q.at[pl.ds(head * (N + R) + N, R)], refs.absorbed.at[head, pl.ds(C, R)])
-
-            lax.fori_loop(0, self._own(H), rotary, None)
+            @pl.when(block < H)
+            def _():
+                turn(refs.q.at[pl.ds(block * (N + R) + N, R)], refs.absorbed.at[block, pl.ds(C, R)])
 
             @pl.when(block == blocks - 1)
             def _():
@@ -219,20 +256,39 @@ class Consumer:
                     mv.store(refs.c.at[0, at], c, products.operand(C))
                     turn(k_rope, refs.rope.at[0, at])
 
-    def values(self) -> None:
-        """The up-projection of values, of the attention over latents."""
-        it, first, count, _ = self.todo["v_b"]
+    def value_rows(self, unit) -> Any:
+        """This consumer's rows of a unit of the up-projection of values, some rows of a head's."""
+        N, V, C = self.shape.N, self.shape.V, self.shape.C
+        row = unit * CONSUMERS * VALUES
+        row += (lax.div(row, V) + 1) * N + self.wg * VALUES  # rows of values lie behind those of keys in each head
+        return read(self.refs.kv_b.at[pl.ds(row, VALUES)], products.layout_of_rows(C))
 
-        def fetch(i) -> None:
-            pl.when(i < count)(lambda: self.attention.fetch(head(i)))
+    def fetch_values(self, i) -> None:
+        """Starts to fetch what the block's i-th unit of values is made of, if there is one."""
+        unit = self.block + i * self.blocks
+        head = lax.div(unit * CONSUMERS * VALUES, self.shape.V)
+        pl.when(unit < self.value_units)(lambda: self.attention.fetch(head))
 
-        def head(i):
-            return lax.div((first + i * self.blocks) * it.rows, self.shape.V)
+    def values(self, v) -> None:
+        """The up-projection of values, of the attention over latents; of the first unit, `value_rows` are given."""
+        parts, rows = self.smem.parts, CONSUMERS * VALUES
 
-        def latent(i):
-            result = self.attention.latent_of(head(i))
-            pl.when(self.wg == 0)(lambda: fetch(i + 1))
-            return result
+        def one(i, v):
+            unit = self.block + i * self.blocks
+            latent = self.attention.latent_of(lax.div(unit * rows, self.shape.V))
+            if self.value_units > self.blocks:
+                pl.when(self.wg == 0)(lambda: self.fetch_values(i + 1))
+            products.dots(latent, v, parts.at[pl.ds(self.wg * VALUES, VALUES)])
+            self.meet_in_block()
 
-        self.meet(lambda: fetch(0))
-        self.multiply("v_b", latent, self.to(self.refs.value))
+            @pl.when(self.wg == 0)
+            def _():
+                n = jnp.minimum(mv.numbers(), rows - 1)
+                self.to(self.refs.value)(unit * rows + n, products.summed(parts, n))
+
+        @pl.when(self.block < self.value_units)
+        def _():
+            one(0, v)
+            if self.value_units > self.blocks:
+                more = self._own(self.value_units)
+                lax.fori_loop(1, more, lambda i, _: one(i, self.value_rows(self.block + i * self.blocks)), None)

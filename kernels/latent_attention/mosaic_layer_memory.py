@@ -17,6 +17,8 @@ AT_ONCE = 6
 """Results of the attention that come in one copy."""
 AHEAD = 2
 """Such copies for each consumer at a time."""
+VALUES = 16
+"""Rows of the up-projection of values that a consumer multiplies at a time."""
 _ALIGNMENT = 1024
 """Of arrays in shared memory."""
 
@@ -32,7 +34,7 @@ def longest_vector(shape: LayerShape) -> int:
 
 
 class Refs(NamedTuple):
-    """Arguments and results in memory; matrices are flat."""
+    """Arguments and results in memory; matrices are flat, but for one."""
 
     h: Any
     input_gain: Any
@@ -42,8 +44,7 @@ class Refs(NamedTuple):
     q_b: Any
     kv_gain: Any
     kv_b: Any
-    kv_b_rows: Any
-    """The same, [H (N + V), C]."""
+    """[H (N + V), C]."""
     cos: Any
     sin: Any
     length: Any
@@ -107,7 +108,6 @@ class Shared:
     of_head_full: Any
     vector_full: Any
     residual_full: Any
-    met: Any
 
 
 def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
             tiled(C // 2, H, jnp.float32), plgpu.SMEM((CONSUMERS * AHEAD, AT_ONCE, C), jnp.float32),
             plgpu.SMEM((longest_vector(shape),), dtype),
         ),
-        "parts": plgpu.SMEM((rows_of_block(shape, blocks), 4), jnp.float32),
+        "parts": plgpu.SMEM((max(rows_of_block(shape, blocks), CONSUMERS * VALUES), 4), jnp.float32),
         "stats": plgpu.SMEM((2, H), jnp.float32),
         "of_head": plgpu.SMEM((2, partial_slots(blocks)), jnp.float32),
         "shares": plgpu.SMEM((partial_slots(blocks),), jnp.float32),
@@ -144,7 +144,6 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
         "of_head_full": plgpu.Barrier(num_arrivals=2),
         "vector_full": plgpu.Barrier(num_arrivals=1),
         "residual_full": plgpu.Barrier(num_arrivals=1),
-        "met": plgpu.Barrier(num_arrivals=CONSUMERS),
     }  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """What a block of `mosaic_layer` reads, in which order, and the warpgroup that copies it: the producer.
 
-Everything comes in tiles, some whole rows of a matrix, which are contiguous, or 64 tokens of the cache. The tiles of
-all readings are dealt out to the blocks in turn, as if they were one list, so that each block reads as many, give or
-take one. A tile of a matrix takes a slot of the ring, one of the cache two, of which the first is even.
+It comes in tiles, some whole rows of a matrix, which are contiguous, or 64 tokens of the cache; but what is small, and
+the up-projection of keys and values, consumers load themselves. The tiles of all readings are dealt out to the blocks
+in turn, as if they were one list, so that each block reads as many, give or take one. A tile of a matrix takes a slot
+of the ring, one of the cache two, of which the first is even.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -30,6 +32,8 @@ waits longer, above all what blocks tell each other."""
 _UNHURRIED = 6
 """Tiles that come one at a time, as they are needed long after there is room for them: what else goes to memory hardly
 waits."""
+_AHEAD = 2
+"""Tiles in the registers of a consumer; more do not fit there."""
 _NARROW_ROWS = 8
 """Tiles of narrow rows have a multiple of so many, two for each warp."""
 _COST_OF_TILE = 4096
@@ -42,7 +46,6 @@ class Rows(NamedTuple):
     down: int
     """Of the down-projections of queries and of keys and values, whose tiles form one list."""
     q_b: int
-    v_b: int
     o: int
     gate: int
     """And as many of the up-projection beside it."""
@@ -87,16 +90,16 @@ def rows_of_tiles(shape: LayerShape, blocks: int) -> Rows:
     D, Q, C, R, N, V, H, F = shape
     return Rows(
         down=rows_of_tile((Q, C + R), D, blocks), q_b=rows_of_tile((H * (N + R),), Q, blocks),
-        v_b=rows_of_tile((V,) * H, C, blocks), o=rows_of_tile((D,), H * V, blocks),
-        gate=rows_of_tile((2 * F,), D, blocks, 2) // 2, ff_down=rows_of_tile((D,), F, blocks),
+        o=rows_of_tile((D,), H * V, blocks), gate=rows_of_tile((2 * F,), D, blocks, 2) // 2,
+        ff_down=rows_of_tile((D,), F, blocks),
     )  # fmt: skip
 
 
 def rows_of_block(shape: LayerShape, blocks: int) -> int:
     """The most rows that a block has of a matrix."""
-    D, Q, C, R, N, V, H, F = shape
+    D, Q, C, R, N, _, H, F = shape
     rows = rows_of_tiles(shape, blocks)
-    outs = (Q + C + R, rows.down), (H * (N + R), rows.q_b), (H * V, rows.v_b), (D, rows.o), (D, rows.ff_down)
+    outs = (Q + C + R, rows.down), (H * (N + R), rows.q_b), (D, rows.o), (D, rows.ff_down)
     return max(-(-out // n // blocks) * n for out, n in (*outs, (2 * F, 2 * rows.gate)))
 
 
@@ -105,11 +108,11 @@ def readings(shape: LayerShape, blocks: int, refs, held) -> dict[str, Reading]:
     D, Q, C, R, N, V, H, F = shape
     rows = rows_of_tiles(shape, blocks)
 
-    def matrix(ref, out: int, width: int, rows: int, start=lambda tile: 0) -> Reading:
+    def matrix(ref, out: int, width: int, rows: int) -> Reading:
         half = rows * width // 2
 
         def halves(tile) -> list:
-            at = start(tile) + 2 * half * tile
+            at = 2 * half * tile
             return [ref.at[pl.ds(at, half)], ref.at[pl.ds(at + half, half)]]
 
         return Reading(out // rows, rows, width, halves)
@@ -123,8 +126,6 @@ def readings(shape: LayerShape, blocks: int, refs, held) -> dict[str, Reading]:
         "kv_a": matrix(refs.kv_a, C + R, D, rows.down),
         "q_b": matrix(refs.q_b, H * (N + R), Q, rows.q_b),
         "tokens": Reading(lax.div(held + TOKENS - 1, TOKENS), TOKENS, C + R, lambda tile: [], slots=2),
-        # Rows of values lie behind those of keys in each head.
-        "v_b": matrix(refs.kv_b, H * V, C, rows.v_b, lambda tile: (lax.div(tile * rows.v_b, V) + 1) * N * C),
         "o": matrix(refs.o, D, H * V, rows.o)._replace(unhurried=_UNHURRIED),
         "gate_up": Reading(F // rows.gate, 2 * rows.gate, D, gate_and_up),
         "down": matrix(refs.down, D, F, rows.ff_down),
@@ -151,6 +152,11 @@ def turns(wg, share: Share) -> tuple[Any, Any]:
     """How many of a block's tiles come before the first of a consumer, and how many are its own: every other one."""
     skipped = lax.rem(wg + owner(lax.div(share.number, share.reading.slots)), CONSUMERS)
     return skipped, lax.div(share.count - skipped + CONSUMERS - 1, CONSUMERS)
+
+
+def tiles_ahead(it: Reading, blocks: int) -> int:
+    """How many a consumer takes of a matrix before it has what it multiplies them with: fewer than it has of it."""
+    return max(min(it.tiles // blocks // CONSUMERS - 1, _AHEAD), 0)
 
 
 def slot_of(number):
@@ -181,28 +187,33 @@ def produce(shape: LayerShape, blocks: int, block, of: dict[str, Reading], refs,
                 oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
             )  # fmt: skip
 
-    def until(landed, number):
-        """Waits for the tiles of matrices from `landed` to before `number`; for each, as waits see a turn's parity."""
-        lax.fori_loop(landed, number, lambda i, _: plgpu.barrier_wait(smem.full.at[slot_of(i)]), None)
-        return jnp.maximum(landed, number)
+    everything = list(shares(of, block, blocks))
+    names = [name for name, _ in everything]
+    before, after = (everything[names.index("tokens") + i][1] for i in (-1, 1))
+    last = before.number + before.count
+    copies = [copy_tokens if it.slots == 2 else functools.partial(copy_rows, it) for _, (it, *_) in everything]
 
-    landed = done = jnp.int32(0)
-    for name, (it, first, count, number) in shares(of, block, blocks):
-        if name == "tokens":
-            until(landed, done)
+    def wait(number, _) -> None:
+        """For a tile of a matrix; those numbers between matrices are of tokens, or left out before them."""
+        of_matrix = (number < last) | (number >= after.number)
+        pl.when(of_matrix)(lambda: plgpu.barrier_wait(smem.full.at[slot_of(number)]))
 
-        def step(i, landed, it=it, first=first, number=number):
-            tile, at = first + i * blocks, number + i * it.slots
-            for j in range(it.slots):
-                plgpu.barrier_wait(smem.empty.at[slot_of(at + j)])
-            if it.slots == 2:
-                copy_tokens(tile, slot_of(at))
-                return landed
-            landed = until(landed, at + 1 - jnp.where(i < it.unhurried, 1, IN_FLIGHT))
-            copy_rows(it, tile, slot_of(at))
-            return landed
+    def step(n, landed):
+        """The block's n-th tile; up to `landed`, matrices' have been waited for: each, as waits see turns' parity."""
+        which = i = first = number = unhurried = end = jnp.int32(0)
+        for k, (_, (it, its_first, count, its_number)) in enumerate(everything):
+            reached = n >= end
+            which, i = jnp.where(reached, k, which), jnp.where(reached, n - end, i)
+            first, number = jnp.where(reached, its_first, first), jnp.where(reached, its_number, number)
+            unhurried, end = jnp.where(reached, it.unhurried, unhurried), end + count
+        of_tokens = which == names.index("tokens")
+        at = number + i * jnp.where(of_tokens, 2, 1)
+        slot = slot_of(at)
+        plgpu.barrier_wait(smem.empty.at[slot])
+        pl.when(of_tokens)(lambda: plgpu.barrier_wait(smem.empty.at[slot + 1]))
+        until = jnp.where(of_tokens, last, at + 1 - jnp.where(i < unhurried, 1, IN_FLIGHT))
+        lax.fori_loop(landed, until, wait, None)
+        lax.switch(which, copies, first + i * blocks, slot)
+        return jnp.where(of_tokens, at + 2, jnp.maximum(landed, until))
 
-        landed = lax.fori_loop(0, count, step, landed)
-        done = number + count * it.slots
-        if name == "tokens":
-            landed = done
+    lax.fori_loop(0, sum(share.count for _, share in everything), step, jnp.int32(0))

@@ -1,4 +1,4 @@
-"""Rows of a matrix in shared memory times a vector, on the tensor cores of Hopper, for `mosaic_layer`.
+"""Rows of a matrix, in registers, times a vector, on the tensor cores of Hopper, for `mosaic_layer`.
 
 A vector [width] lies in registers: over the 128 threads of a warpgroup, or, if it is narrow, in each of its warps.
 """
@@ -33,21 +33,40 @@ _CHAIN = 5
 """Products of tensor cores that wait for each other; more would rather wait than be added at the end."""
 
 
-def dots(x, rows_ref, rows: int, sums_ref) -> None:
-    """Each warp's part of the rows [rows * width], 16 bits in shared memory, times x [width], an `operand`: [rows, 4].
+def layout_of_rows(width: int) -> Any:
+    """The layout of rows [rows, width] that `dots` multiplies."""
+    return _NARROW if is_narrow(width) else row_tile(vec_of(width))
+
+
+def load_rows(ref, rows: int, width: int) -> Any:
+    """Rows [rows, width] of 16-bit numbers from where they lie flat in shared memory, as `dots` takes them."""
+    layout = layout_of_rows(width)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((rows, width), ref.dtype, layout=layout),
+    )
+    def load(_, ref):
+        whole = mgpu.utils.memref_reshape(ref, (rows, width))
+        return mgpu.FragmentedArray.load_untiled(whole, layout=layout.to_mgpu(), optimized=False)
+
+    return load(ref)  # pyright: ignore[reportCallIssue]
+
+
+def dots(x, w, sums_ref) -> None:
+    """Each warp's part of `load_rows` w [rows, width] times x [width], an `operand`: [rows, 4] in shared memory.
 
     Of narrow rows, a multiple of 4, a warp has whole ones, and the other parts are 0.
 
     Tensor cores multiply 16 x 16 numbers by 16 x 8. A thread holds, of the first, four of each of two rows, and of the
     second as many, which are given those of x at the same places: then the sums of its products are on the diagonal.
     """
-    (width,) = x.shape
+    rows, width = w.shape
     narrow = is_narrow(width)
     vec = 8 if narrow else vec_of(width)
-    layout = (_NARROW if narrow else row_tile(vec)).to_mgpu()
 
-    @plgpu.inline_mgpu(arg_types=(operand(width), plgpu.RefType(), plgpu.RefType()))
-    def multiply(_, x, rows_ref, sums):
+    @plgpu.inline_mgpu(arg_types=(operand(width), layout_of_rows(width), plgpu.RefType()))
+    def multiply(_, x, w, sums):
         i32 = ir.IntegerType.get_signless(32)
 
         def constant(n):
@@ -59,9 +78,6 @@ def dots(x, rows_ref, rows: int, sums_ref) -> None:
             unpacked = [vector.extract(r, [], [i]) for r in packed for i in range(vec // 2)]
             return unpacked + [constant(0)] * (len(unpacked) % 2)
 
-        w = mgpu.FragmentedArray.load_untiled(
-            mgpu.utils.memref_reshape(rows_ref, (rows, width)), layout=layout, optimized=False
-        )
         thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
         lane, warp = arith.remui(thread, constant(32)), arith.divui(thread, constant(32))
         # Thread (row, pair) of an 8 x 8 result has numbers 2 pair and 2 pair + 1 of a row.
@@ -103,7 +119,7 @@ def dots(x, rows_ref, rows: int, sums_ref) -> None:
                 llvm.store(parts, pointer)
             scf.yield_([])
 
-    multiply(x, rows_ref, sums_ref)  # pyright: ignore[reportCallIssue]
+    multiply(x, w, sums_ref)  # pyright: ignore[reportCallIssue]
 
 
 def _mma(kind: str, a: list, b: list, c: list) -> list:

@@ -17,6 +17,8 @@ from latent_attention.mosaic_tiles import layout_of, read
 
 COLUMNS = 64
 """Of a tile that `over_rows` sums."""
+_BARRIER = 15
+"""Of the hardware's 16, that `meet_warpgroups` uses; Mosaic uses the first, one for each warpgroup."""
 SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -197,28 +199,49 @@ def turned(x, cos, sin) -> Any:
     return turn(x, cos, sin)  # pyright: ignore[reportCallIssue]
 
 
-def meet_all(counter_ref, blocks: int) -> None:
-    """One thread of the warpgroup tells that its block is here and waits until all `blocks` are."""
+def _count(code: str, counter) -> Any:
+    """Loads a counter, as PTX `code` says."""
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [mgpu.utils.memref_ptr(counter)], code, "=r,l", has_side_effects=True)
+
+
+def counted(counter_ref) -> Any:
+    """What a counter is at now."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT))
+    def count(_, counter):
+        now = _count("ld.relaxed.gpu.global.u32 $0, [$1];", counter)
+        return mgpu.FragmentedArray.splat(now, (), is_signed=True)
+
+    return count(counter_ref)  # pyright: ignore[reportCallIssue]
+
+
+def count_up(counter_ref) -> None:
+    """One thread of the warpgroup adds one to a counter; whoever sees that sees what the warpgroup has written."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def meet(_, counter):
-        i32 = ir.IntegerType.get_signless(32)
-        pointer = mgpu.utils.memref_ptr(counter)
-
-        def atomic(code: str) -> Any:
-            return llvm.inline_asm(i32, [pointer], code, "=r,l", has_side_effects=True)
-
+    def count(_, counter):
         with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
-            here, n = atomic("atom.add.release.gpu.global.u32 $0, [$1], 1;"), arith.constant(i32, blocks)
-            target = arith.muli(arith.addi(arith.divui(here, n), arith.constant(i32, 1)), n)
+            code, void = "red.release.gpu.global.add.u32 [$0], 1;", ir.Type.parse("!llvm.void")
+            llvm.inline_asm(void, [mgpu.utils.memref_ptr(counter)], code, "l", has_side_effects=True)
+
+    count(counter_ref)  # pyright: ignore[reportCallIssue]
+
+
+def wait_until(counter_ref, target) -> None:
+    """One thread of the warpgroup waits until a counter is at `target`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait(_, counter, target):
+        with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
             loop = scf.WhileOp([], [])
             with ir.InsertionPoint(loop.before.blocks.append()):
-                now = atomic("ld.acquire.gpu.global.u32 $0, [$1];")
-                scf.condition(arith.cmpi(arith.CmpIPredicate.ult, now, target), [])
+                now = _count("ld.acquire.gpu.global.u32 $0, [$1];", counter)
+                scf.condition(arith.cmpi(arith.CmpIPredicate.ult, now, target.registers.item()), [])
             with ir.InsertionPoint(loop.after.blocks.append()):
                 scf.yield_([])
 
-    meet(counter_ref)  # pyright: ignore[reportCallIssue]
+    wait(counter_ref, target)  # pyright: ignore[reportCallIssue]
 
 
 def meet_warpgroup() -> None:
@@ -227,6 +250,17 @@ def meet_warpgroup() -> None:
     @plgpu.inline_mgpu()
     def meet(_):
         mgpu.utils.warpgroup_barrier()
+
+    meet()  # pyright: ignore[reportCallIssue]
+
+
+def meet_warpgroups(count: int) -> None:
+    """So many warpgroups are here, and see what any has written to shared memory."""
+
+    @plgpu.inline_mgpu()
+    def meet(_):
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [], f"bar.sync {_BARRIER}, {128 * count};", "~{memory}", has_side_effects=True)
 
     meet()  # pyright: ignore[reportCallIssue]
 

@@ -14,8 +14,8 @@ from latent_attention.shapes import DecodeShape, LayerShape, local_gpu
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import LatentCache, LayerCache
-from mla_jax.model.rope import rotations, softmax_scale
-from mla_jax.model.transformer import embed
+from mla_jax.model.rope import softmax_scale
+from mla_jax.model.transformer import Rotations, embed
 
 init_counter = kernels.init_counter
 
@@ -65,7 +65,7 @@ def _shape(config: ModelConfig) -> LayerShape:
 
 
 def step(
-    config: ModelConfig, weights: dict, tokens_1: jax.Array, cache: LatentCache, counter: jax.Array
+    config: ModelConfig, weights: dict, tokens_1: jax.Array, turn: Rotations, cache: LatentCache, counter: jax.Array
 ) -> tuple[jax.Array, LatentCache, jax.Array]:
     """Appends one token to the cache.
 
@@ -73,6 +73,7 @@ def step(
         config: the model.
         weights: see `decoder.inference_weights`.
         tokens_1: int32.
+        turn: `rope.rotations` of its position.
         cache: of one row; where it is full, the token is dropped.
         counter: `init_counter()`, then what the last step returned.
 
@@ -80,28 +81,27 @@ def step(
         float32 scores [1, X] of the token after it, the cache and the counter.
     """
     head = weights["embed_tokens"] if config.tie_word_embeddings else weights["lm_head"].rows
-    cos, sin = rotations(config, cache.lengths_B[0])
     h_D, layers = embed(config, weights["embed_tokens"], tokens_1[None])[0, 0], []
     for layer_weights, layer_cache in zip(weights["layers"], cache.layers, strict=True):
-        h_D, layer_cache, counter = _layer(config, layer_weights, h_D, cos, sin, layer_cache, cache.lengths_B, counter)
+        h_D, layer_cache, counter = _layer(config, layer_weights, h_D, turn, layer_cache, cache.lengths_B, counter)
         layers.append(layer_cache)
     scores_X = kernels.scores(h_D, weights["norm"], head, eps=config.rms_norm_eps)
     return scores_X[None], LatentCache(tuple(layers), cache.lengths_B + 1), counter
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
-def _layer(config: ModelConfig, weights: dict, h_D, cos, sin, cache: LayerCache, lengths_B, counter):
+def _layer(config: ModelConfig, weights: dict, h_D, turn: Rotations, cache: LayerCache, lengths_B, counter):
     shape, arrays = _shape(config), (cache.c_BSC, cache.k_rope_BSR, cache.scales_B2S)
     if is_one_kernel(config, cache, weights["self_attn"]["o_proj"].scale_out is not None):
         from latent_attention import mosaic_layer  # packages and seconds that nothing else here needs
 
         h_D, (c, k_rope), counter = mosaic_layer.layer(
-            shape, weights, h_D, cos, sin, lengths_B, arrays[:2], counter, eps=config.rms_norm_eps,
+            shape, weights, h_D, *turn, lengths_B, arrays[:2], counter, eps=config.rms_norm_eps,
             scale=softmax_scale(config),
         )  # fmt: skip
         return h_D, LayerCache(c, k_rope, None), counter
     q_BTHW, arrays, counter = kernels.before_attention(
-        shape, weights, h_D, cos, sin, lengths_B, arrays, counter, eps=config.rms_norm_eps
+        shape, weights, h_D, *turn, lengths_B, arrays, counter, eps=config.rms_norm_eps
     )
     out_BTHC, _ = latent_attention.decode(
         q_BTHW, arrays[0], arrays[1], lengths_B + 1, scale=softmax_scale(config), scales_P2S=arrays[2],

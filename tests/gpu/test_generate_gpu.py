@@ -17,6 +17,7 @@ from mla_jax.config import ModelConfig
 from mla_jax.generate import Generator
 from mla_jax.model import decoder, one_token
 from mla_jax.model.cache import LatentCache, init_layer
+from mla_jax.model.rope import rotations
 from mla_jax.model.transformer import init_params
 from tiny import MODEL
 
@@ -80,7 +81,7 @@ def test_one_token_is_as_close_to_float32_as_xla_is(config, dtype, int8, cache_d
     )[1]
     theirs, expected = jax.jit(xla, static_argnums=0)(config, weights, held)
     ours, cache, _ = jax.jit(one_token.step, static_argnums=0)(
-        config, weights, tokens[:, -1], held, one_token.init_counter()
+        config, weights, tokens[:, -1], rotations(config, held.lengths_B[0]), held, one_token.init_counter()
     )
     wide = dataclasses.replace(config, dtype="float32", decode="xla")
     up = lambda x: x.astype(jnp.float32) if x.dtype == dtype else x  # noqa: E731
@@ -108,7 +109,7 @@ def test_a_full_cache_stays_as_it_is(config):
     layers = tuple(jax.tree.map(jnp.ones_like, init_layer(config, 1, 64)) for _ in range(config.num_hidden_layers))
     cache = LatentCache(layers, jnp.full(1, 64, jnp.int32))
     _, after, _ = jax.jit(one_token.step, static_argnums=0)(
-        config, weights, jnp.zeros(1, jnp.int32), cache, one_token.init_counter()
+        config, weights, jnp.zeros(1, jnp.int32), rotations(config, jnp.int32(64)), cache, one_token.init_counter()
     )
     assert all((x == 1).all() for x in jax.tree.leaves(after.layers))
 

@@ -14,8 +14,8 @@ from latent_attention.shapes import LayerShape, local_gpu
 from one_token_layer import random_weights
 
 SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
-TWO_TILES = SMALL._replace(V=256, H=32)
-"""Of values a block has up to two tiles, of different heads."""
+TWO_UNITS = SMALL._replace(V=256, H=32)
+"""Of values a block has up to two units, of different heads."""
 INFINITE_1B = LayerShape(D=2560, Q=768, C=256, R=64, N=64, V=128, H=32, F=7680)
 EPS, SCALE = 1e-6, 0.1
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -45,7 +45,7 @@ LONG = [(32768, n) for n in (8448, 8449, 16897, 20000, 32768)]
 @pytest.mark.parametrize(
     ("shape", "capacity", "held"),
     [(SMALL, *case) for case in SHORT + LONG]
-    + [(shape, *case) for shape in (INFINITE_1B, TWO_TILES) for case in (SHORT[0], SHORT[5], LONG[3])],
+    + [(shape, *case) for shape in (INFINITE_1B, TWO_UNITS) for case in (SHORT[0], SHORT[5], LONG[3])],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_layer_in_one_kernel(dtype, shape, capacity, held):
