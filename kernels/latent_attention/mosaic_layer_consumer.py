@@ -6,8 +6,8 @@ What one product writes, the next reads in all blocks: before it, the blocks wai
 Five of these seven meetings lie before the output projection, where there is little to read: the ring is full, and
 memory idle, until they are over. So what counts is how soon numbers are where they are needed: long vectors come by
 copies, which start as soon as all blocks have met, and nothing else may crowd memory then. While blocks wait, registers
-take tiles too, so that there is room in the ring (`ahead`). And code is kept short: all of it runs in each launch, and
-what the instruction cache has lost comes no faster than numbers.
+take tiles too, so that there is room in the ring (`ahead`). And code is kept short: it runs once a launch, and what the
+instruction cache does not hold has to be read like anything else.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,11 +56,11 @@ class Consumer:
             cos, sin = (mv.load(ref, mv.angles(R)) for ref in (refs.cos, refs.sin))
             return self.vector(refs.q_gain, Q), self.keys(unit), v, cos, sin, self.vector(refs.kv_gain, C)
 
-        x, (gain, k, v, *turn) = self.meet_for(refs.a.at[pl.ds(0, Q)], meanwhile)
+        x, (gain, k, v, cos, sin, latent_gain) = self.meet_for(refs.a.at[pl.ds(0, Q)], meanwhile)
         self.multiply("q_b", self.normalised(x, gain), self.to(refs.q))
         self.meet()
         self.absorb(unit, k)
-        self.remember(*turn)
+        self.remember(cos, sin, latent_gain)
         self.meet_in_block()
         self.meet(lambda: attention.fetch_queries(self.todo["tokens"]))
         attention.attend_to_new()
