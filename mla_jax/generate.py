@@ -46,9 +46,9 @@ def decode_block(
     fused = one_token.why_not(config, layers) is None
 
     def next_token(carry, step):
-        (tokens_B, cache, seen_BX, counter), (number, turn) = carry, step
+        (tokens_B, cache, seen_BX, meeting), (number, turn) = carry, step
         if fused:  # one row, which was not done when this was called
-            scores_BX, cache, counter = one_token.step(config, weights, tokens_B, turn, cache, counter)
+            scores_BX, cache, meeting = one_token.step(config, weights, tokens_B, turn, cache, meeting)
         else:
             h_B1D, cache = decoder.extend(
                 config, weights, tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True
@@ -57,9 +57,10 @@ def decode_block(
         tokens_B = choose(plan, values, scores_BX, seen_BX, jax.random.fold_in(key, number))
         if seen_BX is not None:
             seen_BX |= jax.nn.one_hot(tokens_B, seen_BX.shape[1], dtype=bool)
-        return (tokens_B, cache, seen_BX, counter), tokens_B
+        return (tokens_B, cache, seen_BX, meeting), tokens_B
 
-    start = tokens_B, LatentCache(layers, lengths_B), seen_BX, one_token.init_counter()
+    meeting = one_token.init_meeting(config, weights, layers) if fused else None
+    start = tokens_B, LatentCache(layers, lengths_B), seen_BX, meeting
     coming = jnp.arange(steps)
     turns = rotations(config, lengths_B[0] + coming) if fused else None
     (tokens_B, cache, seen_BX, _), new_NB = jax.lax.scan(

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention import mosaic_products as products
 from latent_attention.mosaic_layer_consumer import Consumer
-from latent_attention.mosaic_layer_memory import VALUES, Refs, Shared, out_types, shared, shared_bytes
+from latent_attention.mosaic_layer_memory import VALUES, Board, Refs, Shared, out_types, shared, shared_bytes
 from latent_attention.mosaic_layer_ring import CONSUMERS, SLOTS, TOKENS, Share, produce, readings, rows_of_tiles, shares
 from latent_attention.shapes import Gpu, LayerShape, local_gpu
 
@@ -46,9 +46,14 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
     return None
 
 
+def init_board(shape: LayerShape) -> jax.Array:
+    """What the blocks of the kernel meet at: passed from each layer to the next."""
+    return jnp.zeros(sum(Board.widths(shape)), jnp.int32)
+
+
 def layer(
     shape: LayerShape, weights: Mapping[str, Any], h_D: jax.Array, cos: jax.Array, sin: jax.Array, length: jax.Array,
-    cache: tuple[jax.Array, jax.Array], counter: jax.Array, *, eps: float, scale: float,
+    cache: tuple[jax.Array, jax.Array], board: jax.Array, *, eps: float, scale: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:  # fmt: skip
     """The hidden state of one token after a layer, and the token in the cache; equations 9 to 19 of DeepSeek-V2.
 
@@ -61,12 +66,12 @@ def layer(
         length: int32 [1], how many tokens the cache holds; where it is full, nothing is written and it is attended to
             without the new token.
         cache: c [1, S, C] and k_rope [1, S, R]; updated in place where it is donated, else XLA copies it before.
-        counter: see `triton_layer_jax.init_counter`.
+        board: see `init_board`.
         eps: of the norms.
         scale: of the scores.
 
     Returns:
-        The output [D], the cache and the counter.
+        The output [D], the cache and the board.
 
     Raises:
         RuntimeError: there is no NVIDIA GPU.
@@ -84,10 +89,9 @@ def layer(
 
         def run(ring, weights, exchange, **rest):
             whole, c_tiles, rope_tiles = ring
-            (in_use, scratch), (inbox, partials, vector) = weights, exchange
+            (in_use, scratch), ((q_c, q_rope, given), partials, vector) = weights, exchange
             smem = Shared(
-                whole, c_tiles, rope_tiles, weights=in_use, scratch=scratch, inbox=inbox, partials=partials,
-                vector=vector, **rest,
+                whole, c_tiles, rope_tiles, q_c, q_rope, in_use, scratch, given, partials, vector, **rest
             )  # fmt: skip
             block, wg = lax.axis_index("block"), lax.axis_index("wg")
             held = jnp.minimum(refs.length[0], refs.c.shape[1])
@@ -114,7 +118,7 @@ def layer(
 
         pl.run_scoped(run, **shared(shape, blocks, dtype), collective_axes="wg")
 
-    in_place = [jax.new_ref(x) for x in (*cache, counter)]
+    in_place = [jax.new_ref(x) for x in (*cache, board)]
     launch: Any = pl.kernel(
         kernel,
         out_type=out_types(shape, blocks, dtype),
@@ -130,5 +134,5 @@ def layer(
         flat["o_proj"], weights["post_attention_layernorm"], flat["gate_proj"], flat["up_proj"], flat["down_proj"],
         *in_place,
     )  # fmt: skip
-    c, k_rope, counter = (jax.freeze(ref) for ref in in_place)
-    return out[0], (c, k_rope), counter
+    c, k_rope, board = (jax.freeze(ref) for ref in in_place)
+    return out[0], (c, k_rope), board

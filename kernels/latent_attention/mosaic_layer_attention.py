@@ -11,14 +11,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from latent_attention import mosaic_meeting as meeting
 from latent_attention import mosaic_products as products
 from latent_attention import mosaic_vector as mv
 from latent_attention.mosaic_layer_memory import AHEAD, AT_ONCE, partial_slots
 from latent_attention.mosaic_layer_ring import CONSUMERS, TOKENS, Share, slot_of, token_tile, turns
+from latent_attention.mosaic_matrices import clear_rows, copy_rows, load_transposed, store_transposed
 from latent_attention.mosaic_tiles import (
     COLUMNS_OF_TILE,
     MASKED,
-    clear_rows,
     iota,
     over_columns,
     read,
@@ -36,7 +37,7 @@ class Attention:
         self.block, self.wg, self.refs, self.smem, self.scratch = block, wg, refs, smem, smem.scratch.at[wg]
         self.meet_in_block, self.capacity = meet, refs.c.shape[1]
         self.held = jnp.minimum(refs.length[0], self.capacity)
-        # Results: of the new token and of each block that has tokens.
+        # Results: of the new token and of each block that has tokens; these blocks come first.
         self.used = 1 + jnp.minimum(lax.div(self.held + TOKENS - 1, TOKENS), blocks)
         # The largest weight is 2^headroom, so that small ones are not lost in float16.
         self.headroom = 15 if dtype == jnp.float16 else 0
@@ -55,9 +56,8 @@ class Attention:
             score, c = product(pl.ds(0, C), products.operand(C))
             score = (score + product(pl.ds(C, R), mv.pairs(R))[0]) * self.log2_scale
             there = refs.length[0] < self.capacity
-            mv.store(refs.partial.at[0, head], c, products.operand(C))
-            refs.stats[0, head, 0] = jnp.where(there, score, MASKED)
-            refs.stats[1, head, 0] = jnp.where(there, 1.0, 0.0)
+            mv.store(refs.partial.at[0, head], c.astype(self.dtype), products.operand(C))
+            refs.log2_sums[head, 0] = jnp.where(there, score, MASKED)
 
     def fetch_queries(self, share: Share) -> None:
         """To shared memory, if the block has tokens."""
@@ -92,17 +92,12 @@ class Attention:
             carry = wgmma_zeros((C, H)), lowest, wgmma_zeros((TOKENS, H))
             acc, peak, sums = lax.fori_loop(0, steps, step, carry)
             total = reduce_columns("add", sums, self.scratch)
-            slot = 1 + first  # blocks that have tokens come first
-
-            @pl.when((count > 1) & (skipped == 1))
-            def _():
-                self._give(acc, peak, total)
+            result = acc * over_columns(1 / total, acc.shape), peak + jnp.log2(total)
+            pl.when(skipped == 1)(lambda: self._give(*result))
 
             @pl.when(skipped == 0)
             def _():
-                alone = *(acc[half] for half in self._halves()), peak, total
-                *parts, peak_, total_ = lax.cond(count > 1, lambda: self._joined(acc, peak, total), lambda: alone)
-                self._keep(slot, parts, peak_, total_)
+                self._keep(1 + first, *lax.cond(count > 1, lambda: self._joined(*result), lambda: result))
 
     def _tile(self, pair, base, acc, peak, sums):
         """Adds the tile in a pair of slots, tokens from `base` on, to what there is."""
@@ -125,7 +120,7 @@ class Attention:
         shrink = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(scores - over_columns(new_peak, scores.shape))
         own = smem.weights.at[self.wg]
-        own.transpose((1, 0))[...] = plgpu.layout_cast(weights.astype(self.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        store_transposed(own, weights.astype(self.dtype))
         plgpu.commit_smem()
 
         def add_values(acc_ref):
@@ -135,52 +130,35 @@ class Attention:
         acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
         return acc, new_peak, sums * over_columns(shrink, sums.shape) + weights
 
-    def _keep(self, slot, parts, peak, total) -> None:
-        """Writes a result, [C, H] in parts."""
-        start = 0
-        for part in parts:
-            mv.store_transposed(self.refs.partial.at[slot, :, pl.ds(start, len(part))], part)
-            start += len(part)
-        for i, number in enumerate((peak, total)):
-            mv.store_apart(self.refs.stats.at[i, :, slot], number, COLUMNS_OF_TILE)
+    def _keep(self, slot, mean, log2_sum) -> None:
+        """Writes a result, [C, H], by way of the place of the queries, which both consumers are done with."""
+        store_transposed(self.smem.q_c, mean.astype(self.dtype))
+        mv.store_apart(self.refs.log2_sums.at[:, slot], log2_sum, COLUMNS_OF_TILE)
+        meeting.meet_warpgroup()
+        copy_rows(self.smem.q_c, self.refs.partial.at[slot])
 
-    def _halves(self) -> list[slice]:
-        """Of the accumulator, which are exchanged one after the other."""
-        half = self.shape.C // 2
-        return [slice(0, half), slice(half, 2 * half)]
-
-    def _give(self, acc, peak, total) -> None:
+    def _give(self, mean, log2_sum) -> None:
         """Hands a consumer's result to the other one."""
-        self.smem.stats[0], self.smem.stats[1] = peak, total
-        for half in self._halves():
-            self.smem.inbox[...] = acc[half]
-            plgpu.commit_smem()  # copies will write there
-            self.meet_in_block()
-            self.meet_in_block()
+        self.smem.log2_sum[...] = log2_sum
+        store_transposed(self.smem.given, mean.astype(self.dtype))
+        self.meet_in_block()
 
-    def _joined(self, acc, peak, total):
+    def _joined(self, mean, log2_sum) -> tuple:
         """The block's result."""
-        theirs = []
-        for _half in self._halves():
-            self.meet_in_block()
-            theirs.append(plgpu.layout_cast(self.smem.inbox[...], plgpu.Layout.WGMMA))
-            self.meet_in_block()
-        their_peak, their_total = (read(self.smem.stats.at[i], COLUMNS_OF_TILE) for i in range(2))
-        together = jnp.maximum(peak, their_peak)
-        own, other = jnp.exp2(peak - together), jnp.exp2(their_peak - together)
-        parts = [
-            acc[half] * over_columns(own, their.shape) + their * over_columns(other, their.shape)
-            for half, their in zip(self._halves(), theirs, strict=True)
-        ]
-        return *parts, together, total * own + their_total * other
+        self.meet_in_block()
+        theirs = load_transposed(self.smem.given, self.dtype).astype(jnp.float32)
+        their_log2_sum = read(self.smem.log2_sum, COLUMNS_OF_TILE)
+        peak = jnp.maximum(log2_sum, their_log2_sum)
+        own, other = jnp.exp2(log2_sum - peak), jnp.exp2(their_log2_sum - peak)
+        total = own + other
+        mean = mean * over_columns(own / total, mean.shape) + theirs * over_columns(other / total, mean.shape)
+        return mean, peak + jnp.log2(total)
 
     def fetch(self, head) -> None:
         """The first results of a head to shared memory, for both consumers."""
-        for i in range(2):
-            plgpu.copy_gmem_to_smem(self.refs.stats.at[i, head], self.smem.of_head.at[i], self.smem.of_head_full)
-        for wg in range(CONSUMERS):
-            for i in range(AHEAD):
-                self._fetch(head, wg, i)
+        plgpu.copy_gmem_to_smem(self.refs.log2_sums.at[head], self.smem.of_head, self.smem.of_head_full)
+        count = jnp.minimum(lax.div(self.used + AT_ONCE - 1, AT_ONCE), CONSUMERS * AHEAD)
+        lax.fori_loop(0, count, lambda n, _: self._fetch(head, lax.rem(n, CONSUMERS), lax.div(n, CONSUMERS)), None)
 
     def _first(self, wg, i):
         """Of a consumer's i-th few results, at which the two take turns."""
@@ -203,12 +181,11 @@ class Attention:
         """The attention of a head over latents: [C], as `operand`. Both consumers add the results that they fetched."""
         smem, C, wg = self.smem, self.shape.C, self.wg
         plgpu.barrier_wait(smem.of_head_full)
-        slot = mv.numbers(partial_slots(self.blocks))
-        peaks, sums = (read(smem.of_head.at[i], mv.ONE_BY_ONE) for i in range(2))
-        peaks, sums = jnp.where(slot < self.used, peaks, MASKED), jnp.where(slot < self.used, sums, 0.0)
-        factors = jnp.exp2(peaks - mv.largest(peaks, mv.ONE_BY_ONE, self.scratch))
-        mv.store(smem.shares, jnp.where(sums > 0, factors, 0.0), mv.ONE_BY_ONE)  # the same of both consumers
-        total = mv.total(factors * sums, mv.ONE_BY_ONE, self.scratch)  # its barriers make the shares seen
+        log2_sums, slot = read(smem.of_head, mv.ONE_BY_ONE), mv.numbers(partial_slots(self.blocks))
+        log2_sums = jnp.where(slot < self.used, log2_sums, MASKED)
+        sums = jnp.exp2(log2_sums - mv.largest(log2_sums, mv.ONE_BY_ONE, self.scratch))
+        mv.store(smem.shares, sums, mv.ONE_BY_ONE)  # the same of both consumers
+        total = mv.total(sums, mv.ONE_BY_ONE, self.scratch)  # its barriers make the shares seen
 
         def some(i, acc):
             place, first = self._place(wg, i), self._first(wg, i)
@@ -216,7 +193,7 @@ class Attention:
             for j in range(AT_ONCE):
                 share, part = smem.shares[first + j], mv.load(smem.partials.at[place, j], mv.along(C))
                 acc += share * jnp.where(share > 0, part, 0.0)
-            mv.meet_warpgroup()
+            meeting.meet_warpgroup()
             self._fetch(head, wg, i + AHEAD)
             return acc
 
@@ -225,5 +202,4 @@ class Attention:
         mv.store(smem.latent.at[wg], lax.fori_loop(0, rounds, some, nothing), mv.along(C))
         self.meet_in_block()
         one, other = (mv.load(smem.latent.at[i], products.operand(C)) for i in range(CONSUMERS))
-        self.meet_in_block()
         return ((one + other) / total).astype(self.dtype)

@@ -1,13 +1,12 @@
 """What a warpgroup of `mosaic_layer` does that multiplies: the phases of the layer, one after the other.
 
-What one product writes, the next reads in all blocks: before it, the blocks wait for each other at a counter in memory
-(`meet`), while tiles of what follows are already on their way.
+What one product writes, the next reads in all blocks: before it, the blocks wait for each other (`meet`), while tiles
+of what follows are already on their way. Most vectors are handed on without a fence, in words that show whether they
+are there (`mosaic_meeting`).
 
 Five of these seven meetings lie before the output projection, where there is little to read: the ring is full, and
-memory idle, until they are over. So what counts is how soon numbers are where they are needed: long vectors come by
-copies, which start as soon as all blocks have met, and nothing else may crowd memory then. While blocks wait, registers
-take tiles too, so that there is room in the ring (`ahead`). And code is kept short: it runs once a launch, and what the
-instruction cache does not hold has to be read like anything else.
+memory idle, until they are over. So what counts is how soon numbers are where they are needed. While blocks wait,
+registers take tiles too, so that there is room in the ring (`ahead`).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from latent_attention import mosaic_meeting as meeting
 from latent_attention import mosaic_products as products
 from latent_attention import mosaic_vector as mv
 from latent_attention.mosaic_layer_attention import Attention
-from latent_attention.mosaic_layer_memory import VALUES
+from latent_attention.mosaic_layer_memory import VALUES, Board, parts_of_values
 from latent_attention.mosaic_layer_ring import CONSUMERS, SLOTS, Share, slot_of, tiles_ahead, turns
 from latent_attention.mosaic_tiles import read
 from latent_attention.shapes import LayerShape
@@ -40,15 +40,19 @@ class Consumer:
         """Units of the absorption."""
         self.units = shape.H * self.per_head
         self.value_units = shape.H * shape.V // (CONSUMERS * VALUES)
-        self.counted = lax.div(mv.counted(refs.counter), blocks) * blocks
+        self.board = Board.of(shape, refs.board)
+        meetings = lax.div(meeting.counted(self.board.counter), blocks)
+        self.counted = meetings * blocks
         """What the counter was at when all blocks had met last."""
+        self.tag = (meetings + 1) & 0xFFFF  # not that of the layer before, nor 0 before there is one
         self.attention = Attention(shape, blocks, dtype, scale, block, wg, refs, smem, self.meet_in_block)
 
     def run(self) -> None:
         """The layer: equations 9 to 19 of DeepSeek-V2, its norms and its feed-forward network."""
         D, Q, C, R = self.shape[:4]
-        refs, smem, attention = self.refs, self.smem, self.attention
-        self.multiply("a", self.normalised(self.vector(refs.h, D), self.vector(refs.input_gain, D)), self.to(refs.a))
+        refs, board, smem, attention = self.refs, self.board, self.smem, self.attention
+        x = self.normalised(self.vector(refs.h, D), self.vector(refs.input_gain, D))
+        self.multiply("a", x, self.posted(board.a))
         unit = jnp.minimum(self.block, self.units - 1)
 
         def meanwhile():
@@ -56,9 +60,10 @@ class Consumer:
             cos, sin = (mv.load(ref, mv.angles(R)) for ref in (refs.cos, refs.sin))
             return self.vector(refs.q_gain, Q), self.keys(unit), v, cos, sin, self.vector(refs.kv_gain, C)
 
-        x, (gain, k, v, cos, sin, latent_gain) = self.meet_for(refs.a.at[pl.ds(0, Q)], meanwhile)
-        self.multiply("q_b", self.normalised(x, gain), self.to(refs.q))
-        self.meet()
+        latent = board.a.at[pl.ds(0, Q)]
+        x, (gain, k, v, cos, sin, latent_gain) = self.meet_for(latent, smem.vector, meanwhile)
+        self.multiply("q_b", self.normalised(x, gain), self.posted(board.q))
+        self.meet(fence=False)
         self.absorb(unit, k)
         self.remember(cos, sin, latent_gain)
         self.meet_in_block()
@@ -68,58 +73,57 @@ class Consumer:
         self.meet_in_block()
         ahead = self.meet(lambda: self.fetch_values(0), lambda: self.ahead("o"))
         self.values(v)
-        x, _ = self.meet_for(refs.value)
+        x, _ = self.meet_for(board.value, smem.vector)
         plgpu.barrier_wait(smem.residual_full)
-        self.multiply("o", x, self.added_to(refs.middle), ahead=ahead)
-        gain, ahead = self.meet(
-            lambda: self._copy(refs.middle, smem.residual, smem.residual_full),
-            lambda: (self.vector(refs.post_gain, D), self.ahead("gate_up")),
+        self.multiply("o", x, self.added(self.posted(board.middle)), ahead=ahead)
+        x, (gain, ahead) = self.meet_for(
+            board.middle, smem.residual, lambda: (self.vector(refs.post_gain, D), self.ahead("gate_up"))
         )
-        plgpu.barrier_wait(smem.residual_full)
-        x = self.normalised(self.vector(smem.residual, D), gain)
-        self.multiply("gate_up", x, self.gated, of_each=2, ahead=ahead)
-        x, ahead = self.meet_for(refs.inner, lambda: self.ahead("down"))
-        self.multiply("down", x, self.added_to(refs.out), ahead=ahead)
+        self.multiply("gate_up", self.normalised(x, gain), self.gated(self.posted(board.inner)), 2, ahead)
+        x, ahead = self.meet_for(board.inner, smem.vector, lambda: self.ahead("down"))
+        self.multiply(
+            "down", x, self.added(lambda rows, y: mv.scatter(refs.out, rows, y.astype(self.dtype))), ahead=ahead
+        )
 
     def meet_in_block(self) -> None:
         """Both consumers are here, and see what either has written to shared memory."""
-        mv.meet_warpgroups(CONSUMERS)
+        meeting.meet_warpgroups(CONSUMERS)
 
-    def meet(self, then: Callable[[], None] = _nothing, meanwhile: Callable[[], Any] = _nothing) -> Any:
+    def meet(
+        self, then: Callable[[], None] = _nothing, meanwhile: Callable[[], Any] = _nothing, fence: bool = True
+    ) -> Any:
         """Consumer 0 tells the other blocks, waits for them and does what comes `then`: it starts copies.
 
-        What consumer 1 has written, and what it still reads, counts only after `meet_in_block`. Both consumers do
-        `meanwhile`, and get its result, while word is on its way.
+        What consumer 1 has written counts only after `meet_in_block`. Without a fence, others see by then only what was
+        posted, and that when it is collected. Both consumers do `meanwhile`, and get its result, while word is on its
+        way.
         """
 
         @pl.when(self.wg == 0)
         def _():
-            mv.meet_warpgroup()
-            mv.count_up(self.refs.counter)
+            meeting.meet_warpgroup()
+            meeting.count_up(self.board.counter, fence=fence)
 
         self.counted += self.blocks
         result = meanwhile()
 
         @pl.when(self.wg == 0)
         def _():
-            mv.wait_until(self.refs.counter, self.counted)
+            meeting.wait_until(self.board.counter, self.counted, fence=fence)
             if then is not _nothing:
-                mv.written_is_seen_by_copies()
+                meeting.written_is_seen_by_copies()
                 then()
 
         self.meet_in_block()
         return result
 
-    def _copy(self, ref, place, full) -> None:
-        plgpu.copy_gmem_to_smem(ref, place, full, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
-
-    def meet_for(self, ref, meanwhile: Callable[[], Any] = _nothing) -> tuple[Any, Any]:
-        """The vector that all blocks have written, as `operand`; a copy is there sooner than what threads load."""
-        (width,) = ref.shape
-        place = self.smem.vector.at[pl.ds(0, width)]
-        result = self.meet(lambda: self._copy(ref, place, self.smem.vector_full), meanwhile)
-        plgpu.barrier_wait(self.smem.vector_full)
-        return read(place, products.operand(width)), result
+    def meet_for(self, words, place, meanwhile: Callable[[], Any] = _nothing) -> tuple[Any, Any]:
+        """The vector that all blocks have posted, by way of a place in shared memory, as `operand`."""
+        result = self.meet(meanwhile=meanwhile, fence=False)
+        place = place.at[pl.ds(0, words.shape[0])]
+        meeting.collect(words, place, self.tag, 128 * CONSUMERS)
+        self.meet_in_block()
+        return self.vector(place, words.shape[0]), result
 
     def _take(self, share: Share, i) -> Any:
         """The block's i-th tile of a matrix, in registers; its slot is empty then."""
@@ -147,7 +151,8 @@ class Consumer:
         skipped, steps = turns(self.wg, share)
 
         def tile(m, w):
-            products.dots(x, w, self.smem.parts.at[pl.ds((skipped + m * CONSUMERS) * it.rows, it.rows)])
+            first = (skipped + m * CONSUMERS) * it.rows
+            products.dots(x, w, self.smem.parts.at[pl.ds(first * it.parts, it.rows * it.parts)], it.parts)
 
         def step(m, _):
             tile(m, self._take(share, skipped + m * CONSUMERS))
@@ -170,7 +175,7 @@ class Consumer:
             n = jnp.minimum(mv.numbers() + i * 128, count * rows - 1)
             tile = lax.div(n, rows)
             row = n - tile * rows
-            sums = [products.summed(parts, tile * it.rows + matrix * rows + row) for matrix in range(of_each)]
+            sums = [products.summed(parts, tile * it.rows + matrix * rows + row, it.parts) for matrix in range(of_each)]
             finish((first + tile * self.blocks) * rows + row, *sums)
 
         lax.fori_loop(0, lax.div(count * rows + 127, 128), some, None)
@@ -185,17 +190,17 @@ class Consumer:
         factor = lax.rsqrt(mv.total(x * x, products.operand(x.size), self.scratch) / x.size + self.eps)
         return (x * factor * gain).astype(self.dtype)
 
-    def to(self, ref) -> Callable[..., None]:
-        """What writes products to memory."""
-        return lambda rows, y: mv.scatter(ref, rows, y.astype(self.dtype))
+    def posted(self, words) -> Callable[..., None]:
+        """What hands products to all blocks."""
+        return lambda rows, y: meeting.post(words, rows, y.astype(self.dtype), self.tag)
 
-    def added_to(self, ref) -> Callable[..., None]:
-        """The same, added to the residual."""
-        return lambda rows, y: self.to(ref)(rows, y + mv.gathered(self.smem.residual, rows))
+    def added(self, write: Callable[..., None]) -> Callable[..., None]:
+        """What writes products added to the residual."""
+        return lambda rows, y: write(rows, y + mv.gathered(self.smem.residual, rows))
 
-    def gated(self, rows, gate, up) -> None:
-        """SwiGLU."""
-        self.to(self.refs.inner)(rows, gate / (1 + jnp.exp(-gate)) * up)
+    def gated(self, write: Callable[..., None]) -> Callable[..., None]:
+        """What writes SwiGLU of the products of two matrices."""
+        return lambda rows, gate, up: write(rows, gate / (1 + jnp.exp(-gate)) * up)
 
     def _own(self, count):
         """How many of so many things are this block's, dealt out in turn."""
@@ -213,7 +218,8 @@ class Consumer:
 
         def one(unit, k):
             head, column = lax.div(unit, self.per_head), lax.rem(unit, self.per_head) * mv.COLUMNS
-            q = mv.load(refs.q.at[pl.ds(head * width, self.shape.N)], mv.TILE.reduce((1,)))
+            words = self.board.q.at[pl.ds(head * width, self.shape.N)]
+            q = mv.load(self._collected(words), mv.TILE.reduce((1,)))
             y = mv.over_rows(k.astype(jnp.float32), q, self.scratch)
             mv.store(refs.absorbed.at[head, pl.ds(column, mv.COLUMNS)], y.astype(self.dtype), mv.TILE.reduce((0,)))
 
@@ -233,21 +239,22 @@ class Consumer:
             gain: of the norm of latents.
         """
         (Q, C, R, N), H = self.shape[1:5], self.shape.H
-        refs, block, blocks = self.refs, self.block, self.blocks
+        refs, block, blocks, pairs = self.refs, self.block, self.blocks, mv.pairs(R)
 
-        def turn(ref, to_ref):
-            mv.store(to_ref, mv.turned(mv.load(ref, mv.pairs(R)), cos, sin).astype(self.dtype), mv.pairs(R))
+        def turn(place, to_ref):
+            mv.store(to_ref, mv.turned(mv.load(place, pairs), cos, sin).astype(self.dtype), pairs)
 
         @pl.when(self.wg == 1)
         def _():
             @pl.when(block < H)
             def _():
-                turn(refs.q.at[pl.ds(block * (N + R) + N, R)], refs.absorbed.at[block, pl.ds(C, R)])
+                words = self.board.q.at[pl.ds(block * (N + R) + N, R)]
+                turn(self._collected(words), refs.absorbed.at[block, pl.ds(C, R)])
 
             @pl.when(block == blocks - 1)
             def _():
-                c = self.normalised(self.vector(refs.a.at[pl.ds(Q, C)], C), gain)
-                k_rope, at = refs.a.at[pl.ds(Q + C, R)], refs.length[0]
+                place, at = self._collected(self.board.a.at[pl.ds(Q, C + R)]), refs.length[0]
+                c, k_rope = self.normalised(self.vector(place.at[pl.ds(0, C)], C), gain), place.at[pl.ds(C, R)]
                 mv.store(refs.new.at[pl.ds(0, C)], c, products.operand(C))
                 turn(k_rope, refs.new.at[pl.ds(C, R)])
 
@@ -255,6 +262,15 @@ class Consumer:
                 def _():
                     mv.store(refs.c.at[0, at], c, products.operand(C))
                     turn(k_rope, refs.rope.at[0, at])
+
+    def _collected(self, words) -> Any:
+        """Of one consumer: where in shared memory a part of a vector is then that blocks have posted."""
+        most, (width,) = self.shape.C + self.shape.R, words.shape
+        place = self.smem.vector.at[pl.ds(self.wg * most, width)]
+        meeting.meet_warpgroup()  # what is there has been read
+        meeting.collect(words, place, self.tag, 128)
+        meeting.meet_warpgroup()
+        return place
 
     def value_rows(self, unit) -> Any:
         """This consumer's rows of a unit of the up-projection of values, some rows of a head's."""
@@ -272,19 +288,20 @@ class Consumer:
     def values(self, v) -> None:
         """The up-projection of values, of the attention over latents; of the first unit, `value_rows` are given."""
         parts, rows = self.smem.parts, CONSUMERS * VALUES
+        per_row = parts_of_values(self.shape)
 
         def one(i, v):
             unit = self.block + i * self.blocks
             latent = self.attention.latent_of(lax.div(unit * rows, self.shape.V))
             if self.value_units > self.blocks:
                 pl.when(self.wg == 0)(lambda: self.fetch_values(i + 1))
-            products.dots(latent, v, parts.at[pl.ds(self.wg * VALUES, VALUES)])
+            products.dots(latent, v, parts.at[pl.ds(self.wg * VALUES * per_row, VALUES * per_row)], per_row)
             self.meet_in_block()
 
             @pl.when(self.wg == 0)
             def _():
                 n = jnp.minimum(mv.numbers(), rows - 1)
-                self.to(self.refs.value)(unit * rows + n, products.summed(parts, n))
+                self.posted(self.board.value)(unit * rows + n, products.summed(parts, n, per_row))
 
         @pl.when(self.block < self.value_units)
         def _():

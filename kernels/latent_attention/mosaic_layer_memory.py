@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from latent_attention.mosaic_layer_ring import CONSUMERS, SLOT, SLOTS, TOKENS, rows_of_block
+from latent_attention import mosaic_products as products
+from latent_attention.mosaic_layer_ring import CONSUMERS, SLOT, SLOTS, TOKENS, parts_of_rows
 from latent_attention.mosaic_tiles import SCRATCH, tiled
 from latent_attention.shapes import LayerShape
 
-AT_ONCE = 6
+AT_ONCE = 8
 """Results of the attention that come in one copy."""
-AHEAD = 2
+AHEAD = 4
 """Such copies for each consumer at a time."""
 VALUES = 16
 """Rows of the up-projection of values that a consumer multiplies at a time."""
@@ -29,8 +31,13 @@ def partial_slots(blocks: int) -> int:
 
 
 def longest_vector(shape: LayerShape) -> int:
-    """That blocks make together and all multiply with; hidden states have a place of their own."""
-    return max(shape.Q, shape.H * shape.V, shape.F)
+    """That blocks make together; hidden states have a place of their own, each consumer one for a latent and a key."""
+    return max(shape.Q, shape.H * shape.V, shape.F, CONSUMERS * (shape.C + shape.R))
+
+
+def parts_of_values(shape: LayerShape) -> int:
+    """Of the product of a row of the up-projection of values."""
+    return products.parts_of_row(shape.C, VALUES, CONSUMERS * VALUES)
 
 
 class Refs(NamedTuple):
@@ -55,23 +62,45 @@ class Refs(NamedTuple):
     down: Any
     c: Any
     rope: Any
-    counter: Any
+    board: Any
+    """See `Board`."""
     out: Any
-    a: Any
-    """Latents of the query, and of keys and values with the rotary key: [Q + C + R]."""
-    q: Any
     new: Any
     """Of the new token, what goes to the cache: [C + R]."""
     absorbed: Any
     """Queries, as the attention takes them: [H, C + R]."""
     partial: Any
-    """float32 [slots, H, C], to be divided by the sums."""
-    stats: Any
-    """float32 [2, H, slots]: peaks of scores, and sums of 2^(score - peak)."""
+    """Results of the attention: [slots, H, C], each a mean of latents."""
+    log2_sums: Any
+    """float32 [H, slots]: the logarithm of the sum of 2^score, by which results weigh."""
+
+
+class Board(NamedTuple):
+    """What blocks meet at, int32: a counter, and vectors that they hand each other in words of `mosaic_meeting`."""
+
+    counter: Any
+    a: Any
+    """Latents of the query, and of keys and values with the rotary key: [Q + C + R]."""
+    q: Any
+    """[H (N + R)]."""
     value: Any
+    """[H V]."""
     middle: Any
     """Hidden state after the attention."""
     inner: Any
+    """[F]."""
+
+    @classmethod
+    def widths(cls, shape: LayerShape) -> "Board":
+        """Multiples of 4, as words are read in fours; the counter has a line of memory to itself."""
+        D, Q, C, R, N, V, H, F = shape
+        return cls(32, Q + C + R, H * (N + R), H * V, D, F)
+
+    @classmethod
+    def of(cls, shape: LayerShape, ref) -> "Board":
+        """References to the parts."""
+        widths = cls.widths(shape)
+        return cls(*(ref.at[pl.ds(sum(widths[:i]), width)] for i, width in enumerate(widths)))
 
 
 @dataclasses.dataclass
@@ -85,16 +114,18 @@ class Shared:
     q_rope: Any
     weights: Any
     scratch: Any
-    inbox: Any
+    given: Any
+    """By one consumer to the other: its result of the attention [H, C]."""
     partials: Any
     """Results of the attention for a head: of each consumer those that it adds, and those that it adds after them."""
     vector: Any
     """That the rows of a matrix are multiplied with."""
     parts: Any
-    """float32 [rows, 4]: of the products of the rows that the block has of a matrix, each warp's part."""
-    stats: Any
+    """float32: of the products of the rows that the block has of a matrix, see `mosaic_products.dots`."""
+    log2_sum: Any
+    """What belongs to `given`."""
     of_head: Any
-    """Peaks and sums of all results for a head."""
+    """`log2_sums` of a head."""
     shares: Any
     """Of each result in the attention."""
     latent: Any
@@ -106,7 +137,6 @@ class Shared:
     q_full: Any
     partials_full: Any
     of_head_full: Any
-    vector_full: Any
     residual_full: Any
 
 
@@ -119,20 +149,20 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
             plgpu.SMEM((SLOTS, SLOT), dtype), tiled(pair // C, C, dtype, SLOTS // 2),
             tiled(pair // R, R, dtype, SLOTS // 2),
         ),
-        "q_c": tiled(H, C, dtype),
-        "q_rope": tiled(H, R, dtype),
         # What a consumer exchanges when it reduces scores, 128 H bytes, ends where the other's weights start.
         "weights": plgpu.RefUnion(
             tiled(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, SCRATCH), jnp.float32)
         ),
-        # In turn: vector of the queries, inbox and then partials of the attention, vectors of what follows.
+        # In turn: vector of the queries, what the attention takes and then its partials, vectors of what follows.
         "exchange": plgpu.RefUnion(
-            tiled(C // 2, H, jnp.float32), plgpu.SMEM((CONSUMERS * AHEAD, AT_ONCE, C), jnp.float32),
-            plgpu.SMEM((longest_vector(shape),), dtype),
+            (tiled(H, C, dtype), tiled(H, R, dtype), tiled(H, C, dtype)),
+            plgpu.SMEM((CONSUMERS * AHEAD, AT_ONCE, C), dtype), plgpu.SMEM((longest_vector(shape),), dtype),
         ),
-        "parts": plgpu.SMEM((max(rows_of_block(shape, blocks), CONSUMERS * VALUES), 4), jnp.float32),
-        "stats": plgpu.SMEM((2, H), jnp.float32),
-        "of_head": plgpu.SMEM((2, partial_slots(blocks)), jnp.float32),
+        "parts": plgpu.SMEM(
+            (max(parts_of_rows(shape, blocks)[1], CONSUMERS * VALUES * parts_of_values(shape)),), jnp.float32
+        ),
+        "log2_sum": plgpu.SMEM((H,), jnp.float32),
+        "of_head": plgpu.SMEM((partial_slots(blocks),), jnp.float32),
         "shares": plgpu.SMEM((partial_slots(blocks),), jnp.float32),
         "latent": plgpu.SMEM((CONSUMERS, C), jnp.float32),
         "residual": plgpu.SMEM((D,), dtype),
@@ -141,8 +171,7 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
         "empty": plgpu.Barrier(num_arrivals=1, num_barriers=SLOTS),
         "q_full": plgpu.Barrier(num_arrivals=2),
         "partials_full": plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS * AHEAD),
-        "of_head_full": plgpu.Barrier(num_arrivals=2),
-        "vector_full": plgpu.Barrier(num_arrivals=1),
+        "of_head_full": plgpu.Barrier(num_arrivals=1),
         "residual_full": plgpu.Barrier(num_arrivals=1),
     }  # fmt: skip
 
@@ -160,11 +189,10 @@ def shared_bytes(shape: LayerShape, blocks: int) -> int:
 
 def out_types(shape: LayerShape, blocks: int, dtype) -> list[jax.ShapeDtypeStruct]:
     """Of what the kernel writes, in the order of `Refs`."""
-    D, Q, C, R, N, V, H, F = shape
+    D, C, R, H = shape.D, shape.C, shape.R, shape.H
     slots = partial_slots(blocks)
     of = jax.ShapeDtypeStruct
     return [
-        of((D,), dtype), of((Q + C + R,), dtype), of((H * (N + R),), dtype), of((C + R,), dtype), of((H, C + R), dtype),
-        of((slots, H, C), jnp.float32), of((2, H, slots), jnp.float32), of((H * V,), dtype), of((D,), dtype),
-        of((F,), dtype),
+        of((D,), dtype), of((C + R,), dtype), of((H, C + R), dtype),
+        of((slots, H, C), dtype), of((H, slots), jnp.float32),
     ]  # fmt: skip

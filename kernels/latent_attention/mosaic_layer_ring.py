@@ -26,9 +26,9 @@ SLOTS = 8
 CONSUMERS = 2
 TOKENS = 64
 """Of a tile of the cache: M of wgmma."""
-IN_FLIGHT = 2
+IN_FLIGHT = 3
 """Tiles of matrices on their way at a time. They suffice for the full rate; behind more, whatever else goes to memory
-waits longer, above all what blocks tell each other."""
+waits longer."""
 _UNHURRIED = 6
 """Tiles that come one at a time, as they are needed long after there is room for them: what else goes to memory hardly
 waits."""
@@ -60,6 +60,8 @@ class Reading(NamedTuple):
     width: int
     halves: Callable[[Any], list]
     """References to the two halves of a tile; none of a tile of the cache."""
+    parts: int
+    """Of a product with a row of a matrix, see `mosaic_products.parts_of_row`."""
     slots: int = 1
     """That a tile takes."""
     unhurried: int = 0
@@ -95,40 +97,43 @@ def rows_of_tiles(shape: LayerShape, blocks: int) -> Rows:
     )  # fmt: skip
 
 
-def rows_of_block(shape: LayerShape, blocks: int) -> int:
-    """The most rows that a block has of a matrix."""
-    D, Q, C, R, N, _, H, F = shape
+def parts_of_rows(shape: LayerShape, blocks: int) -> tuple[Rows, int]:
+    """`mosaic_products.parts_of_row` of each matrix, and how many parts a block has at most."""
+    D, Q, C, R, N, V, H, F = shape
     rows = rows_of_tiles(shape, blocks)
-    outs = (Q + C + R, rows.down), (H * (N + R), rows.q_b), (D, rows.o), (D, rows.ff_down)
-    return max(-(-out // n // blocks) * n for out, n in (*outs, (2 * F, 2 * rows.gate)))
+    both = rows._replace(gate=2 * rows.gate)
+    outs, widths = Rows(Q + C + R, H * (N + R), D, 2 * F, D), Rows(D, Q, H * V, D, F)
+    most = [-(-out // n // blocks) * n for out, n in zip(outs, both, strict=True)]
+    parts = Rows(*map(products.parts_of_row, widths, both, most))
+    return parts, max(n * each for n, each in zip(most, parts, strict=True))
 
 
 def readings(shape: LayerShape, blocks: int, refs, held) -> dict[str, Reading]:
     """In the order in which they are read; `held` are the tokens in the cache. The matrices of `refs` are flat."""
     D, Q, C, R, N, V, H, F = shape
-    rows = rows_of_tiles(shape, blocks)
+    rows, (parts, _) = rows_of_tiles(shape, blocks), parts_of_rows(shape, blocks)
 
-    def matrix(ref, out: int, width: int, rows: int) -> Reading:
+    def matrix(ref, out: int, width: int, rows: int, parts: int) -> Reading:
         half = rows * width // 2
 
         def halves(tile) -> list:
             at = 2 * half * tile
             return [ref.at[pl.ds(at, half)], ref.at[pl.ds(at + half, half)]]
 
-        return Reading(out // rows, rows, width, halves)
+        return Reading(out // rows, rows, width, halves, parts)
 
     def gate_and_up(tile) -> list:
         n = rows.gate * D
         return [ref.at[pl.ds(tile * n, n)] for ref in (refs.gate, refs.up)]
 
     return {
-        "q_a": matrix(refs.q_a, Q, D, rows.down),
-        "kv_a": matrix(refs.kv_a, C + R, D, rows.down),
-        "q_b": matrix(refs.q_b, H * (N + R), Q, rows.q_b),
-        "tokens": Reading(lax.div(held + TOKENS - 1, TOKENS), TOKENS, C + R, lambda tile: [], slots=2),
-        "o": matrix(refs.o, D, H * V, rows.o)._replace(unhurried=_UNHURRIED),
-        "gate_up": Reading(F // rows.gate, 2 * rows.gate, D, gate_and_up),
-        "down": matrix(refs.down, D, F, rows.ff_down),
+        "q_a": matrix(refs.q_a, Q, D, rows.down, parts.down),
+        "kv_a": matrix(refs.kv_a, C + R, D, rows.down, parts.down),
+        "q_b": matrix(refs.q_b, H * (N + R), Q, rows.q_b, parts.q_b),
+        "tokens": Reading(lax.div(held + TOKENS - 1, TOKENS), TOKENS, C + R, lambda tile: [], 0, slots=2),
+        "o": matrix(refs.o, D, H * V, rows.o, parts.o)._replace(unhurried=_UNHURRIED),
+        "gate_up": Reading(F // rows.gate, 2 * rows.gate, D, gate_and_up, parts.gate),
+        "down": matrix(refs.down, D, F, rows.ff_down, parts.ff_down),
     }
 
 

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention.int8 import LOW_UNITS, split_queries
+from latent_attention.mosaic_matrices import clear_rows
 from latent_attention.mosaic_tiles import (
     CHUNK,
     COLUMNS_OF_TILE,
@@ -28,7 +29,6 @@ from latent_attention.mosaic_tiles import (
     MASKED,
     ROWS_OF_TILE,
     SCRATCH,
-    clear_rows,
     iota,
     load_transposed,
     over_columns,

@@ -38,6 +38,20 @@ def layout_of_rows(width: int) -> Any:
     return _NARROW if is_narrow(width) else row_tile(vec_of(width))
 
 
+_FEW = 32
+"""Rows of a block at most, for whose parts there is room."""
+
+
+def parts_of_row(width: int, rows_of_tile: int, rows_of_block: int) -> int:
+    """float32 numbers of shared memory for the parts of a row in `dots`, with some to spare against bank conflicts.
+
+    Where a tile has several rows, or a block many, warps add up what they have of a row.
+    """
+    if is_narrow(width):
+        return 12
+    return 36 if rows_of_tile <= 2 and rows_of_block <= _FEW else 4
+
+
 def load_rows(ref, rows: int, width: int) -> Any:
     """Rows [rows, width] of 16-bit numbers from where they lie flat in shared memory, as `dots` takes them."""
     layout = layout_of_rows(width)
@@ -53,20 +67,20 @@ def load_rows(ref, rows: int, width: int) -> Any:
     return load(ref)  # pyright: ignore[reportCallIssue]
 
 
-def dots(x, w, sums_ref) -> None:
-    """Each warp's part of `load_rows` w [rows, width] times x [width], an `operand`: [rows, 4] in shared memory.
+def dots(x, w, parts_ref, per_row: int) -> None:
+    """`load_rows` w [rows, width] times x [width], an `operand`: parts of each sum, for `summed`, to shared memory.
 
-    Of narrow rows, a multiple of 4, a warp has whole ones, and the other parts are 0.
+    Of narrow rows, a multiple of 4, a warp has whole ones, of others a quarter. `per_row` is what `parts_of_row` says.
 
     Tensor cores multiply 16 x 16 numbers by 16 x 8. A thread holds, of the first, four of each of two rows, and of the
     second as many, which are given those of x at the same places: then the sums of its products are on the diagonal.
     """
     rows, width = w.shape
-    narrow = is_narrow(width)
+    narrow, folded = is_narrow(width), per_row == 4
     vec = 8 if narrow else vec_of(width)
 
     @plgpu.inline_mgpu(arg_types=(operand(width), layout_of_rows(width), plgpu.RefType()))
-    def multiply(_, x, w, sums):
+    def multiply(_, x, w, parts):
         i32 = ir.IntegerType.get_signless(32)
 
         def constant(n):
@@ -85,10 +99,11 @@ def dots(x, w, sums_ref) -> None:
         equal = arith.CmpIPredicate.eq
         has_one = arith.cmpi(equal, pair, arith.divui(row, constant(2)))
         is_second = arith.cmpi(equal, arith.remui(row, constant(2)), constant(1))
-        nothing = arith.constant(ir.F32Type.get(), 0.0)
+        number = ir.F32Type.get()
+        nothing = arith.constant(number, 0.0)
 
         def on_diagonal(numbers) -> Any:
-            return arith.select(has_one, arith.select(is_second, numbers[1], numbers[0]), nothing)
+            return arith.select(is_second, numbers[1], numbers[0])
 
         xs, totals = words(x.registers), []
         own = w.registers.reshape(rows // 4 if narrow else rows, -1)
@@ -104,22 +119,22 @@ def dots(x, w, sums_ref) -> None:
                 results[k % chains] = _mma(kind, a, xs[at], results[k % chains])
             for half in (slice(0, 2), slice(2, 4))[: len(own) - i]:
                 total = functools.reduce(arith.addf, (on_diagonal(numbers[half]) for numbers in results))
-                for distance in (4, 9, 18):  # the threads that have one differ in these
-                    total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
+                if folded:
+                    total = arith.select(has_one, total, nothing)
+                    for distance in (4, 9, 18):  # the threads that have one differ in these
+                        total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
                 totals.append(total)
-        first = scf.IfOp(arith.cmpi(equal, lane, constant(0)))
-        with ir.InsertionPoint(first.then_block):
+        at = warp if folded else row if narrow else arith.addi(arith.muli(warp, constant(8)), row)
+        if narrow:
+            at = arith.addi(arith.muli(warp, constant(per_row)), at)
+        chosen = scf.IfOp(arith.cmpi(equal, lane, constant(0)) if folded else has_one)
+        with ir.InsertionPoint(chosen.then_block):
             for i, total in enumerate(totals):
-                if narrow:
-                    at = arith.muli(arith.addi(warp, constant(4 * i)), constant(4))
-                    parts = vector.from_elements(ir.VectorType.get((4,), total.type), [total] + [nothing] * 3)
-                else:
-                    at, parts = arith.addi(warp, constant(4 * i)), total
-                pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [at], total.type)
-                llvm.store(parts, pointer)
+                place = arith.addi(at, constant(i * per_row * (4 if narrow else 1)))
+                llvm.store(total, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(parts), [place], number))
             scf.yield_([])
 
-    multiply(x, w, sums_ref)  # pyright: ignore[reportCallIssue]
+    multiply(x, w, parts_ref)  # pyright: ignore[reportCallIssue]
 
 
 def _mma(kind: str, a: list, b: list, c: list) -> list:
@@ -133,23 +148,28 @@ def _mma(kind: str, a: list, b: list, c: list) -> list:
     return [llvm.extractvalue(number, out, [i]) for i in range(4)]
 
 
-def summed(sums_ref, rows) -> Any:
-    """The sums [128] of the parts [.., 4] of rows [128], as `ONE_BY_ONE`, in shared memory."""
+def summed(parts_ref, rows, per_row: int) -> Any:
+    """The sums [128] of rows [128], as `ONE_BY_ONE`, of which `dots` has written the parts."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), ONE_BY_ONE),
         return_type=plgpu.ShapeDtypeStruct(rows.shape, jnp.float32, layout=ONE_BY_ONE),
     )
-    def add(_, sums, rows):
+    def add(_, parts, rows):
         number = ir.F32Type.get()
         four, one = (ir.VectorType.get((n,), number) for n in (4, 1))
 
         def of(row):
-            at = arith.muli(row, arith.constant(row.type, 4))
-            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [at], number)
-            parts = llvm.load(four, pointer)
-            return vector.broadcast(one, vector.reduction(number, vector.CombiningKind.ADD, parts))
+            pointer = mgpu.utils.getelementptr(
+                mgpu.utils.memref_ptr(parts), [arith.muli(row, arith.constant(row.type, per_row))], number
+            )
+            fours = [
+                llvm.load(four, mgpu.utils.getelementptr(pointer, [4 * i], number), alignment=16)
+                for i in range(max(per_row // 4 - 1, 1))
+            ]
+            total: Any = functools.reduce(arith.addf, fours)
+            return vector.broadcast(one, vector.reduction(number, vector.CombiningKind.ADD, total))
 
         return each(rows, of)
 
-    return add(sums_ref, rows)  # pyright: ignore[reportCallIssue]
+    return add(parts_ref, rows)  # pyright: ignore[reportCallIssue]

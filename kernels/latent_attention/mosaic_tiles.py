@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -78,16 +77,6 @@ def reduce_columns(op: str, x, scratch_ref):
         return x.reduce(op, 0, scratch)
 
     return reduce(x, scratch_ref)  # pyright: ignore[reportCallIssue]
-
-
-def clear_rows(tile_ref, valid) -> None:
-    """Zeros the rows from `valid` on of a 16-bit tile [64, width] in shared memory, a column block at a time."""
-    rows, width = tile_ref.shape
-    for start in range(0, width, CHUNK):
-        part = tile_ref.at[:, pl.ds(start, CHUNK)]
-        x = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-        part[...] = jnp.where(iota((rows, CHUNK), 0) < valid, x, jnp.zeros_like(x))
-    plgpu.commit_smem()
 
 
 def _groups(width: int) -> list[tuple[int, int]]:

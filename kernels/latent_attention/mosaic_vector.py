@@ -11,14 +11,12 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from latent_attention.mosaic_tiles import layout_of, read
 
 COLUMNS = 64
 """Of a tile that `over_rows` sums."""
-_BARRIER = 15
-"""Of the hardware's 16, that `meet_warpgroups` uses; Mosaic uses the first, one for each warpgroup."""
 SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -80,25 +78,6 @@ def store_apart(ref, x, layout) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def write(_, ref, x):
         x.foreach(lambda number, at: memref.store(number, ref, at))
-
-    write(ref, x)  # pyright: ignore[reportCallIssue]
-
-
-def store_transposed(ref, x) -> None:
-    """Writes an accumulator x [M, N] to memory as [N, M]."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-    def write(_, ref, x):
-        # The same layout with one number, not a pair, at a time.
-        of = x.layout
-        warps, lanes = (tuple(d - 1 for d in dims) for dims in (of.warp_dims, of.lane_dims))
-        layout = mgpu.TiledLayout(plgpu.Tiling((*of.tiling.tiles, (1,))), warps, lanes, -1, _check_canonical=False)
-        registers = np.empty(layout.registers_shape(x.shape), dtype=object)
-        flat, one = registers.reshape(-1, 2), ir.VectorType.get((1,), ir.F32Type.get())
-        for i, register in enumerate(x.registers.flat):
-            flat[i] = [vector.broadcast(one, vector.extract(register, [], [j])) for j in range(2)]
-        x = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-        x.store_untiled(mgpu.utils.memref_transpose(ref, (1, 0)), optimized=False)
 
     write(ref, x)  # pyright: ignore[reportCallIssue]
 
@@ -197,79 +176,3 @@ def turned(x, cos, sin) -> Any:
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
     return turn(x, cos, sin)  # pyright: ignore[reportCallIssue]
-
-
-def _count(code: str, counter) -> Any:
-    """Loads a counter, as PTX `code` says."""
-    i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, [mgpu.utils.memref_ptr(counter)], code, "=r,l", has_side_effects=True)
-
-
-def counted(counter_ref) -> Any:
-    """What a counter is at now."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT))
-    def count(_, counter):
-        now = _count("ld.relaxed.gpu.global.u32 $0, [$1];", counter)
-        return mgpu.FragmentedArray.splat(now, (), is_signed=True)
-
-    return count(counter_ref)  # pyright: ignore[reportCallIssue]
-
-
-def count_up(counter_ref) -> None:
-    """One thread of the warpgroup adds one to a counter; whoever sees that sees what the warpgroup has written."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def count(_, counter):
-        with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
-            code, void = "red.release.gpu.global.add.u32 [$0], 1;", ir.Type.parse("!llvm.void")
-            llvm.inline_asm(void, [mgpu.utils.memref_ptr(counter)], code, "l", has_side_effects=True)
-
-    count(counter_ref)  # pyright: ignore[reportCallIssue]
-
-
-def wait_until(counter_ref, target) -> None:
-    """One thread of the warpgroup waits until a counter is at `target`."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def wait(_, counter, target):
-        with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
-            loop = scf.WhileOp([], [])
-            with ir.InsertionPoint(loop.before.blocks.append()):
-                now = _count("ld.acquire.gpu.global.u32 $0, [$1];", counter)
-                scf.condition(arith.cmpi(arith.CmpIPredicate.ult, now, target.registers.item()), [])
-            with ir.InsertionPoint(loop.after.blocks.append()):
-                scf.yield_([])
-
-    wait(counter_ref, target)  # pyright: ignore[reportCallIssue]
-
-
-def meet_warpgroup() -> None:
-    """All warps of the warpgroup are here, and see what any has written to shared memory."""
-
-    @plgpu.inline_mgpu()
-    def meet(_):
-        mgpu.utils.warpgroup_barrier()
-
-    meet()  # pyright: ignore[reportCallIssue]
-
-
-def meet_warpgroups(count: int) -> None:
-    """So many warpgroups are here, and see what any has written to shared memory."""
-
-    @plgpu.inline_mgpu()
-    def meet(_):
-        void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, [], f"bar.sync {_BARRIER}, {128 * count};", "~{memory}", has_side_effects=True)
-
-    meet()  # pyright: ignore[reportCallIssue]
-
-
-def written_is_seen_by_copies() -> None:
-    """What this thread knows to be in global memory, copies to shared memory that it starts see too."""
-
-    @plgpu.inline_mgpu()
-    def fence(_):
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.proxy.async.global;", "", has_side_effects=True)
-
-    fence()  # pyright: ignore[reportCallIssue]

@@ -17,8 +17,6 @@ from mla_jax.model.cache import LatentCache, LayerCache
 from mla_jax.model.rope import softmax_scale
 from mla_jax.model.transformer import Rotations, embed
 
-init_counter = kernels.init_counter
-
 
 def why_not(config: ModelConfig, layers: tuple[LayerCache, ...]) -> str | None:
     """Why `step` cannot run over these caches here, or None if it can."""
@@ -57,6 +55,19 @@ def is_one_kernel(config: ModelConfig, cache: LayerCache, int8_weights: bool) ->
     return reason is None
 
 
+def init_meeting(config: ModelConfig, weights: dict, layers: tuple[LayerCache, ...]) -> jax.Array:
+    """What the blocks of kernels meet at, for `step` over these layers and caches."""
+    if not is_one_kernel(config, layers[0], _are_int8(weights["layers"][0])):
+        return kernels.init_counter()
+    from latent_attention import mosaic_layer
+
+    return mosaic_layer.init_board(_shape(config))
+
+
+def _are_int8(layer_weights: dict) -> bool:
+    return layer_weights["self_attn"]["o_proj"].scale_out is not None
+
+
 def _shape(config: ModelConfig) -> LayerShape:
     return LayerShape(
         D=config.hidden_size, Q=config.q_lora_rank or 0, C=config.kv_lora_rank, R=config.qk_rope_head_dim,
@@ -65,7 +76,7 @@ def _shape(config: ModelConfig) -> LayerShape:
 
 
 def step(
-    config: ModelConfig, weights: dict, tokens_1: jax.Array, turn: Rotations, cache: LatentCache, counter: jax.Array
+    config: ModelConfig, weights: dict, tokens_1: jax.Array, turn: Rotations, cache: LatentCache, meeting: jax.Array
 ) -> tuple[jax.Array, LatentCache, jax.Array]:
     """Appends one token to the cache.
 
@@ -75,37 +86,37 @@ def step(
         tokens_1: int32.
         turn: `rope.rotations` of its position.
         cache: of one row; where it is full, the token is dropped.
-        counter: `init_counter()`, then what the last step returned.
+        meeting: `init_meeting`'s, then what the last step returned.
 
     Returns:
-        float32 scores [1, X] of the token after it, the cache and the counter.
+        float32 scores [1, X] of the token after it, the cache and what blocks meet at.
     """
     head = weights["embed_tokens"] if config.tie_word_embeddings else weights["lm_head"].rows
     h_D, layers = embed(config, weights["embed_tokens"], tokens_1[None])[0, 0], []
     for layer_weights, layer_cache in zip(weights["layers"], cache.layers, strict=True):
-        h_D, layer_cache, counter = _layer(config, layer_weights, h_D, turn, layer_cache, cache.lengths_B, counter)
+        h_D, layer_cache, meeting = _layer(config, layer_weights, h_D, turn, layer_cache, cache.lengths_B, meeting)
         layers.append(layer_cache)
     scores_X = kernels.scores(h_D, weights["norm"], head, eps=config.rms_norm_eps)
-    return scores_X[None], LatentCache(tuple(layers), cache.lengths_B + 1), counter
+    return scores_X[None], LatentCache(tuple(layers), cache.lengths_B + 1), meeting
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
-def _layer(config: ModelConfig, weights: dict, h_D, turn: Rotations, cache: LayerCache, lengths_B, counter):
+def _layer(config: ModelConfig, weights: dict, h_D, turn: Rotations, cache: LayerCache, lengths_B, meeting):
     shape, arrays = _shape(config), (cache.c_BSC, cache.k_rope_BSR, cache.scales_B2S)
-    if is_one_kernel(config, cache, weights["self_attn"]["o_proj"].scale_out is not None):
+    if is_one_kernel(config, cache, _are_int8(weights)):
         from latent_attention import mosaic_layer  # packages and seconds that nothing else here needs
 
-        h_D, (c, k_rope), counter = mosaic_layer.layer(
-            shape, weights, h_D, *turn, lengths_B, arrays[:2], counter, eps=config.rms_norm_eps,
+        h_D, (c, k_rope), meeting = mosaic_layer.layer(
+            shape, weights, h_D, *turn, lengths_B, arrays[:2], meeting, eps=config.rms_norm_eps,
             scale=softmax_scale(config),
         )  # fmt: skip
-        return h_D, LayerCache(c, k_rope, None), counter
-    q_BTHW, arrays, counter = kernels.before_attention(
-        shape, weights, h_D, *turn, lengths_B, arrays, counter, eps=config.rms_norm_eps
+        return h_D, LayerCache(c, k_rope, None), meeting
+    q_BTHW, arrays, meeting = kernels.before_attention(
+        shape, weights, h_D, *turn, lengths_B, arrays, meeting, eps=config.rms_norm_eps
     )
     out_BTHC, _ = latent_attention.decode(
         q_BTHW, arrays[0], arrays[1], lengths_B + 1, scale=softmax_scale(config), scales_P2S=arrays[2],
         implementation=config.decode,
     )  # fmt: skip
-    h_D, counter = kernels.after_attention(shape, weights, h_D, out_BTHC, counter, eps=config.rms_norm_eps)
-    return h_D, LayerCache(*arrays), counter
+    h_D, meeting = kernels.after_attention(shape, weights, h_D, out_BTHC, meeting, eps=config.rms_norm_eps)
+    return h_D, LayerCache(*arrays), meeting

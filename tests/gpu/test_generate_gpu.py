@@ -81,7 +81,12 @@ def test_one_token_is_as_close_to_float32_as_xla_is(config, dtype, int8, cache_d
     )[1]
     theirs, expected = jax.jit(xla, static_argnums=0)(config, weights, held)
     ours, cache, _ = jax.jit(one_token.step, static_argnums=0)(
-        config, weights, tokens[:, -1], rotations(config, held.lengths_B[0]), held, one_token.init_counter()
+        config,
+        weights,
+        tokens[:, -1],
+        rotations(config, held.lengths_B[0]),
+        held,
+        one_token.init_meeting(config, weights, held.layers),
     )
     wide = dataclasses.replace(config, dtype="float32", decode="xla")
     up = lambda x: x.astype(jnp.float32) if x.dtype == dtype else x  # noqa: E731
@@ -109,7 +114,12 @@ def test_a_full_cache_stays_as_it_is(config):
     layers = tuple(jax.tree.map(jnp.ones_like, init_layer(config, 1, 64)) for _ in range(config.num_hidden_layers))
     cache = LatentCache(layers, jnp.full(1, 64, jnp.int32))
     _, after, _ = jax.jit(one_token.step, static_argnums=0)(
-        config, weights, jnp.zeros(1, jnp.int32), rotations(config, jnp.int32(64)), cache, one_token.init_counter()
+        config,
+        weights,
+        jnp.zeros(1, jnp.int32),
+        rotations(config, jnp.int32(64)),
+        cache,
+        one_token.init_meeting(config, weights, layers),
     )
     assert all((x == 1).all() for x in jax.tree.leaves(after.layers))
 

@@ -62,7 +62,7 @@ def test_a_layer_in_one_kernel(dtype, shape, capacity, held):
     )
     args = weights, h, jnp.cos(angles), jnp.sin(angles), jnp.full(1, held, jnp.int32), cache
     whole, parts = functions(shape)
-    out, after, counter = whole(*args, kernels.init_counter())
+    out, after, board = whole(*args, mosaic_layer.init_board(shape))
     expected, expected_after = parts(*args)
     # They round at the same places but for the attention's output and sums in another order.
     exact, change = np.asarray(expected, np.float64), np.asarray(expected, np.float64) - np.asarray(h, np.float64)
@@ -72,4 +72,27 @@ def test_a_layer_in_one_kernel(dtype, shape, capacity, held):
         np.testing.assert_array_equal(x[:held], y[:held])
         np.testing.assert_allclose(x[held : held + 1], y[held : held + 1], atol=0.02)
         assert np.isnan(x[held + 1 :]).all()
-    assert counter == 7 * local_gpu().cores
+    assert board[0] == 7 * local_gpu().cores
+
+
+@pytest.mark.parametrize("shape", [SMALL, INFINITE_1B])
+def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape):
+    reason = mosaic_layer.why_not(shape, "bfloat16", "bfloat16", 1024, local_gpu())
+    if reason:
+        pytest.skip(reason)
+    weights = random_weights(shape, "bfloat16", KEYS[0])
+    hs = jax.random.normal(KEYS[1], (20, shape.D)).astype(jnp.bfloat16)
+    cache = tuple(jnp.ones((1, 1024, width), jnp.bfloat16) for width in (shape.C, shape.R))
+    rest = jnp.ones(shape.R // 2), jnp.zeros(shape.R // 2), jnp.full(1, 500, jnp.int32), cache
+    layer, _ = functions(shape)
+
+    @jax.jit
+    def one_after_another(hs):
+        def next_layer(board, h):
+            out, _, board = layer(weights, h, *rest, board)
+            return board, out
+
+        return jax.lax.scan(next_layer, mosaic_layer.init_board(shape), hs)[1]
+
+    alone = jnp.stack([layer(weights, h, *rest, mosaic_layer.init_board(shape))[0] for h in hs])
+    np.testing.assert_array_equal(one_after_another(hs), alone)

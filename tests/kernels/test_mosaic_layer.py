@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from latent_attention import mosaic_layer, triton_layer_jax
+from latent_attention import mosaic_layer
 from latent_attention.shapes import LayerShape, make_gpu
 from one_token_layer import random_weights
 
@@ -19,8 +19,9 @@ HOPPER = make_gpu((9, 0), 132)
     ("shape", "dtype", "cores"),
     [
         (INFINITE_1B, "bfloat16", 132),
-        (INFINITE_1B._replace(Q=1536, N=128), "float16", 78),  # with shared memory for 800 bytes more
+        (INFINITE_1B._replace(Q=1536, N=128), "float16", 78),
         (INFINITE_1B._replace(D=5120, H=24), "bfloat16", 114),
+        (INFINITE_1B._replace(D=5120), "float16", 36),  # with shared memory for 776 bytes more
         (SMALL, "float16", 132),
         (SMALL._replace(H=8, V=192, F=10240), "bfloat16", 132),
     ],
@@ -32,12 +33,12 @@ def test_what_it_takes_lowers_for_cuda(shape, dtype, cores):
     weights = jax.eval_shape(lambda: random_weights(shape, dtype, jax.random.key(0)))
     of = jax.ShapeDtypeStruct
     angles, cache = of((shape.R // 2,), jnp.float32), (of((1, 1024, shape.C), dtype), of((1, 1024, shape.R), dtype))
-    counter = jax.eval_shape(triton_layer_jax.init_counter)
+    board = jax.eval_shape(lambda: mosaic_layer.init_board(shape))
     op = functools.partial(mosaic_layer.layer, shape, eps=1e-6, scale=0.1)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
         lowered = (
             jax.jit(op)
-            .trace(weights, of((shape.D,), dtype), angles, angles, of((1,), jnp.int32), cache, counter)
+            .trace(weights, of((shape.D,), dtype), angles, angles, of((1,), jnp.int32), cache, board)
             .lower(lowering_platforms=("cuda",))
         )
     assert "mosaic_gpu" in lowered.as_text()
@@ -63,7 +64,7 @@ def test_what_it_takes_lowers_for_cuda(shape, dtype, cores):
         ({"Q": 700}, {}, "do not fit"),
         ({"V": 80}, {}, "multiples of 32"),
         ({}, {"gpu": HOPPER._replace(shared_memory=99 << 10)}, "shared memory"),
-        ({"D": 3328, "Q": 256, "V": 64, "F": 5120}, {}, "shared memory"),  # 224 bytes too much
+        ({"D": 5120, "Q": 256}, {"gpu": make_gpu((9, 0), 33)}, "shared memory"),  # 248 bytes too much
     ],
     ids=str,
 )

@@ -18,8 +18,8 @@ from latent_attention.mosaic_layer_ring import (
     SLOTS,
     TOKENS,
     owner,
+    parts_of_rows,
     readings,
-    rows_of_block,
     rows_of_tile,
     rows_of_tiles,
     shares,
@@ -262,16 +262,23 @@ def test_tiles_that_nobody_waits_for_come_one_at_a_time(monkeypatch):
             most.append(in_flight)
     counts = {name: int(share.count) for name, share in shares(of, jnp.int32(0), BLOCKS)}
     before = sum(count for name, count in counts.items() if name not in ("o", "gate_up", "down"))
-    assert most[before : before + of["o"].unhurried] == [1] * of["o"].unhurried
-    assert most[before + of["o"].unhurried :] == [IN_FLIGHT] * (sum(counts.values()) - before - of["o"].unhurried)
+    hurried = before + of["o"].unhurried
+    assert most[before:hurried] == [1] * of["o"].unhurried
+    assert all(x <= IN_FLIGHT for x in most)
+    assert most[hurried + IN_FLIGHT :] == [IN_FLIGHT] * (sum(counts.values()) - hurried - IN_FLIGHT)
 
 
-def test_a_block_has_no_more_rows_than_there_is_room_for():
-    for shape in (INFINITE_1B, SMALL):
-        of = readings(shape, BLOCKS, Places(), jnp.int32(0))
-        rows = {name: int(share.count) * share.reading.rows for name, share in shares(of, jnp.int32(0), BLOCKS)}
-        rows["a"] = rows.pop("q_a") + rows.pop("kv_a")
-        assert max(rows.values()) <= rows_of_block(shape, BLOCKS)
+@pytest.mark.parametrize("blocks", [132, 78])
+@pytest.mark.parametrize("shape", [INFINITE_1B, INFINITE_1B._replace(D=5120), SMALL])
+def test_a_block_has_no_more_parts_of_sums_than_there_is_room_for(shape, blocks):
+    of, (_, most) = readings(shape, blocks, Places(), jnp.int32(0)), parts_of_rows(shape, blocks)
+
+    @jax.vmap
+    def parts(block):
+        counts = {name: share.count * of[name].rows * of[name].parts for name, share in shares(of, block, blocks)}
+        return counts | {"a": counts.pop("q_a") + counts.pop("kv_a")}
+
+    assert max(int(n.max()) for n in parts(jnp.arange(blocks)).values()) <= most
 
 
 def test_tiles_fit_the_ring_and_finish_the_busiest_block_first():

@@ -1,0 +1,162 @@
+"""16-bit tiles in shared memory, past Pallas: rows cleared, and accumulators written to them and read transposed.
+
+A tile [rows, width], as `mosaic_tiles.tiled` makes it for whole `CHUNK`s of columns, lies in blocks of 8 rows and a
+chunk: 128 bytes a row, whose 16-byte units are exchanged, that of number u in row r being at u xor (r mod 8).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+from latent_attention.mosaic_tiles import CHUNK
+
+_TILE = plgpu.RefType((plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128)))
+_BLOCK = 1024
+"""Bytes of 8 rows of a chunk."""
+
+
+def clear_rows(tile_ref, valid) -> None:
+    """Zeros the rows from `valid` on of a tile [64, width]."""
+    rows, width = tile_ref.shape
+    assert rows == 64
+
+    @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.Layout.WG_SPLAT))
+    def clear(_, tile, valid):
+        thread = _thread()
+        row, half = _parts(thread, 2)  # half of what a row has in each chunk
+        beyond = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, row, valid.registers.item()))
+        with ir.InsertionPoint(beyond.then_block):
+            eight, at = _parts(row, 8)
+            own = _sum(_times(eight, width // CHUNK * _BLOCK), _times(at, 128), _times(half, 64))
+            nothing = vector.broadcast(ir.VectorType.get((4,), _i32()), _number(0))
+            for i in range(width // CHUNK * 4):
+                place = _sum(own, _number(i // 4 * _BLOCK + i % 4 * 16))
+                llvm.store(nothing, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(tile), [place], _i8()), alignment=16)
+            scf.yield_([])
+
+    clear(tile_ref, valid)  # pyright: ignore[reportCallIssue]
+    plgpu.commit_smem()
+
+
+def store_transposed(tile_ref, x) -> None:
+    """Writes an accumulator x [M, N], in 16 bits, to a tile [N, M]; for other threads, behind a barrier."""
+
+    @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.Layout.WGMMA))
+    def store(_, tile, x):
+        for address, offset, places in _matrices(tile, x.shape):
+            words = [mgpu.utils.bitcast(x.registers[place], _i32()) for place in places]
+            registers = ", ".join(f"${i + 1}" for i in range(len(words)))
+            code = f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [$0 + {offset}], {{{registers}}};"
+            constraints = ",".join(["r"] * (1 + len(words)) + ["~{memory}"])
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"), [address, *words], code, constraints, has_side_effects=True
+            )  # fmt: skip
+
+    store(tile_ref, x)  # pyright: ignore[reportCallIssue]
+
+
+def copy_rows(tile_ref, ref) -> None:
+    """Copies a tile [rows, width], of a multiple of 4 rows, to memory of this shape: a warp 512 bytes at a time."""
+    rows, width = tile_ref.shape
+    assert rows % 4 == 0 and width % 256 == 0
+
+    @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.RefType()))
+    def copy(_, tile, ref):
+        of_eight, (warp, lane) = width // CHUNK * _BLOCK, _parts(_thread(), 32)
+        chunk, unit = _parts(lane, 8)
+        words = ir.VectorType.get((4,), _i32())
+        source, target = (mgpu.utils.memref_ptr(x) for x in (tile, ref))
+        for first in range(0, rows, 4):
+            row = _sum(warp, _number(first % 8))  # of the eight
+            own = _sum(_times(chunk, _BLOCK), _times(row, 128), _times(arith.xori(unit, row), 16))
+            for start in range(0, width, 256):
+                at = _sum(own, _number(first // 8 * of_eight + start // CHUNK * _BLOCK))
+                to = _sum(_times(warp, 2 * width), _times(lane, 16), _number(2 * (first * width + start)))
+                loaded = llvm.load(words, mgpu.utils.getelementptr(source, [at], _i8()), alignment=16)
+                llvm.store(loaded, mgpu.utils.getelementptr(target, [to], _i8()), alignment=16)
+
+    copy(tile_ref, ref)  # pyright: ignore[reportCallIssue]
+
+
+def load_transposed(tile_ref, dtype) -> Any:
+    """A tile [N, M] as an accumulator [M, N] of this 16-bit type."""
+    N, M = tile_ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(_TILE,), return_type=plgpu.ShapeDtypeStruct((M, N), dtype, layout=plgpu.Layout.WGMMA))
+    def load(_, tile):
+        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((M, N)), dtype=object)
+        pair = ir.VectorType.get((2,), ir.MemRefType(tile.type).element_type)
+        for address, offset, places in _matrices(tile, (M, N)):
+            count = len(places)
+            out = ", ".join(f"${i}" for i in range(count))
+            code = f"ldmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 {{{out}}}, [${count} + {offset}];"
+            constraints = ",".join(["=r"] * count + ["r", "~{memory}"])
+            kind = _i32() if count == 1 else llvm.StructType.get_literal([_i32()] * count)
+            loaded: Any = llvm.inline_asm(kind, [address], code, constraints, has_side_effects=True)
+            words = [loaded] if count == 1 else [llvm.extractvalue(_i32(), loaded, [i]) for i in range(count)]
+            for place, word in zip(places, words, strict=True):
+                registers[place] = mgpu.utils.bitcast(word, pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    return load(tile_ref)  # pyright: ignore[reportCallIssue]
+
+
+def _matrices(tile, shape: tuple[int, int]) -> Iterator[tuple[Any, int, list[tuple]]]:
+    """Instructions for an accumulator [M, N] and a tile [N, M]: address, more bytes, and the registers, one to four.
+
+    Each register has a matrix of 8 rows and 8 columns of the accumulator, transposed 8 rows of 16 bytes of the tile. A
+    thread gives the address of a row: thread t that of row t mod 8 of matrix t / 8.
+    """
+    (M, N), of_eight = shape, shape[0] // CHUNK * _BLOCK  # bytes of 8 rows of the tile
+    warp, lane = _parts(_thread(), 32)
+    matrix, row = _parts(lane, 8)
+    base = llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(tile))
+    row_address = _sum(base, _times(matrix, of_eight), _times(row, 128))
+    for half in range(2):  # of a warp's 16 rows of the accumulator, two units of a row of the tile
+        unit = arith.xori(_sum(_times(warp, 2), _number(half)), row)
+        address = _sum(row_address, _times(unit, 16))
+        for block in range(M // CHUNK):
+            for first in range(0, N // 8, 4):
+                count = min(4, N // 8 - first)
+                for size in (4, 2, 1):
+                    if count & size:
+                        places = [(block, first + i, 0, 0, half, 0, 0, 0, 0) for i in range(size)]
+                        yield address, block * _BLOCK + first * of_eight, places
+                        first += size
+
+
+def _i8() -> ir.Type:
+    return ir.IntegerType.get_signless(8)
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _number(n: int) -> Any:
+    return arith.constant(_i32(), n)
+
+
+def _thread() -> Any:
+    return arith.remui(mgpu.utils.thread_idx(), _number(128))
+
+
+def _parts(x: Any, n: int) -> tuple[Any, Any]:
+    """Quotient and remainder."""
+    return arith.divui(x, _number(n)), arith.remui(x, _number(n))
+
+
+def _times(x: Any, n: int) -> Any:
+    return arith.muli(x, _number(n))
+
+
+def _sum(*xs) -> Any:
+    total = xs[0]
+    for x in xs[1:]:
+        total = arith.addi(total, x)
+    return total

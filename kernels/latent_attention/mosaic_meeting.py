@@ -1,0 +1,165 @@
+"""How the blocks of a kernel wait for each other, and hand each other vectors; all of them must run at one time.
+
+What a block has written is seen by others behind a fence, which takes 0.5 to 2 us while copies are on their way. So
+vectors of 16-bit numbers go from all blocks to all without one, as words of a number and a tag, which is not that of
+the kernel before: who reads a word knows by its tag whether the number is there. That all blocks have counted is then
+only a hint that it is time to look.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+from latent_attention.mosaic_vector import ONE_BY_ONE, SPLAT
+
+_BARRIER = 15
+"""Of the hardware's 16, that `meet_warpgroups` uses; Mosaic uses the first, one for each warpgroup."""
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _do(code: str, constraints: str, *operands) -> None:
+    """PTX that returns nothing."""
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, constraints, has_side_effects=True)
+
+
+def _count(code: str, counter) -> Any:
+    """Loads a counter, as PTX `code` says."""
+    return llvm.inline_asm(_i32(), [mgpu.utils.memref_ptr(counter)], code, "=r,l", has_side_effects=True)
+
+
+def counted(counter_ref) -> Any:
+    """What a counter is at now."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT))
+    def count(_, counter):
+        now = _count("ld.relaxed.gpu.global.u32 $0, [$1];", counter)
+        return mgpu.FragmentedArray.splat(now, (), is_signed=True)
+
+    return count(counter_ref)  # pyright: ignore[reportCallIssue]
+
+
+def count_up(counter_ref, *, fence: bool) -> None:
+    """One thread of the warpgroup adds one to a counter; who sees that, sees behind a fence what it has written."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def count(_, counter):
+        with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
+            order = "release" if fence else "relaxed"
+            _do(f"red.{order}.gpu.global.add.u32 [$0], 1;", "l", mgpu.utils.memref_ptr(counter))
+
+    count(counter_ref)  # pyright: ignore[reportCallIssue]
+
+
+def wait_until(counter_ref, target, *, fence: bool) -> None:
+    """One thread of the warpgroup waits until a counter is at `target`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait(_, counter, target):
+        with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
+            loop = scf.WhileOp([], [])
+            with ir.InsertionPoint(loop.before.blocks.append()):
+                now = _count(f"ld.{'acquire' if fence else 'relaxed'}.gpu.global.u32 $0, [$1];", counter)
+                scf.condition(arith.cmpi(arith.CmpIPredicate.ult, now, target.registers.item()), [])
+            with ir.InsertionPoint(loop.after.blocks.append()):
+                scf.yield_([])
+
+    wait(counter_ref, target)  # pyright: ignore[reportCallIssue]
+
+
+def meet_warpgroup() -> None:
+    """All warps of the warpgroup are here, and see what any has written to shared memory."""
+
+    @plgpu.inline_mgpu()
+    def meet(_):
+        mgpu.utils.warpgroup_barrier()
+
+    meet()  # pyright: ignore[reportCallIssue]
+
+
+def meet_warpgroups(count: int) -> None:
+    """So many warpgroups are here, and see what any has written to shared memory."""
+
+    @plgpu.inline_mgpu()
+    def meet(_):
+        _do(f"bar.sync {_BARRIER}, {128 * count};", "~{memory}")
+
+    meet()  # pyright: ignore[reportCallIssue]
+
+
+def written_is_seen_by_copies() -> None:
+    """What this thread knows to be in memory, copies that it starts see too; they overwrite what is in shared memory."""
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        _do("fence.proxy.async;", "")
+
+    fence()  # pyright: ignore[reportCallIssue]
+
+
+def post(words_ref, at, x, tag) -> None:
+    """Writes 16-bit numbers x [128] with a tag to places [128] of an int32 vector, all as `ONE_BY_ONE`."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ONE_BY_ONE, ONE_BY_ONE, plgpu.Layout.WG_SPLAT))
+    def write(_, words, at, x, tag):
+        for place, register in zip(at.registers.flat, x.registers.flat, strict=True):
+            place, number = (vector.extract(y, [], [0]) for y in (place, register))
+            number = arith.extui(_i32(), mgpu.utils.bitcast(number, ir.IntegerType.get_signless(16)))
+            word = arith.ori(arith.shli(number, arith.constant(_i32(), 16)), tag.registers.item())
+            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [place], _i32())
+            _do("st.relaxed.gpu.global.u32 [$0], $1;", "l,r", pointer, word)
+
+    write(words_ref, at, x, tag)  # pyright: ignore[reportCallIssue]
+
+
+def collect(words_ref, place_ref, tag, threads: int) -> None:
+    """Waits for the numbers of a vector of words [width], a multiple of 4, and writes them to shared memory [width].
+
+    So many threads of the block do it, from a multiple of `threads` on; they see all behind a barrier only.
+    """
+    (width,) = words_ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def read(_, words, place, tag):
+        source, target = (mgpu.utils.memref_ptr(x) for x in (words, place))
+        thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(_i32(), threads))
+        last = arith.constant(_i32(), width // 4 - 1)
+        fours = [
+            arith.minui(arith.addi(thread, arith.constant(_i32(), first)), last)
+            for first in range(0, width // 4, threads)
+        ]
+        tag = tag.registers.item()
+        tags = arith.ori(arith.shli(tag, arith.constant(_i32(), 16)), tag)
+        loop = scf.WhileOp([_i32()] * (2 * len(fours)), [])
+        with ir.InsertionPoint(loop.before.blocks.append()):
+            pairs, missing = [], arith.constant(ir.IntegerType.get_signless(1), 0)
+            for four in fours:
+                pointer = mgpu.utils.getelementptr(source, [arith.muli(four, arith.constant(_i32(), 4))], _i32())
+                loaded: Any = llvm.inline_asm(
+                    llvm.StructType.get_literal([_i32()] * 4), [pointer],
+                    "ld.relaxed.gpu.global.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", has_side_effects=True,
+                )  # fmt: skip
+                four_words = [llvm.extractvalue(_i32(), loaded, [i]) for i in range(4)]
+                for pair in (four_words[:2], four_words[2:]):
+                    pairs.append(_halves(pair, "0x7632"))
+                    other = arith.cmpi(arith.CmpIPredicate.ne, _halves(pair, "0x5410"), tags)
+                    missing = arith.ori(missing, other)
+            scf.condition(missing, pairs)
+        with ir.InsertionPoint(loop.after.blocks.append(*[_i32()] * (2 * len(fours)))):
+            scf.yield_([])
+        for i, four in enumerate(fours):
+            numbers = vector.from_elements(ir.VectorType.get((2,), _i32()), list(loop.results)[2 * i : 2 * i + 2])
+            llvm.store(numbers, mgpu.utils.getelementptr(target, [arith.muli(four, arith.constant(_i32(), 2))], _i32()))
+
+    read(words_ref, place_ref, tag)  # pyright: ignore[reportCallIssue]
+
+
+def _halves(pair: list, selector: str) -> Any:
+    """Of two words, those bytes in one."""
+    return llvm.inline_asm(_i32(), pair, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r")
