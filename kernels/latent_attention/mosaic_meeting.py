@@ -94,7 +94,7 @@ def meet_warpgroups(count: int) -> None:
 
 
 def written_is_seen_by_copies() -> None:
-    """What this thread knows to be in memory, copies that it starts see too; they overwrite what is in shared memory."""
+    """What this thread knows to be in memory, copies that it starts see too, or overwrite."""
 
     @plgpu.inline_mgpu()
     def fence(_):
