@@ -39,6 +39,8 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
         return f"its tiles do not fit these widths: {shape}"
     if V % (CONSUMERS * VALUES):
         return f"it takes V in multiples of {CONSUMERS * VALUES}, not {V}"
+    if N > C + R:
+        return f"it takes N up to {C + R}, not {N}"
     if H > gpu.cores or capacity % TOKENS:
         return f"it takes a cache of a multiple of {TOKENS} tokens and a multiprocessor a head"
     if shared_bytes(shape, gpu.cores) > gpu.shared_memory:
@@ -47,7 +49,7 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
 
 
 def init_board(shape: LayerShape) -> jax.Array:
-    """What the blocks of the kernel meet at: passed from each layer to the next."""
+    """What the blocks of the kernel meet at: passed from each layer to the next, for two million layers at most."""
     return jnp.zeros(sum(Board.widths(shape)), jnp.int32)
 
 

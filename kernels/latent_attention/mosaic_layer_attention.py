@@ -16,7 +16,7 @@ from latent_attention import mosaic_products as products
 from latent_attention import mosaic_vector as mv
 from latent_attention.mosaic_layer_memory import AHEAD, AT_ONCE, partial_slots
 from latent_attention.mosaic_layer_ring import CONSUMERS, TOKENS, Share, slot_of, token_tile, turns
-from latent_attention.mosaic_matrices import clear_rows, copy_rows, load_transposed, store_transposed
+from latent_attention.mosaic_matrices import clear_rows, copy_rows, load_accumulator, store_accumulator
 from latent_attention.mosaic_tiles import (
     COLUMNS_OF_TILE,
     MASKED,
@@ -120,7 +120,7 @@ class Attention:
         shrink = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(scores - over_columns(new_peak, scores.shape))
         own = smem.weights.at[self.wg]
-        store_transposed(own, weights.astype(self.dtype))
+        store_accumulator(own, weights.astype(self.dtype))
         plgpu.commit_smem()
 
         def add_values(acc_ref):
@@ -132,7 +132,7 @@ class Attention:
 
     def _keep(self, slot, mean, log2_sum) -> None:
         """Writes a result, [C, H], by way of the place of the queries, which both consumers are done with."""
-        store_transposed(self.smem.q_c, mean.astype(self.dtype))
+        store_accumulator(self.smem.q_c, mean.astype(self.dtype))
         mv.store_apart(self.refs.log2_sums.at[:, slot], log2_sum, COLUMNS_OF_TILE)
         meeting.meet_warpgroup()
         copy_rows(self.smem.q_c, self.refs.partial.at[slot])
@@ -140,13 +140,13 @@ class Attention:
     def _give(self, mean, log2_sum) -> None:
         """Hands a consumer's result to the other one."""
         self.smem.log2_sum[...] = log2_sum
-        store_transposed(self.smem.given, mean.astype(self.dtype))
+        store_accumulator(self.smem.given, mean.astype(self.dtype))
         self.meet_in_block()
 
     def _joined(self, mean, log2_sum) -> tuple:
         """The block's result."""
         self.meet_in_block()
-        theirs = load_transposed(self.smem.given, self.dtype).astype(jnp.float32)
+        theirs = load_accumulator(self.smem.given, self.dtype).astype(jnp.float32)
         their_log2_sum = read(self.smem.log2_sum, COLUMNS_OF_TILE)
         peak = jnp.maximum(log2_sum, their_log2_sum)
         own, other = jnp.exp2(log2_sum - peak), jnp.exp2(their_log2_sum - peak)

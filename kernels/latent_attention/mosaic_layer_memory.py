@@ -31,7 +31,7 @@ def partial_slots(blocks: int) -> int:
 
 
 def longest_vector(shape: LayerShape) -> int:
-    """That blocks make together; hidden states have a place of their own, each consumer one for a latent and a key."""
+    """That blocks make together; or of what each consumer collects for itself, a latent with its rotary key at most."""
     return max(shape.Q, shape.H * shape.V, shape.F, CONSUMERS * (shape.C + shape.R))
 
 

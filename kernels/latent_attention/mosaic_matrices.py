@@ -43,7 +43,7 @@ def clear_rows(tile_ref, valid) -> None:
     plgpu.commit_smem()
 
 
-def store_transposed(tile_ref, x) -> None:
+def store_accumulator(tile_ref, x) -> None:
     """Writes an accumulator x [M, N], in 16 bits, to a tile [N, M]; for other threads, behind a barrier."""
 
     @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.Layout.WGMMA))
@@ -83,8 +83,8 @@ def copy_rows(tile_ref, ref) -> None:
     copy(tile_ref, ref)  # pyright: ignore[reportCallIssue]
 
 
-def load_transposed(tile_ref, dtype) -> Any:
-    """A tile [N, M] as an accumulator [M, N] of this 16-bit type."""
+def load_accumulator(tile_ref, dtype) -> Any:
+    """A tile [N, M] of this 16-bit type as an accumulator [M, N]."""
     N, M = tile_ref.shape
 
     @plgpu.inline_mgpu(arg_types=(_TILE,), return_type=plgpu.ShapeDtypeStruct((M, N), dtype, layout=plgpu.Layout.WGMMA))

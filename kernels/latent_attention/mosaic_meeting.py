@@ -1,9 +1,9 @@
 """How the blocks of a kernel wait for each other, and hand each other vectors; all of them must run at one time.
 
 What a block has written is seen by others behind a fence, which takes 0.5 to 2 us while copies are on their way. So
-vectors of 16-bit numbers go from all blocks to all without one, as words of a number and a tag, which is not that of
-the kernel before: who reads a word knows by its tag whether the number is there. That all blocks have counted is then
-only a hint that it is time to look.
+vectors of 16-bit numbers go from all blocks to all without one, as words of a number and a tag: who reads a word knows
+by its tag whether the number is there. That all blocks have counted is then only a hint that it is time to look. Each
+launch posts every word once, so that there is, before, what the launch before has posted with another tag.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def _do(code: str, constraints: str, *operands) -> None:
     llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, constraints, has_side_effects=True)
 
 
-def _count(code: str, counter) -> Any:
+def _load(code: str, counter) -> Any:
     """Loads a counter, as PTX `code` says."""
     return llvm.inline_asm(_i32(), [mgpu.utils.memref_ptr(counter)], code, "=r,l", has_side_effects=True)
 
@@ -39,14 +39,14 @@ def counted(counter_ref) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT))
     def count(_, counter):
-        now = _count("ld.relaxed.gpu.global.u32 $0, [$1];", counter)
+        now = _load("ld.relaxed.gpu.global.u32 $0, [$1];", counter)
         return mgpu.FragmentedArray.splat(now, (), is_signed=True)
 
     return count(counter_ref)  # pyright: ignore[reportCallIssue]
 
 
 def count_up(counter_ref, *, fence: bool) -> None:
-    """One thread of the warpgroup adds one to a counter; who sees that, sees behind a fence what it has written."""
+    """One thread of the warpgroup adds one to a counter; if with a fence, who sees that sees what it has written."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def count(_, counter):
@@ -65,7 +65,7 @@ def wait_until(counter_ref, target, *, fence: bool) -> None:
         with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
             loop = scf.WhileOp([], [])
             with ir.InsertionPoint(loop.before.blocks.append()):
-                now = _count(f"ld.{'acquire' if fence else 'relaxed'}.gpu.global.u32 $0, [$1];", counter)
+                now = _load(f"ld.{'acquire' if fence else 'relaxed'}.gpu.global.u32 $0, [$1];", counter)
                 scf.condition(arith.cmpi(arith.CmpIPredicate.ult, now, target.registers.item()), [])
             with ir.InsertionPoint(loop.after.blocks.append()):
                 scf.yield_([])

@@ -38,18 +38,17 @@ def layout_of_rows(width: int) -> Any:
     return _NARROW if is_narrow(width) else row_tile(vec_of(width))
 
 
+_ADDED_UP, _OF_ONE_WARP, _OF_ALL_WARPS = 4, 8 + 4, 4 * 8 + 4
+"""Parts of a row: one of each warp, eight of one or of each; and four to spare against bank conflicts."""
 _FEW = 32
 """Rows of a block at most, for whose parts there is room."""
 
 
 def parts_of_row(width: int, rows_of_tile: int, rows_of_block: int) -> int:
-    """float32 numbers of shared memory for the parts of a row in `dots`, with some to spare against bank conflicts.
-
-    Where a tile has several rows, or a block many, warps add up what they have of a row.
-    """
+    """float32 numbers of shared memory for a row in `dots`: where a tile has several, or a block many, fewer."""
     if is_narrow(width):
-        return 12
-    return 36 if rows_of_tile <= 2 and rows_of_block <= _FEW else 4
+        return _OF_ONE_WARP
+    return _OF_ALL_WARPS if rows_of_tile <= 2 and rows_of_block <= _FEW else _ADDED_UP
 
 
 def load_rows(ref, rows: int, width: int) -> Any:
@@ -76,7 +75,7 @@ def dots(x, w, parts_ref, per_row: int) -> None:
     second as many, which are given those of x at the same places: then the sums of its products are on the diagonal.
     """
     rows, width = w.shape
-    narrow, folded = is_narrow(width), per_row == 4
+    narrow, added_up = is_narrow(width), per_row == _ADDED_UP
     vec = 8 if narrow else vec_of(width)
 
     @plgpu.inline_mgpu(arg_types=(operand(width), layout_of_rows(width), plgpu.RefType()))
@@ -119,15 +118,15 @@ def dots(x, w, parts_ref, per_row: int) -> None:
                 results[k % chains] = _mma(kind, a, xs[at], results[k % chains])
             for half in (slice(0, 2), slice(2, 4))[: len(own) - i]:
                 total = functools.reduce(arith.addf, (on_diagonal(numbers[half]) for numbers in results))
-                if folded:
+                if added_up:
                     total = arith.select(has_one, total, nothing)
                     for distance in (4, 9, 18):  # the threads that have one differ in these
                         total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
                 totals.append(total)
-        at = warp if folded else row if narrow else arith.addi(arith.muli(warp, constant(8)), row)
+        at = warp if added_up else row if narrow else arith.addi(arith.muli(warp, constant(8)), row)
         if narrow:
             at = arith.addi(arith.muli(warp, constant(per_row)), at)
-        chosen = scf.IfOp(arith.cmpi(equal, lane, constant(0)) if folded else has_one)
+        chosen = scf.IfOp(arith.cmpi(equal, lane, constant(0)) if added_up else has_one)
         with ir.InsertionPoint(chosen.then_block):
             for i, total in enumerate(totals):
                 place = arith.addi(at, constant(i * per_row * (4 if narrow else 1)))
@@ -165,7 +164,7 @@ def summed(parts_ref, rows, per_row: int) -> Any:
             )
             fours = [
                 llvm.load(four, mgpu.utils.getelementptr(pointer, [4 * i], number), alignment=16)
-                for i in range(max(per_row // 4 - 1, 1))
+                for i in range(1 if per_row == _ADDED_UP else per_row // 4 - 1)
             ]
             total: Any = functools.reduce(arith.addf, fours)
             return vector.broadcast(one, vector.reduction(number, vector.CombiningKind.ADD, total))

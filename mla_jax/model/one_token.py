@@ -56,16 +56,13 @@ def is_one_kernel(config: ModelConfig, cache: LayerCache, int8_weights: bool) ->
 
 
 def init_meeting(config: ModelConfig, weights: dict, layers: tuple[LayerCache, ...]) -> jax.Array:
-    """What the blocks of kernels meet at, for `step` over these layers and caches."""
-    if not is_one_kernel(config, layers[0], _are_int8(weights["layers"][0])):
+    """What the blocks of kernels meet at in `step` over these layers and caches, which knows its kernels by it."""
+    int8_weights = weights["layers"][0]["self_attn"]["o_proj"].scale_out is not None
+    if not is_one_kernel(config, layers[0], int8_weights):
         return kernels.init_counter()
     from latent_attention import mosaic_layer
 
     return mosaic_layer.init_board(_shape(config))
-
-
-def _are_int8(layer_weights: dict) -> bool:
-    return layer_weights["self_attn"]["o_proj"].scale_out is not None
 
 
 def _shape(config: ModelConfig) -> LayerShape:
@@ -103,7 +100,7 @@ def step(
 @functools.partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
 def _layer(config: ModelConfig, weights: dict, h_D, turn: Rotations, cache: LayerCache, lengths_B, meeting):
     shape, arrays = _shape(config), (cache.c_BSC, cache.k_rope_BSR, cache.scales_B2S)
-    if is_one_kernel(config, cache, _are_int8(weights)):
+    if meeting.size > 1:
         from latent_attention import mosaic_layer  # packages and seconds that nothing else here needs
 
         h_D, (c, k_rope), meeting = mosaic_layer.layer(

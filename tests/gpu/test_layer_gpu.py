@@ -16,6 +16,7 @@ from one_token_layer import random_weights
 SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
 TWO_UNITS = SMALL._replace(V=256, H=32)
 """Of values a block has up to two units, of different heads."""
+FEW_HEADS, SOME_HEADS = SMALL._replace(H=8, V=192), SMALL._replace(H=24)
 INFINITE_1B = LayerShape(D=2560, Q=768, C=256, R=64, N=64, V=128, H=32, F=7680)
 EPS, SCALE = 1e-6, 0.1
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -45,7 +46,11 @@ LONG = [(32768, n) for n in (8448, 8449, 16897, 20000, 32768)]
 @pytest.mark.parametrize(
     ("shape", "capacity", "held"),
     [(SMALL, *case) for case in SHORT + LONG]
-    + [(shape, *case) for shape in (INFINITE_1B, TWO_UNITS) for case in (SHORT[0], SHORT[5], LONG[3])],
+    + [
+        (shape, *case)
+        for shape in (INFINITE_1B, TWO_UNITS, FEW_HEADS, SOME_HEADS)
+        for case in (SHORT[0], SHORT[5], LONG[3])
+    ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_layer_in_one_kernel(dtype, shape, capacity, held):
@@ -75,8 +80,10 @@ def test_a_layer_in_one_kernel(dtype, shape, capacity, held):
     assert board[0] == 7 * local_gpu().cores
 
 
+@pytest.mark.parametrize("layers_before", [0, 1, 9350])
 @pytest.mark.parametrize("shape", [SMALL, INFINITE_1B])
-def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape):
+def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape, layers_before):
+    """From 9350 layers on, tags start again from 0 on the way."""
     reason = mosaic_layer.why_not(shape, "bfloat16", "bfloat16", 1024, local_gpu())
     if reason:
         pytest.skip(reason)
@@ -85,6 +92,9 @@ def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape):
     cache = tuple(jnp.ones((1, 1024, width), jnp.bfloat16) for width in (shape.C, shape.R))
     rest = jnp.ones(shape.R // 2), jnp.zeros(shape.R // 2), jnp.full(1, 500, jnp.int32), cache
     layer, _ = functions(shape)
+    empty = mosaic_layer.init_board(shape)
+    used = jnp.full_like(empty, 0x7FC0 << 16 | 7 * (layers_before - 1) + 1) if layers_before else empty  # NaN
+    used = used.at[0].set(7 * layers_before * local_gpu().cores)
 
     @jax.jit
     def one_after_another(hs):
@@ -92,7 +102,7 @@ def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape):
             out, _, board = layer(weights, h, *rest, board)
             return board, out
 
-        return jax.lax.scan(next_layer, mosaic_layer.init_board(shape), hs)[1]
+        return jax.lax.scan(next_layer, used, hs)[1]
 
-    alone = jnp.stack([layer(weights, h, *rest, mosaic_layer.init_board(shape))[0] for h in hs])
+    alone = jnp.stack([layer(weights, h, *rest, empty)[0] for h in hs])
     np.testing.assert_array_equal(one_after_another(hs), alone)

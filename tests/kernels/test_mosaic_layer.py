@@ -57,6 +57,7 @@ def test_what_it_takes_lowers_for_cuda(shape, dtype, cores):
         ({"H": 64}, {}, "up to 32 heads"),
         ({"H": 12}, {}, "in eights"),
         ({"N": 60}, {}, "in eights"),
+        ({"N": 328}, {}, "N up to 320"),
         ({}, {"gpu": make_gpu((9, 0), 16)}, "a multiprocessor a head"),
         ({"D": 7168}, {}, "do not fit"),
         ({"D": 1024}, {}, "do not fit"),
