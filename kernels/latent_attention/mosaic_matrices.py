@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
+from latent_attention.mosaic_ir import constant, i8, i32, plus, run, split, thread, times
 from latent_attention.mosaic_tiles import CHUNK
 
 _TILE = plgpu.RefType((plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128)))
@@ -27,16 +28,15 @@ def clear_rows(tile_ref, valid) -> None:
 
     @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.Layout.WG_SPLAT))
     def clear(_, tile, valid):
-        thread = _thread()
-        row, half = _parts(thread, 2)  # half of what a row has in each chunk
+        row, half = split(thread(), 2)  # half of what a row has in each chunk
         beyond = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, row, valid.registers.item()))
         with ir.InsertionPoint(beyond.then_block):
-            eight, at = _parts(row, 8)
-            own = _sum(_times(eight, width // CHUNK * _BLOCK), _times(at, 128), _times(half, 64))
-            nothing = vector.broadcast(ir.VectorType.get((4,), _i32()), _number(0))
+            eight, at = split(row, 8)
+            own = plus(times(eight, width // CHUNK * _BLOCK), times(at, 128), times(half, 64))
+            nothing = vector.broadcast(ir.VectorType.get((4,), i32()), constant(0))
             for i in range(width // CHUNK * 4):
-                place = _sum(own, _number(i // 4 * _BLOCK + i % 4 * 16))
-                llvm.store(nothing, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(tile), [place], _i8()), alignment=16)
+                place = plus(own, constant(i // 4 * _BLOCK + i % 4 * 16))
+                llvm.store(nothing, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(tile), [place], i8()), alignment=16)
             scf.yield_([])
 
     clear(tile_ref, valid)  # pyright: ignore[reportCallIssue]
@@ -49,13 +49,11 @@ def store_accumulator(tile_ref, x) -> None:
     @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.Layout.WGMMA))
     def store(_, tile, x):
         for address, offset, places in _matrices(tile, x.shape):
-            words = [mgpu.utils.bitcast(x.registers[place], _i32()) for place in places]
+            words = [mgpu.utils.bitcast(x.registers[place], i32()) for place in places]
             registers = ", ".join(f"${i + 1}" for i in range(len(words)))
             code = f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [$0 + {offset}], {{{registers}}};"
             constraints = ",".join(["r"] * (1 + len(words)) + ["~{memory}"])
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"), [address, *words], code, constraints, has_side_effects=True
-            )  # fmt: skip
+            run(code, constraints, address, *words)
 
     store(tile_ref, x)  # pyright: ignore[reportCallIssue]
 
@@ -67,18 +65,18 @@ def copy_rows(tile_ref, ref) -> None:
 
     @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.RefType()))
     def copy(_, tile, ref):
-        of_eight, (warp, lane) = width // CHUNK * _BLOCK, _parts(_thread(), 32)
-        chunk, unit = _parts(lane, 8)
-        words = ir.VectorType.get((4,), _i32())
+        of_eight, (warp, lane) = width // CHUNK * _BLOCK, split(thread(), 32)
+        chunk, unit = split(lane, 8)
+        words = ir.VectorType.get((4,), i32())
         source, target = (mgpu.utils.memref_ptr(x) for x in (tile, ref))
         for first in range(0, rows, 4):
-            row = _sum(warp, _number(first % 8))  # of the eight
-            own = _sum(_times(chunk, _BLOCK), _times(row, 128), _times(arith.xori(unit, row), 16))
+            row = plus(warp, constant(first % 8))  # of the eight
+            own = plus(times(chunk, _BLOCK), times(row, 128), times(arith.xori(unit, row), 16))
             for start in range(0, width, 256):
-                at = _sum(own, _number(first // 8 * of_eight + start // CHUNK * _BLOCK))
-                to = _sum(_times(warp, 2 * width), _times(lane, 16), _number(2 * (first * width + start)))
-                loaded = llvm.load(words, mgpu.utils.getelementptr(source, [at], _i8()), alignment=16)
-                llvm.store(loaded, mgpu.utils.getelementptr(target, [to], _i8()), alignment=16)
+                at = plus(own, constant(first // 8 * of_eight + start // CHUNK * _BLOCK))
+                to = plus(times(warp, 2 * width), times(lane, 16), constant(2 * (first * width + start)))
+                loaded = llvm.load(words, mgpu.utils.getelementptr(source, [at], i8()), alignment=16)
+                llvm.store(loaded, mgpu.utils.getelementptr(target, [to], i8()), alignment=16)
 
     copy(tile_ref, ref)  # pyright: ignore[reportCallIssue]
 
@@ -96,9 +94,9 @@ def load_accumulator(tile_ref, dtype) -> Any:
             out = ", ".join(f"${i}" for i in range(count))
             code = f"ldmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 {{{out}}}, [${count} + {offset}];"
             constraints = ",".join(["=r"] * count + ["r", "~{memory}"])
-            kind = _i32() if count == 1 else llvm.StructType.get_literal([_i32()] * count)
+            kind = i32() if count == 1 else llvm.StructType.get_literal([i32()] * count)
             loaded: Any = llvm.inline_asm(kind, [address], code, constraints, has_side_effects=True)
-            words = [loaded] if count == 1 else [llvm.extractvalue(_i32(), loaded, [i]) for i in range(count)]
+            words = [loaded] if count == 1 else [llvm.extractvalue(i32(), loaded, [i]) for i in range(count)]
             for place, word in zip(places, words, strict=True):
                 registers[place] = mgpu.utils.bitcast(word, pair)
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
@@ -113,50 +111,17 @@ def _matrices(tile, shape: tuple[int, int]) -> Iterator[tuple[Any, int, list[tup
     thread gives the address of a row: thread t that of row t mod 8 of matrix t / 8.
     """
     (M, N), of_eight = shape, shape[0] // CHUNK * _BLOCK  # bytes of 8 rows of the tile
-    warp, lane = _parts(_thread(), 32)
-    matrix, row = _parts(lane, 8)
-    base = llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(tile))
-    row_address = _sum(base, _times(matrix, of_eight), _times(row, 128))
+    warp, lane = split(thread(), 32)
+    matrix, row = split(lane, 8)
+    base = llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(tile))
+    row_address = plus(base, times(matrix, of_eight), times(row, 128))
     for half in range(2):  # of a warp's 16 rows of the accumulator, two units of a row of the tile
-        unit = arith.xori(_sum(_times(warp, 2), _number(half)), row)
-        address = _sum(row_address, _times(unit, 16))
+        unit = arith.xori(plus(times(warp, 2), constant(half)), row)
+        address = plus(row_address, times(unit, 16))
         for block in range(M // CHUNK):
-            for first in range(0, N // 8, 4):
-                count = min(4, N // 8 - first)
-                for size in (4, 2, 1):
-                    if count & size:
-                        places = [(block, first + i, 0, 0, half, 0, 0, 0, 0) for i in range(size)]
-                        yield address, block * _BLOCK + first * of_eight, places
-                        first += size
-
-
-def _i8() -> ir.Type:
-    return ir.IntegerType.get_signless(8)
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _number(n: int) -> Any:
-    return arith.constant(_i32(), n)
-
-
-def _thread() -> Any:
-    return arith.remui(mgpu.utils.thread_idx(), _number(128))
-
-
-def _parts(x: Any, n: int) -> tuple[Any, Any]:
-    """Quotient and remainder."""
-    return arith.divui(x, _number(n)), arith.remui(x, _number(n))
-
-
-def _times(x: Any, n: int) -> Any:
-    return arith.muli(x, _number(n))
-
-
-def _sum(*xs) -> Any:
-    total = xs[0]
-    for x in xs[1:]:
-        total = arith.addi(total, x)
-    return total
+            first = 0
+            while first < N // 8:
+                count = next(n for n in (4, 2, 1) if first + n <= N // 8)
+                places = [(block, first + i, 0, 0, half, 0, 0, 0, 0) for i in range(count)]
+                yield address, block * _BLOCK + first * of_eight, places
+                first += count

@@ -14,24 +14,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
+from latent_attention.mosaic_ir import constant, i32, plus, run, thread, times
 from latent_attention.mosaic_vector import ONE_BY_ONE, SPLAT
 
 _BARRIER = 15
 """Of the hardware's 16, that `meet_warpgroups` uses; Mosaic uses the first, one for each warpgroup."""
 
 
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _do(code: str, constraints: str, *operands) -> None:
-    """PTX that returns nothing."""
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, constraints, has_side_effects=True)
-
-
 def _load(code: str, counter) -> Any:
     """Loads a counter, as PTX `code` says."""
-    return llvm.inline_asm(_i32(), [mgpu.utils.memref_ptr(counter)], code, "=r,l", has_side_effects=True)
+    return llvm.inline_asm(i32(), [mgpu.utils.memref_ptr(counter)], code, "=r,l", has_side_effects=True)
 
 
 def counted(counter_ref) -> Any:
@@ -52,7 +44,7 @@ def count_up(counter_ref, *, fence: bool) -> None:
     def count(_, counter):
         with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
             order = "release" if fence else "relaxed"
-            _do(f"red.{order}.gpu.global.add.u32 [$0], 1;", "l", mgpu.utils.memref_ptr(counter))
+            run(f"red.{order}.gpu.global.add.u32 [$0], 1;", "l", mgpu.utils.memref_ptr(counter))
 
     count(counter_ref)  # pyright: ignore[reportCallIssue]
 
@@ -88,7 +80,7 @@ def meet_warpgroups(count: int) -> None:
 
     @plgpu.inline_mgpu()
     def meet(_):
-        _do(f"bar.sync {_BARRIER}, {128 * count};", "~{memory}")
+        run(f"bar.sync {_BARRIER}, {128 * count};", "~{memory}")
 
     meet()  # pyright: ignore[reportCallIssue]
 
@@ -98,7 +90,7 @@ def written_is_seen_by_copies() -> None:
 
     @plgpu.inline_mgpu()
     def fence(_):
-        _do("fence.proxy.async;", "")
+        run("fence.proxy.async;", "")
 
     fence()  # pyright: ignore[reportCallIssue]
 
@@ -110,10 +102,10 @@ def post(words_ref, at, x, tag) -> None:
     def write(_, words, at, x, tag):
         for place, register in zip(at.registers.flat, x.registers.flat, strict=True):
             place, number = (vector.extract(y, [], [0]) for y in (place, register))
-            number = arith.extui(_i32(), mgpu.utils.bitcast(number, ir.IntegerType.get_signless(16)))
-            word = arith.ori(arith.shli(number, arith.constant(_i32(), 16)), tag.registers.item())
-            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [place], _i32())
-            _do("st.relaxed.gpu.global.u32 [$0], $1;", "l,r", pointer, word)
+            number = arith.extui(i32(), mgpu.utils.bitcast(number, ir.IntegerType.get_signless(16)))
+            word = arith.ori(arith.shli(number, constant(16)), tag.registers.item())
+            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [place], i32())
+            run("st.relaxed.gpu.global.u32 [$0], $1;", "l,r", pointer, word)
 
     write(words_ref, at, x, tag)  # pyright: ignore[reportCallIssue]
 
@@ -128,38 +120,35 @@ def collect(words_ref, place_ref, tag, threads: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def read(_, words, place, tag):
         source, target = (mgpu.utils.memref_ptr(x) for x in (words, place))
-        thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(_i32(), threads))
-        last = arith.constant(_i32(), width // 4 - 1)
-        fours = [
-            arith.minui(arith.addi(thread, arith.constant(_i32(), first)), last)
-            for first in range(0, width // 4, threads)
-        ]
+        own = thread(threads)
+        last = constant(width // 4 - 1)
+        fours = [arith.minui(plus(own, constant(first)), last) for first in range(0, width // 4, threads)]
         tag = tag.registers.item()
-        tags = arith.ori(arith.shli(tag, arith.constant(_i32(), 16)), tag)
-        loop = scf.WhileOp([_i32()] * (2 * len(fours)), [])
+        tags = arith.ori(arith.shli(tag, constant(16)), tag)
+        loop = scf.WhileOp([i32()] * (2 * len(fours)), [])
         with ir.InsertionPoint(loop.before.blocks.append()):
             pairs, missing = [], arith.constant(ir.IntegerType.get_signless(1), 0)
             for four in fours:
-                pointer = mgpu.utils.getelementptr(source, [arith.muli(four, arith.constant(_i32(), 4))], _i32())
+                pointer = mgpu.utils.getelementptr(source, [times(four, 4)], i32())
                 loaded: Any = llvm.inline_asm(
-                    llvm.StructType.get_literal([_i32()] * 4), [pointer],
+                    llvm.StructType.get_literal([i32()] * 4), [pointer],
                     "ld.relaxed.gpu.global.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", has_side_effects=True,
                 )  # fmt: skip
-                four_words = [llvm.extractvalue(_i32(), loaded, [i]) for i in range(4)]
+                four_words = [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
                 for pair in (four_words[:2], four_words[2:]):
                     pairs.append(_halves(pair, "0x7632"))
                     other = arith.cmpi(arith.CmpIPredicate.ne, _halves(pair, "0x5410"), tags)
                     missing = arith.ori(missing, other)
             scf.condition(missing, pairs)
-        with ir.InsertionPoint(loop.after.blocks.append(*[_i32()] * (2 * len(fours)))):
+        with ir.InsertionPoint(loop.after.blocks.append(*[i32()] * (2 * len(fours)))):
             scf.yield_([])
         for i, four in enumerate(fours):
-            numbers = vector.from_elements(ir.VectorType.get((2,), _i32()), list(loop.results)[2 * i : 2 * i + 2])
-            llvm.store(numbers, mgpu.utils.getelementptr(target, [arith.muli(four, arith.constant(_i32(), 2))], _i32()))
+            numbers = vector.from_elements(ir.VectorType.get((2,), i32()), list(loop.results)[2 * i : 2 * i + 2])
+            llvm.store(numbers, mgpu.utils.getelementptr(target, [times(four, 2)], i32()))
 
     read(words_ref, place_ref, tag)  # pyright: ignore[reportCallIssue]
 
 
 def _halves(pair: list, selector: str) -> Any:
     """Of two words, those bytes in one."""
-    return llvm.inline_asm(_i32(), pair, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r")
+    return llvm.inline_asm(i32(), pair, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r")

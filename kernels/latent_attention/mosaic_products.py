@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
+from latent_attention.mosaic_ir import constant, i32, thread
 from latent_attention.mosaic_tiles import layout_of
 from latent_attention.mosaic_vector import ONE_BY_ONE, along, each, row_tile, vec_of
 
@@ -80,19 +81,14 @@ def dots(x, w, parts_ref, per_row: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(operand(width), layout_of_rows(width), plgpu.RefType()))
     def multiply(_, x, w, parts):
-        i32 = ir.IntegerType.get_signless(32)
-
-        def constant(n):
-            return arith.constant(i32, n)
-
         def words(registers) -> list:
             """Two numbers each, an even number of them."""
-            packed = [mgpu.utils.bitcast(r, ir.VectorType.get((vec // 2,), i32)) for r in registers.reshape(-1)]
+            packed = [mgpu.utils.bitcast(r, ir.VectorType.get((vec // 2,), i32())) for r in registers.reshape(-1)]
             unpacked = [vector.extract(r, [], [i]) for r in packed for i in range(vec // 2)]
             return unpacked + [constant(0)] * (len(unpacked) % 2)
 
-        thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
-        lane, warp = arith.remui(thread, constant(32)), arith.divui(thread, constant(32))
+        own_thread = thread()
+        lane, warp = arith.remui(own_thread, constant(32)), arith.divui(own_thread, constant(32))
         # Thread (row, pair) of an 8 x 8 result has numbers 2 pair and 2 pair + 1 of a row.
         row, pair = arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
         equal = arith.CmpIPredicate.eq

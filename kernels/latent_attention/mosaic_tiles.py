@@ -12,6 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from latent_attention.mosaic_ir import constant, i8, i32, thread
+
 LOWEST = -1e30
 """Stands for minus infinity where the difference of two of them must be 0, not NaN."""
 MASKED = 2 * LOWEST
@@ -118,17 +120,12 @@ def load_transposed(tile_ref, width: int, first: int, tokens: int):
 
 
 def _load_transposed(tile, width: int, first_token: int, tokens: int):
-    i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
     two_float16 = ir.VectorType.get((2,), ir.F16Type.get())
-
-    def constant(n):
-        return arith.constant(i32, n)
-
     base = mgpu.utils.memref_ptr(tile)
-    thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
-    lane = arith.remui(thread, constant(32))
+    own_thread = thread()
+    lane = arith.remui(own_thread, constant(32))
     warp, row, column = (
-        arith.divui(thread, constant(32)),
+        arith.divui(own_thread, constant(32)),
         arith.divui(lane, constant(4)),
         arith.remui(lane, constant(4)),
     )
@@ -150,12 +147,12 @@ def _load_transposed(tile, width: int, first_token: int, tokens: int):
         offset = arith.addi(offset, arith.muli(unit, constant(16)))
         offset = arith.addi(offset, arith.remui(inside, constant(16)))
         tokens_of_thread = [
-            mgpu.utils.getelementptr(base, [arith.addi(offset, arith.muli(which, constant(_SWIZZLE)))], i8)
+            mgpu.utils.getelementptr(base, [arith.addi(offset, arith.muli(which, constant(_SWIZZLE)))], i8())
             for which in (swapped, arith.subi(constant(1), swapped))
         ]
         for k in range(tokens // 8):
             one, other = (
-                _words(mgpu.utils.getelementptr(x, [(first_token + k * 8) * width], i8), 2 * n)
+                _words(mgpu.utils.getelementptr(x, [(first_token + k * 8) * width], i8()), 2 * n)
                 for x in tokens_of_thread
             )
             values = [pair for x, y in zip(one, other, strict=True) for pair in _interleave(x, y, selectors)]
@@ -166,13 +163,12 @@ def _load_transposed(tile, width: int, first_token: int, tokens: int):
 
 def _words(pointer, size: int) -> list:
     """`size` int8 of shared memory, plus 128 so as to be positive, as 32-bit words."""
-    i32 = ir.IntegerType.get_signless(32)
     if size == 2:
-        words = [arith.extui(i32, llvm.load(ir.IntegerType.get_signless(16), pointer, alignment=2))]
+        words = [arith.extui(i32(), llvm.load(ir.IntegerType.get_signless(16), pointer, alignment=2))]
     else:
-        loaded = llvm.load(ir.VectorType.get((size // 4,), i32), pointer, alignment=size)
+        loaded = llvm.load(ir.VectorType.get((size // 4,), i32()), pointer, alignment=size)
         words = [vector.extract(loaded, [], [i]) for i in range(size // 4)]
-    return [arith.xori(x, arith.constant(i32, 0x80808080 - 2**32)) for x in words]
+    return [arith.xori(x, constant(0x80808080 - 2**32)) for x in words]
 
 
 def _interleave(x: Any, y: Any, selectors: list[Any]) -> list[Any]:
@@ -180,12 +176,11 @@ def _interleave(x: Any, y: Any, selectors: list[Any]) -> list[Any]:
 
     The selectors of bytes tell which are the first two pairs and which the last two.
     """
-    i32 = ir.IntegerType.get_signless(32)
     pairs = []
     for selector in selectors:
-        both: Any = llvm.inline_asm(i32, [x, y, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
+        both: Any = llvm.inline_asm(i32(), [x, y, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
         for embed in ("0x4140", "0x4342"):
             # A byte behind 0x64 is the float16 1024 + byte; 1152 = 1024 + 128.
             code = f"{{ .reg .b32 e, o; prmt.b32 e, $1, 0x64, {embed}; mov.b32 o, 0x64806480; sub.f16x2 $0, e, o; }}"
-            pairs.append(llvm.inline_asm(i32, [both], code, "=r,r"))
+            pairs.append(llvm.inline_asm(i32(), [both], code, "=r,r"))
     return pairs
