@@ -80,14 +80,8 @@ def test_one_token_is_as_close_to_float32_as_xla_is(config, dtype, int8, cache_d
         config, weights, tokens[:, :-1], empty, absorbed=True
     )[1]
     theirs, expected = jax.jit(xla, static_argnums=0)(config, weights, held)
-    ours, cache, _ = jax.jit(one_token.step, static_argnums=0)(
-        config,
-        weights,
-        tokens[:, -1],
-        rotations(config, held.lengths_B[0]),
-        held,
-        one_token.init_meeting(config, weights, held.layers),
-    )
+    turn, meeting = rotations(config, held.lengths_B[0]), one_token.init_meeting(config, weights, held.layers)
+    ours, cache, _ = jax.jit(one_token.step, static_argnums=0)(config, weights, tokens[:, -1], turn, held, meeting)
     wide = dataclasses.replace(config, dtype="float32", decode="xla")
     up = lambda x: x.astype(jnp.float32) if x.dtype == dtype else x  # noqa: E731
     with jax.default_matmul_precision("highest"):
@@ -113,14 +107,9 @@ def test_a_full_cache_stays_as_it_is(config):
     weights = decoder.inference_weights(config, params_of(config))
     layers = tuple(jax.tree.map(jnp.ones_like, init_layer(config, 1, 64)) for _ in range(config.num_hidden_layers))
     cache = LatentCache(layers, jnp.full(1, 64, jnp.int32))
-    _, after, _ = jax.jit(one_token.step, static_argnums=0)(
-        config,
-        weights,
-        jnp.zeros(1, jnp.int32),
-        rotations(config, jnp.int32(64)),
-        cache,
-        one_token.init_meeting(config, weights, layers),
-    )
+    turn, meeting = rotations(config, jnp.int32(64)), one_token.init_meeting(config, weights, layers)
+    tokens = jnp.zeros(1, jnp.int32)
+    _, after, _ = jax.jit(one_token.step, static_argnums=0)(config, weights, tokens, turn, cache, meeting)
     assert all((x == 1).all() for x in jax.tree.leaves(after.layers))
 
 
