@@ -4,6 +4,9 @@ Every product is a matrix [out, in] times one vector, so that only reading the m
 stays for the whole layer. In it a warpgroup, the producer, copies most of what the block has to read into a ring in
 shared memory and stops only when the ring is full (`mosaic_layer_ring`); two others, the consumers, take turns at the
 tiles (`mosaic_layer_consumer`).
+
+A block starts as soon as one of the layer before has ended on its multiprocessor (programmatic dependent launch), and
+has its first weights on their way when all have, which what else it reads must wait for.
 """
 
 from collections.abc import Mapping
@@ -18,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from latent_attention import mosaic_products as products
 from latent_attention.mosaic_layer_consumer import Consumer
 from latent_attention.mosaic_layer_memory import VALUES, Board, Refs, Shared, out_types, shared, shared_bytes
-from latent_attention.mosaic_layer_ring import CONSUMERS, SLOTS, TOKENS, Share, produce, readings, rows_of_tiles, shares
+from latent_attention.mosaic_layer_ring import CONSUMERS, SLOTS, TOKENS, produce, rows_of_tiles
 from latent_attention.shapes import Gpu, LayerShape, local_gpu
 
 _REGISTERS = 40, 232
@@ -39,7 +42,7 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
         return f"its tiles do not fit these widths: {shape}"
     if V % (CONSUMERS * VALUES):
         return f"it takes V in multiples of {CONSUMERS * VALUES}, not {V}"
-    if N > C + R:
+    if N > C + R:  # keys of a unit of the absorption are in registers
         return f"it takes N up to {C + R}, not {N}"
     if H > gpu.cores or capacity % TOKENS:
         return f"it takes a cache of a multiple of {TOKENS} tokens and a multiprocessor a head"
@@ -49,7 +52,7 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
 
 
 def init_board(shape: LayerShape) -> jax.Array:
-    """What the blocks of the kernel meet at: passed from each layer to the next, for two million layers at most."""
+    """What the blocks of the kernel meet at: passed from each layer to the next, for four million layers at most."""
     return jnp.zeros(sum(Board.widths(shape)), jnp.int32)
 
 
@@ -61,7 +64,8 @@ def layer(
 
     Args:
         shape: widths.
-        weights: see `triton_layer_jax.before_attention`; in 16 bits.
+        weights: see `triton_layer_jax.before_attention`; in 16 bits. Not what the kernel before this one writes: the
+            first of them are read while that still runs.
         h_D: the hidden state before, 16 bits.
         cos: float32 [R/2], of the position. `sin` likewise.
         sin: see `cos`.
@@ -91,18 +95,16 @@ def layer(
 
         def run(ring, weights, exchange, **rest):
             whole, c_tiles, rope_tiles = ring
-            (in_use, scratch), ((q_c, q_rope, given), partials, vector) = weights, exchange
+            (in_use, scratch, of_new), ((q_c, q_rope, given), partials, vector) = weights, exchange
             smem = Shared(
-                whole, c_tiles, rope_tiles, q_c, q_rope, in_use, scratch, given, partials, vector, **rest
+                whole, c_tiles, rope_tiles, q_c, q_rope, in_use, scratch, of_new, given, partials, vector, **rest
             )  # fmt: skip
             block, wg = lax.axis_index("block"), lax.axis_index("wg")
-            held = jnp.minimum(refs.length[0], refs.c.shape[1])
-            reading = readings(shape, blocks, refs, held)
 
             @pl.when(wg == CONSUMERS)
             def _():
                 plgpu.set_max_registers(_REGISTERS[0], action="decrease")
-                produce(shape, blocks, block, reading, refs, smem)
+                produce(shape, blocks, block, refs, smem)
 
             @pl.when(wg < CONSUMERS)
             def _():
@@ -113,10 +115,10 @@ def layer(
                     for slot in range(SLOTS):
                         plgpu.barrier_arrive(smem.empty.at[slot])
 
-                todo = dict(shares(reading, block, blocks))
-                q_a, kv_a = todo.pop("q_a"), todo.pop("kv_a")
-                todo["a"] = Share(q_a.reading, q_a.first, q_a.count + kv_a.count, q_a.number)
-                Consumer(shape, blocks, dtype, eps, scale, block, wg, todo, refs, smem).run()
+                # When the last block says this, all are there: those of the next kernel take nobody's place. As each of
+                # these then waits for the kernel before, this one ends after that.
+                plgpu.griddepcontrol_launch_dependents()
+                Consumer(shape, blocks, dtype, eps, scale, block, wg, refs, smem).run()
 
         pl.run_scoped(run, **shared(shape, blocks, dtype), collective_axes="wg")
 

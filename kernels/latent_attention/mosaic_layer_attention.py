@@ -15,8 +15,8 @@ from latent_attention import mosaic_meeting as meeting
 from latent_attention import mosaic_products as products
 from latent_attention import mosaic_vector as mv
 from latent_attention.mosaic_layer_memory import AHEAD, AT_ONCE, partial_slots
-from latent_attention.mosaic_layer_ring import CONSUMERS, TOKENS, Share, slot_of, token_tile, turns
-from latent_attention.mosaic_matrices import clear_rows, copy_rows, load_accumulator, store_accumulator
+from latent_attention.mosaic_layer_ring import CONSUMERS, TOKENS, Share, slot_of, token_tile, tokens_held, turns
+from latent_attention.mosaic_matrices import clear_rows, collect_rows, copy_rows, load_accumulator, store_accumulator
 from latent_attention.mosaic_tiles import (
     COLUMNS_OF_TILE,
     MASKED,
@@ -36,21 +36,27 @@ class Attention:
         self.shape, self.blocks, self.dtype, self.log2_scale = shape, blocks, dtype, scale * math.log2(math.e)
         self.block, self.wg, self.refs, self.smem, self.scratch = block, wg, refs, smem, smem.scratch.at[wg]
         self.meet_in_block, self.capacity = meet, refs.c.shape[1]
-        self.held = jnp.minimum(refs.length[0], self.capacity)
+        self.held = tokens_held(refs)
         # Results: of the new token and of each block that has tokens; these blocks come first.
         self.used = 1 + jnp.minimum(lax.div(self.held + TOKENS - 1, TOKENS), blocks)
         # The largest weight is 2^headroom, so that small ones are not lost in float16.
         self.headroom = 15 if dtype == jnp.float16 else 0
 
-    def attend_to_new(self) -> None:
+    def attend_to_new(self, q_words, new_words, tag) -> None:
         """The result of the new token, each head's by a block: the last ones, which have fewest tokens."""
-        refs, C, R, H = self.refs, self.shape.C, self.shape.R, self.shape.H
+        refs, C, R, H, new = self.refs, self.shape.C, self.shape.R, self.shape.H, self.smem.of_new.at[self.wg]
         head = self.blocks - 1 - self.block
+        assert products.is_narrow(C)
 
         @pl.when((head < H) & (self.wg == 1))
         def _():
+            of_head = q_words.at[pl.ds(head * (C + R), C + R)]
+            for i, words in enumerate((of_head, new_words)):
+                meeting.collect(words, new.at[i, pl.ds(0, C + R)], tag, 128)
+            meeting.meet_warpgroup()
+
             def product(columns, layout):
-                q, k = (mv.load(ref.at[columns], layout) for ref in (refs.absorbed.at[head], refs.new))
+                q, k = (mv.load(new.at[i, columns], layout) for i in range(2))
                 return mv.total(q * k, layout, self.scratch), k
 
             score, c = product(pl.ds(0, C), products.operand(C))
@@ -58,25 +64,24 @@ class Attention:
             there = refs.length[0] < self.capacity
             mv.store(refs.partial.at[0, head], c.astype(self.dtype), products.operand(C))
             refs.log2_sums[head, 0] = jnp.where(there, score, MASKED)
+            meeting.meet_warpgroup()  # all have read what lies in the place of weights
 
-    def fetch_queries(self, share: Share) -> None:
+    def collect_queries(self, words, tag, share: Share) -> None:
         """To shared memory, if the block has tokens."""
-        refs, smem, C = self.refs, self.smem, self.shape.C
+        smem = self.smem
 
         @pl.when(share.count > 0)
         def _():
-            plgpu.copy_gmem_to_smem(refs.absorbed.at[:, pl.ds(0, C)], smem.q_c, smem.q_full)
-            plgpu.copy_gmem_to_smem(refs.absorbed.at[:, pl.ds(C, self.shape.R)], smem.q_rope, smem.q_full)
+            collect_rows(words, (smem.q_c, smem.q_rope), tag, 128 * CONSUMERS)
+            plgpu.commit_smem()
+
+        self.meet_in_block()
 
     def attend(self, share: Share) -> None:
-        """The result of this block's tokens, if it has any, whose queries are on their way."""
+        """The result of this block's tokens, if it has any, whose queries are there."""
         smem, wg, H, C = self.smem, self.wg, self.shape.H, self.shape.C
         first, count, number = share[1:]
         skipped, steps = turns(wg, share)
-
-        @pl.when(count > 0)
-        def _():
-            plgpu.barrier_wait(smem.q_full)
 
         def step(m, carry):
             i = skipped + CONSUMERS * m

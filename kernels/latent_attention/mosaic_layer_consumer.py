@@ -1,12 +1,12 @@
 """What a warpgroup of `mosaic_layer` does that multiplies: the phases of the layer, one after the other.
 
-What one product writes, the next reads in all blocks: before it, the blocks wait for each other (`meet`), while tiles
-of what follows are already on their way. Most vectors are handed on without a fence, in words that show whether they
-are there (`mosaic_meeting`).
+What one product writes, the next reads in all blocks: before it, the blocks wait for each other, while tiles of what
+follows are already on their way. Most vectors are handed on without a fence, in words that show whether they are there
+(`collected`). Where blocks wait long, they meet first (`meet`): looking for words all the time, they slow others down.
 
-Five of these seven meetings lie before the output projection, where there is little to read: the ring is full, and
-memory idle, until they are over. So what counts is how soon numbers are where they are needed. While blocks wait,
-registers take tiles too, so that there is room in the ring (`ahead`).
+Five of these seven waits lie before the output projection, where there is little to read: the ring is full, and memory
+idle, until they are over. So what counts is how soon numbers are where they are needed. While blocks wait, registers
+take tiles too, so that there is room in the ring (`ahead`).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,17 @@ from latent_attention import mosaic_products as products
 from latent_attention import mosaic_vector as mv
 from latent_attention.mosaic_layer_attention import Attention
 from latent_attention.mosaic_layer_memory import VALUES, Board, parts_of_values
-from latent_attention.mosaic_layer_ring import CONSUMERS, SLOTS, Share, slot_of, tiles_ahead, turns
+from latent_attention.mosaic_layer_ring import (
+    CONSUMERS,
+    SLOTS,
+    Share,
+    readings,
+    shares,
+    slot_of,
+    tiles_ahead,
+    tokens_held,
+    turns,
+)
 from latent_attention.mosaic_tiles import read
 from latent_attention.shapes import LayerShape
 
@@ -31,15 +41,22 @@ def _nothing() -> None: ...
 
 
 class Consumer:
-    """Of a block; `todo` is what the block has of each reading, that of the down-projections as one named "a"."""
+    """Of a block."""
 
-    def __init__(self, shape: LayerShape, blocks: int, dtype, eps: float, scale: float, block, wg, todo, refs, smem):
+    def __init__(self, shape: LayerShape, blocks: int, dtype, eps: float, scale: float, block, wg, refs, smem):
         self.shape, self.blocks, self.dtype, self.eps, self.block, self.wg = shape, blocks, dtype, eps, block, wg
-        self.todo, self.refs, self.smem, self.scratch = todo, refs, smem, smem.scratch.at[wg]
+        self.refs, self.smem, self.scratch = refs, smem, smem.scratch.at[wg]
         self.per_head = shape.C // mv.COLUMNS
         """Units of the absorption."""
         self.units = shape.H * self.per_head
         self.value_units = shape.H * shape.V // (CONSUMERS * VALUES)
+        gains = refs.input_gain, refs.q_gain, refs.kv_gain
+        self.input_gain, self.q_gain, self.kv_gain = (self.vector(ref, ref.shape[0]) for ref in gains)
+        plgpu.griddepcontrol_wait()  # until then, the kernel before may write all but weights
+        self.todo = dict(shares(readings(shape, blocks, refs, tokens_held(refs)), block, blocks))
+        """What the block has of each reading, of the down-projections as one."""
+        q_a, kv_a = self.todo.pop("q_a"), self.todo.pop("kv_a")
+        self.todo["a"] = Share(q_a.reading, q_a.first, q_a.count + kv_a.count, q_a.number)
         self.board = Board.of(shape, refs.board)
         meetings = lax.div(meeting.counted(self.board.counter), blocks)
         self.counted = meetings * blocks
@@ -49,31 +66,26 @@ class Consumer:
 
     def run(self) -> None:
         """The layer: equations 9 to 19 of DeepSeek-V2, its norms and its feed-forward network."""
-        D, Q, C, R = self.shape[:4]
+        D, Q, _, R = self.shape[:4]
         refs, board, smem, attention = self.refs, self.board, self.smem, self.attention
-        x = self.normalised(self.vector(refs.h, D), self.vector(refs.input_gain, D))
+        x = self.normalised(self.vector(refs.h, D), self.input_gain)
         self.multiply("a", x, self.posted(board.a))
         unit = jnp.minimum(self.block, self.units - 1)
-
-        def meanwhile():
-            v = self.value_rows(jnp.minimum(self.block, self.value_units - 1))
-            cos, sin = (mv.load(ref, mv.angles(R)) for ref in (refs.cos, refs.sin))
-            return self.vector(refs.q_gain, Q), self.keys(unit), v, cos, sin, self.vector(refs.kv_gain, C)
-
-        latent = board.a.at[pl.ds(0, Q)]
-        x, (gain, k, v, cos, sin, latent_gain) = self.meet_for(latent, smem.vector, meanwhile)
-        self.multiply("q_b", self.normalised(x, gain), self.posted(board.q))
-        self.meet(fence=False)
+        k, v = self.keys(unit), self.value_rows(jnp.minimum(self.block, self.value_units - 1))
+        cos, sin = (mv.load(ref, mv.angles(R)) for ref in (refs.cos, refs.sin))
+        x = self.collected(board.a.at[pl.ds(0, Q)], smem.vector)
+        self.multiply("q_b", self.normalised(x, self.q_gain), self.posted(board.q))
         self.absorb(unit, k)
-        self.remember(cos, sin, latent_gain)
-        self.meet_in_block()
-        self.meet(lambda: attention.fetch_queries(self.todo["tokens"]))
-        attention.attend_to_new()
+        self.turn(cos, sin)
+        self.remember(cos, sin)
+        self.meet(fence=False)
+        attention.collect_queries(board.absorbed, self.tag, self.todo["tokens"])
+        attention.attend_to_new(board.absorbed, board.new, self.tag)
         attention.attend(self.todo["tokens"])
         self.meet_in_block()
         ahead = self.meet(lambda: self.fetch_values(0), lambda: self.ahead("o"))
         self.values(v)
-        x, _ = self.meet_for(board.value, smem.vector)
+        x = self.collected(board.value, smem.vector)
         plgpu.barrier_wait(smem.residual_full)
         self.multiply("o", x, self.added(self.posted(board.middle)), ahead=ahead)
         x, (gain, ahead) = self.meet_for(
@@ -118,12 +130,16 @@ class Consumer:
         return result
 
     def meet_for(self, words, place, meanwhile: Callable[[], Any] = _nothing) -> tuple[Any, Any]:
-        """The vector that all blocks have posted, by way of a place in shared memory, as `operand`."""
+        """`collected`, after a meeting."""
         result = self.meet(meanwhile=meanwhile, fence=False)
+        return self.collected(words, place), result
+
+    def collected(self, words, place) -> Any:
+        """The vector that all blocks have posted, by way of a place in shared memory, as `operand`."""
         place = place.at[pl.ds(0, words.shape[0])]
         meeting.collect(words, place, self.tag, 128 * CONSUMERS)
         self.meet_in_block()
-        return self.vector(place, words.shape[0]), result
+        return self.vector(place, words.shape[0])
 
     def _take(self, share: Share, i) -> Any:
         """The block's i-th tile of a matrix, in registers; its slot is empty then."""
@@ -214,14 +230,16 @@ class Consumer:
 
     def absorb(self, unit, k) -> None:
         """The up-projection of keys moves to the query; of the block's first unit, if it has one, `keys` are given."""
-        refs, block, blocks, width = self.refs, self.block, self.blocks, self.shape.N + self.shape.R
+        block, blocks, (C, R, N) = self.block, self.blocks, self.shape[2:5]
 
         def one(unit, k):
             head, column = lax.div(unit, self.per_head), lax.rem(unit, self.per_head) * mv.COLUMNS
-            words = self.board.q.at[pl.ds(head * width, self.shape.N)]
-            q = mv.load(self._collected(words), mv.TILE.reduce((1,)))
+            words = self.board.q.at[pl.ds(head * (N + R), N)]
+            q = mv.load(self._own_part(words), mv.TILE.reduce((1,)))
             y = mv.over_rows(k.astype(jnp.float32), q, self.scratch)
-            mv.store(refs.absorbed.at[head, pl.ds(column, mv.COLUMNS)], y.astype(self.dtype), mv.TILE.reduce((0,)))
+            result = self.smem.latent.at[self.wg, pl.ds(0, mv.COLUMNS)]
+            mv.store(result, y, mv.TILE.reduce((0,)))
+            self._post_vector(self.board.absorbed, head * (C + R) + column, result)
 
         @pl.when((self.wg == 0) & (block < self.units))
         def _():
@@ -230,42 +248,51 @@ class Consumer:
                 more = self._own(self.units)
                 lax.fori_loop(1, more, lambda i, _: one(block + i * blocks, self.keys(block + i * blocks)), None)
 
-    def remember(self, cos, sin, gain) -> None:
-        """Rotary parts of the queries, and the new token's latent and rotary key, also to the cache.
+    def turn(self, cos, sin) -> None:
+        """Posts the rotary parts of the queries, turned by angles of these cosines and sines."""
+        (C, R, N), H = self.shape[2:5], self.shape.H
 
-        Args:
-            cos: of the position. `sin` likewise.
-            sin: see `cos`.
-            gain: of the norm of latents.
-        """
-        (Q, C, R, N), H = self.shape[1:5], self.shape.H
-        refs, block, blocks, pairs = self.refs, self.block, self.blocks, mv.pairs(R)
-
-        def turn(place, to_ref):
-            mv.store(to_ref, mv.turned(mv.load(place, pairs), cos, sin).astype(self.dtype), pairs)
-
-        @pl.when(self.wg == 1)
+        @pl.when((self.wg == 1) & (self.block < H))
         def _():
-            @pl.when(block < H)
-            def _():
-                words = self.board.q.at[pl.ds(block * (N + R) + N, R)]
-                turn(self._collected(words), refs.absorbed.at[block, pl.ds(C, R)])
+            words = self.board.q.at[pl.ds(self.block * (N + R) + N, R)]
+            result = self.smem.latent.at[self.wg, pl.ds(0, R)]
+            mv.store(result, mv.turned(mv.load(self._own_part(words), mv.pairs(R)), cos, sin), mv.pairs(R))
+            self._post_vector(self.board.absorbed, self.block * (C + R) + C, result)
 
-            @pl.when(block == blocks - 1)
-            def _():
-                place, at = self._collected(self.board.a.at[pl.ds(Q, C + R)]), refs.length[0]
-                c, k_rope = self.normalised(self.vector(place.at[pl.ds(0, C)], C), gain), place.at[pl.ds(C, R)]
-                mv.store(refs.new.at[pl.ds(0, C)], c, products.operand(C))
-                turn(k_rope, refs.new.at[pl.ds(C, R)])
+    def remember(self, cos, sin) -> None:
+        """The last block posts the new token's latent and rotary key, and writes them to the cache."""
+        Q, C, R = self.shape[1:4]
+        refs, at, pairs = self.refs, self.refs.length[0], mv.pairs(R)
+        before, after = (self.smem.of_new.at[self.wg, i, pl.ds(0, C + R)] for i in range(2))
+        latent, rotary = pl.ds(0, C), pl.ds(C, R)
 
-                @pl.when(at < refs.c.shape[1])
-                def _():
-                    mv.store(refs.c.at[0, at], c, products.operand(C))
-                    turn(k_rope, refs.rope.at[0, at])
+        @pl.when((self.wg == 1) & (self.block == self.blocks - 1))
+        def _():
+            meeting.collect(self.board.a.at[pl.ds(Q, C + R)], before, self.tag, 128)
+            meeting.meet_warpgroup()
+            c = self.normalised(self.vector(before.at[latent], C), self.kv_gain)
+            k_rope = mv.turned(mv.load(before.at[rotary], pairs), cos, sin).astype(self.dtype)
 
-    def _collected(self, words) -> Any:
+            def write(to_latent, to_rotary):
+                mv.store(to_latent, c, products.operand(C))
+                mv.store(to_rotary, k_rope, pairs)
+
+            write(after.at[latent], after.at[rotary])
+            self._post_vector(self.board.new, 0, after)
+            pl.when(at < refs.c.shape[1])(lambda: write(refs.c.at[0, at], refs.rope.at[0, at]))
+
+    def _post_vector(self, words, first, ref) -> None:
+        """Hands to all blocks, as words from `first` on, a vector that this consumer has just written."""
+        meeting.meet_warpgroup()
+        (width,) = ref.shape
+        for start in range(0, width, 128):
+            n = jnp.minimum(mv.numbers() + start, width - 1)
+            self.posted(words)(n + first, mv.gathered(ref, n))
+        meeting.meet_warpgroup()
+
+    def _own_part(self, words) -> Any:
         """Of one consumer: where in shared memory a part of a vector is then that blocks have posted."""
-        most, (width,) = self.shape.C + self.shape.R, words.shape
+        most, (width,) = self.shape.N + self.shape.R, words.shape
         place = self.smem.vector.at[pl.ds(self.wg * most, width)]
         meeting.meet_warpgroup()  # what is there has been read
         meeting.collect(words, place, self.tag, 128)

@@ -31,8 +31,8 @@ def partial_slots(blocks: int) -> int:
 
 
 def longest_vector(shape: LayerShape) -> int:
-    """That blocks make together; or of what each consumer collects for itself, a latent with its rotary key at most."""
-    return max(shape.Q, shape.H * shape.V, shape.F, CONSUMERS * (shape.C + shape.R))
+    """That blocks make together; two parts of the queries find room in it too."""
+    return max(shape.Q, shape.H * shape.V, shape.F, CONSUMERS * (shape.N + shape.R))
 
 
 def parts_of_values(shape: LayerShape) -> int:
@@ -65,10 +65,6 @@ class Refs(NamedTuple):
     board: Any
     """See `Board`."""
     out: Any
-    new: Any
-    """Of the new token, what goes to the cache: [C + R]."""
-    absorbed: Any
-    """Queries, as the attention takes them: [H, C + R]."""
     partial: Any
     """Results of the attention: [slots, H, C], each a mean of latents."""
     log2_sums: Any
@@ -83,6 +79,10 @@ class Board(NamedTuple):
     """Latents of the query, and of keys and values with the rotary key: [Q + C + R]."""
     q: Any
     """[H (N + R)]."""
+    absorbed: Any
+    """Queries, as the attention takes them: [H (C + R)]."""
+    new: Any
+    """Of the new token, what goes to the cache: [C + R]."""
     value: Any
     """[H V]."""
     middle: Any
@@ -94,7 +94,7 @@ class Board(NamedTuple):
     def widths(cls, shape: LayerShape) -> "Board":
         """Multiples of 4, as words are read in fours; the counter has a line of memory to itself."""
         D, Q, C, R, N, V, H, F = shape
-        return cls(32, Q + C + R, H * (N + R), H * V, D, F)
+        return cls(32, Q + C + R, H * (N + R), H * (C + R), C + R, H * V, D, F)
 
     @classmethod
     def of(cls, shape: LayerShape, ref) -> "Board":
@@ -114,12 +114,16 @@ class Shared:
     q_rope: Any
     weights: Any
     scratch: Any
+    """Of each consumer, to reduce over its warps; in the attention, its weights are there."""
+    of_new: Any
+    """In the same place, two vectors of each consumer: of the new token, or its query and itself. As they are narrow,
+    warps reduce them without `scratch`."""
     given: Any
     """By one consumer to the other: its result of the attention [H, C]."""
     partials: Any
     """Results of the attention for a head: of each consumer those that it adds, and those that it adds after them."""
     vector: Any
-    """That the rows of a matrix are multiplied with."""
+    """That the rows of a matrix are multiplied with, or parts of the queries."""
     parts: Any
     """float32: of the products of the rows that the block has of a matrix, see `mosaic_products.dots`."""
     log2_sum: Any
@@ -129,12 +133,11 @@ class Shared:
     shares: Any
     """Of each result in the attention."""
     latent: Any
-    """What each consumer has added."""
+    """What each consumer has added; before that, a part of the queries."""
     residual: Any
     full: Any
     tokens_full: Any
     empty: Any
-    q_full: Any
     partials_full: Any
     of_head_full: Any
     residual_full: Any
@@ -151,9 +154,10 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
         ),
         # What a consumer exchanges when it reduces scores, 128 H bytes, ends where the other's weights start.
         "weights": plgpu.RefUnion(
-            tiled(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, SCRATCH), jnp.float32)
+            tiled(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, SCRATCH), jnp.float32),
+            plgpu.SMEM((CONSUMERS, 2, SCRATCH), dtype),
         ),
-        # In turn: vector of the queries, what the attention takes and then its partials, vectors of what follows.
+        # In turn: vectors of the queries, what the attention takes and then its partials, vectors of what follows.
         "exchange": plgpu.RefUnion(
             (tiled(H, C, dtype), tiled(H, R, dtype), tiled(H, C, dtype)),
             plgpu.SMEM((CONSUMERS * AHEAD, AT_ONCE, C), dtype), plgpu.SMEM((longest_vector(shape),), dtype),
@@ -169,7 +173,6 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
         "tokens_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS // 2),
         "empty": plgpu.Barrier(num_arrivals=1, num_barriers=SLOTS),
-        "q_full": plgpu.Barrier(num_arrivals=2),
         "partials_full": plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS * AHEAD),
         "of_head_full": plgpu.Barrier(num_arrivals=1),
         "residual_full": plgpu.Barrier(num_arrivals=1),
@@ -189,10 +192,7 @@ def shared_bytes(shape: LayerShape, blocks: int) -> int:
 
 def out_types(shape: LayerShape, blocks: int, dtype) -> list[jax.ShapeDtypeStruct]:
     """Of what the kernel writes, in the order of `Refs`."""
-    D, C, R, H = shape.D, shape.C, shape.R, shape.H
+    D, C, H = shape.D, shape.C, shape.H
     slots = partial_slots(blocks)
     of = jax.ShapeDtypeStruct
-    return [
-        of((D,), dtype), of((C + R,), dtype), of((H, C + R), dtype),
-        of((slots, H, C), dtype), of((H, slots), jnp.float32),
-    ]  # fmt: skip
+    return [of((D,), dtype), of((slots, H, C), dtype), of((H, slots), jnp.float32)]

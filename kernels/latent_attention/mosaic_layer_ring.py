@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention import mosaic_products as products
+from latent_attention.mosaic_meeting import written_is_seen_by_copies
 from latent_attention.shapes import LayerShape
 
 SLOT = 10240
@@ -175,9 +176,16 @@ def token_tile(shape: LayerShape, smem, pair) -> tuple[Any, Any]:
     return smem.c_tiles.at[pair, pl.ds(0, TOKENS)], smem.rope_tiles.at[pair, behind]
 
 
-def produce(shape: LayerShape, blocks: int, block, of: dict[str, Reading], refs, smem) -> None:
-    """Copies all tiles of a block into the ring, each as soon as its slot is empty, and the input as first residual."""
-    plgpu.copy_gmem_to_smem(refs.h, smem.residual, smem.residual_full, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+def tokens_held(refs) -> Any:
+    """How many the cache holds."""
+    return jnp.minimum(refs.length[0], refs.c.shape[1])
+
+
+def produce(shape: LayerShape, blocks: int, block, refs, smem) -> None:
+    """Copies all tiles of a block into the ring, each as soon as its slot is empty, and the input as first residual.
+
+    The weights that come before the tokens do not wait for the end of the kernel before, which may write all the rest.
+    """
 
     def copy_tokens(tile, slot) -> None:
         pair, at = lax.div(slot, 2), pl.ds(tile * TOKENS, TOKENS)
@@ -192,33 +200,48 @@ def produce(shape: LayerShape, blocks: int, block, of: dict[str, Reading], refs,
                 oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
             )  # fmt: skip
 
-    everything = list(shares(of, block, blocks))
-    names = [name for name, _ in everything]
-    before, after = (everything[names.index("tokens") + i][1] for i in (-1, 1))
-    last = before.number + before.count
-    copies = [copy_tokens if it.slots == 2 else functools.partial(copy_rows, it) for _, (it, *_) in everything]
+    def parted(held) -> tuple[list[Share], list[Share]]:
+        """What comes before the tokens, and these and what follows."""
+        everything = dict(shares(readings(shape, blocks, refs, held), block, blocks))
+        tokens = list(everything).index("tokens")
+        return list(everything.values())[:tokens], list(everything.values())[tokens:]
 
-    def wait(number, _) -> None:
-        """For a tile of a matrix; those numbers between matrices are of tokens, or left out before them."""
-        of_matrix = (number < last) | (number >= after.number)
-        pl.when(of_matrix)(lambda: plgpu.barrier_wait(smem.full.at[slot_of(number)]))
+    def copy(these: list[Share], after, landed) -> Any:
+        """Copies these; `after` is the number of the first slot behind the tokens.
 
-    def step(n, landed):
-        """The block's n-th tile; up to `landed`, matrices' have been waited for: each, as waits see turns' parity."""
-        which = i = first = number = unhurried = end = jnp.int32(0)
-        for k, (_, (it, its_first, count, its_number)) in enumerate(everything):
-            reached = n >= end
-            which, i = jnp.where(reached, k, which), jnp.where(reached, n - end, i)
-            first, number = jnp.where(reached, its_first, first), jnp.where(reached, its_number, number)
-            unhurried, end = jnp.where(reached, it.unhurried, unhurried), end + count
-        of_tokens = which == names.index("tokens")
-        at = number + i * jnp.where(of_tokens, 2, 1)
-        slot = slot_of(at)
-        plgpu.barrier_wait(smem.empty.at[slot])
-        pl.when(of_tokens)(lambda: plgpu.barrier_wait(smem.empty.at[slot + 1]))
-        until = jnp.where(of_tokens, last, at + 1 - jnp.where(i < unhurried, 1, IN_FLIGHT))
-        lax.fori_loop(landed, until, wait, None)
-        lax.switch(which, copies, first + i * blocks, slot)
-        return jnp.where(of_tokens, at + 2, jnp.maximum(landed, until))
+        Up to slot `landed`, tiles of matrices have been waited for: each, as waits see turns' parity. Returns it anew.
+        """
+        copies = [copy_tokens if it.slots == 2 else functools.partial(copy_rows, it) for it, *_ in these]
 
-    lax.fori_loop(0, sum(share.count for _, share in everything), step, jnp.int32(0))
+        def wait(number, _) -> None:
+            """For a tile of a matrix; those numbers between matrices are of tokens, or left out before them."""
+            of_matrix = (number < end_before) | (number >= after)
+            pl.when(of_matrix)(lambda: plgpu.barrier_wait(smem.full.at[slot_of(number)]))
+
+        def step(n, landed):
+            which = i = first = number = slots = unhurried = end = jnp.int32(0)
+            for k, (it, its_first, count, its_number) in enumerate(these):
+                reached = n >= end
+                which, i = jnp.where(reached, k, which), jnp.where(reached, n - end, i)
+                first, number = jnp.where(reached, its_first, first), jnp.where(reached, its_number, number)
+                slots, unhurried = jnp.where(reached, it.slots, slots), jnp.where(reached, it.unhurried, unhurried)
+                end += count
+            of_tokens, at = slots == 2, number + i * slots
+            slot = slot_of(at)
+            plgpu.barrier_wait(smem.empty.at[slot])
+            pl.when(of_tokens)(lambda: plgpu.barrier_wait(smem.empty.at[slot + 1]))
+            until = jnp.where(of_tokens, end_before, at + 1 - jnp.where(i < unhurried, 1, IN_FLIGHT))
+            lax.fori_loop(landed, until, wait, None)
+            lax.switch(which, copies, first + i * blocks, slot)
+            return jnp.where(of_tokens, at + 2, jnp.maximum(landed, until))
+
+        return lax.fori_loop(0, sum(share.count for share in these), step, landed)
+
+    before, _ = parted(jnp.int32(0))  # it does not depend on how many tokens follow
+    end_before = before[-1].number + before[-1].count
+    landed = copy(before, end_before, jnp.int32(0))
+    plgpu.griddepcontrol_wait()
+    written_is_seen_by_copies()
+    plgpu.copy_gmem_to_smem(refs.h, smem.residual, smem.residual_full, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+    _, others = parted(tokens_held(refs))
+    copy(others, others[1].number, landed)

@@ -14,6 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from latent_attention.mosaic_ir import constant, i8, i32, plus, run, split, thread, times
+from latent_attention.mosaic_meeting import awaited
 from latent_attention.mosaic_tiles import CHUNK
 
 _TILE = plgpu.RefType((plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128)))
@@ -79,6 +80,34 @@ def copy_rows(tile_ref, ref) -> None:
                 llvm.store(loaded, mgpu.utils.getelementptr(target, [to], i8()), alignment=16)
 
     copy(tile_ref, ref)  # pyright: ignore[reportCallIssue]
+
+
+def collect_rows(words_ref, tile_refs, tag, threads: int) -> None:
+    """`mosaic_meeting.collect` of a matrix, whose first columns go to one tile and the others to another."""
+    rows = tile_refs[0].shape[0]
+    widths = [ref.shape[1] for ref in tile_refs]
+    assert words_ref.shape == (rows * sum(widths),)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _TILE, _TILE, plgpu.Layout.WG_SPLAT))
+    def collect(_, words, *rest):
+        *tiles, tag = rest
+        pointers = [mgpu.utils.memref_ptr(tile) for tile in tiles]
+        starts = [llvm.ptrtoint(i32(), pointer) for pointer in pointers]
+        chunks = [width // CHUNK for width in widths]
+        for four, numbers in awaited(words, tag, threads):
+            row, at = split(four, sum(widths) // 4)
+            (eight, of_eight), (chunk, inside) = split(row, 8), split(at, CHUNK // 4)
+            unit, half = split(inside, 2)
+            is_other = arith.cmpi(arith.CmpIPredicate.uge, chunk, constant(chunks[0]))
+            behind = plus(arith.subi(starts[1], starts[0]), constant(-chunks[0] * _BLOCK))
+            place = plus(
+                arith.select(is_other, behind, constant(0)), times(chunk, _BLOCK),
+                arith.muli(eight, arith.select(is_other, constant(chunks[1] * _BLOCK), constant(chunks[0] * _BLOCK))),
+                times(of_eight, 128), times(arith.xori(unit, of_eight), 16), times(half, 8),
+            )  # fmt: skip
+            llvm.store(numbers, mgpu.utils.getelementptr(pointers[0], [place], i8()), alignment=8)
+
+    collect(words_ref, *tile_refs, tag)  # pyright: ignore[reportCallIssue]
 
 
 def load_accumulator(tile_ref, dtype) -> Any:

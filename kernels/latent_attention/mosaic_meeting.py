@@ -2,8 +2,9 @@
 
 What a block has written is seen by others behind a fence, which takes 0.5 to 2 us while copies are on their way. So
 vectors of 16-bit numbers go from all blocks to all without one, as words of a number and a tag: who reads a word knows
-by its tag whether the number is there. That all blocks have counted is then only a hint that it is time to look. Each
-launch posts every word once, so that there is, before, what the launch before has posted with another tag.
+by its tag whether the number is there. That all blocks have counted, if they do, is then only a hint that it is time to
+look. Each launch posts one value in every word, so that there is, before, what the launch before has posted with
+another tag.
 """
 
 from typing import Any
@@ -115,38 +116,43 @@ def collect(words_ref, place_ref, tag, threads: int) -> None:
 
     So many threads of the block do it, from a multiple of `threads` on; they see all behind a barrier only.
     """
-    (width,) = words_ref.shape
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def read(_, words, place, tag):
-        source, target = (mgpu.utils.memref_ptr(x) for x in (words, place))
-        own = thread(threads)
-        last = constant(width // 4 - 1)
-        fours = [arith.minui(plus(own, constant(first)), last) for first in range(0, width // 4, threads)]
-        tag = tag.registers.item()
-        tags = arith.ori(arith.shli(tag, constant(16)), tag)
-        loop = scf.WhileOp([i32()] * (2 * len(fours)), [])
-        with ir.InsertionPoint(loop.before.blocks.append()):
-            pairs, missing = [], arith.constant(ir.IntegerType.get_signless(1), 0)
-            for four in fours:
-                pointer = mgpu.utils.getelementptr(source, [times(four, 4)], i32())
-                loaded: Any = llvm.inline_asm(
-                    llvm.StructType.get_literal([i32()] * 4), [pointer],
-                    "ld.relaxed.gpu.global.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", has_side_effects=True,
-                )  # fmt: skip
-                four_words = [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
-                for pair in (four_words[:2], four_words[2:]):
-                    pairs.append(_halves(pair, "0x7632"))
-                    other = arith.cmpi(arith.CmpIPredicate.ne, _halves(pair, "0x5410"), tags)
-                    missing = arith.ori(missing, other)
-            scf.condition(missing, pairs)
-        with ir.InsertionPoint(loop.after.blocks.append(*[i32()] * (2 * len(fours)))):
-            scf.yield_([])
-        for i, four in enumerate(fours):
-            numbers = vector.from_elements(ir.VectorType.get((2,), i32()), list(loop.results)[2 * i : 2 * i + 2])
+        target = mgpu.utils.memref_ptr(place)
+        for four, numbers in awaited(words, tag, threads):
             llvm.store(numbers, mgpu.utils.getelementptr(target, [times(four, 2)], i32()))
 
     read(words_ref, place_ref, tag)  # pyright: ignore[reportCallIssue]
+
+
+def awaited(words, tag, threads: int) -> list[tuple[Any, Any]]:
+    """For Mosaic: a thread's part of `collect`, the numbers of four words, as two words, with which four these are."""
+    (width,) = ir.MemRefType(words.type).shape
+    source, own, last = mgpu.utils.memref_ptr(words), thread(threads), constant(width // 4 - 1)
+    fours = [arith.minui(plus(own, constant(first)), last) for first in range(0, width // 4, threads)]
+    tag = tag.registers.item()
+    tags = arith.ori(arith.shli(tag, constant(16)), tag)
+    loop = scf.WhileOp([i32()] * (2 * len(fours)), [])
+    with ir.InsertionPoint(loop.before.blocks.append()):
+        pairs, missing = [], arith.constant(ir.IntegerType.get_signless(1), 0)
+        for four in fours:
+            pointer = mgpu.utils.getelementptr(source, [times(four, 4)], i32())
+            loaded: Any = llvm.inline_asm(
+                llvm.StructType.get_literal([i32()] * 4), [pointer],
+                "ld.relaxed.gpu.global.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", has_side_effects=True,
+            )  # fmt: skip
+            four_words = [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+            for pair in (four_words[:2], four_words[2:]):
+                pairs.append(_halves(pair, "0x7632"))
+                other = arith.cmpi(arith.CmpIPredicate.ne, _halves(pair, "0x5410"), tags)
+                missing = arith.ori(missing, other)
+        scf.condition(missing, pairs)
+    with ir.InsertionPoint(loop.after.blocks.append(*[i32()] * (2 * len(fours)))):
+        scf.yield_([])
+    results = list(loop.results)
+    two = ir.VectorType.get((2,), i32())
+    return [(four, vector.from_elements(two, results[2 * i : 2 * i + 2])) for i, four in enumerate(fours)]
 
 
 def _halves(pair: list, selector: str) -> Any:

@@ -37,7 +37,7 @@ class Place:
     """A reference that knows its name and index."""
 
     def __init__(self, name: str, index=()):
-        self.name, self.index, self.at = name, index, self
+        self.name, self.index, self.at, self.shape = name, index, self, (1, 131_072)
 
     def __getitem__(self, index):
         return Place(self.name, index)
@@ -53,7 +53,15 @@ class Place:
 
 
 class Places:
-    """Whatever reference is asked for."""
+    """Whatever reference is asked for; so many tokens are held, which to read is a step."""
+
+    def __init__(self, held: int = 0, steps: list | None = None):
+        self.held, self.steps, self.length = held, steps, self
+
+    def __getitem__(self, index):
+        assert self.steps is not None
+        self.steps.append(LENGTH_READ)
+        return jnp.int32(self.held)
 
     def __getattr__(self, name):
         return Place(name)
@@ -90,8 +98,10 @@ class Step(NamedTuple):
     """Of a copy, source and place; of a consumer's wait, which tile it then takes."""
 
 
-def produced(shape: LayerShape, of: dict, block: int, monkeypatch, blocks: int = BLOCKS) -> list[Step]:
-    """What the producer does, run without a GPU: it waits for a barrier or starts a copy that a barrier counts."""
+def everything_produced(shape: LayerShape, held: int, block: int, monkeypatch, blocks: int = BLOCKS) -> list[Step]:
+    """What the producer does, run without a GPU: it waits, for a barrier or for the end of the kernel before, or starts
+    a copy that a barrier counts.
+    """
     does = []
 
     def copy(source, place, full, **_):
@@ -100,9 +110,19 @@ def produced(shape: LayerShape, of: dict, block: int, monkeypatch, blocks: int =
     with monkeypatch.context() as patch, jax.disable_jit():
         patch.setattr(ring.plgpu, "copy_gmem_to_smem", copy)
         patch.setattr(ring.plgpu, "barrier_wait", lambda it: does.append(Step("wait", it.slot())))
-        ring.produce(shape, blocks, jnp.int32(block), of, Places(), Places())
-    assert does[0].barrier == ("residual_full", 0) and [x.name for x in does[0].what] == ["h", "residual"]
-    return does[1:]
+        patch.setattr(ring.plgpu, "griddepcontrol_wait", lambda: does.append(KERNEL_BEFORE))
+        patch.setattr(ring, "written_is_seen_by_copies", lambda: None)
+        ring.produce(shape, blocks, jnp.int32(block), Places(held, does), Places())
+    return does
+
+
+def produced(*args) -> list[Step]:
+    """Of `everything_produced`, what has to do with the ring."""
+    return [step for step in everything_produced(*args) if step.barrier[0] in ("full", "tokens_full", "empty")]
+
+
+KERNEL_BEFORE = Step("wait", ("kernel before", 0))
+LENGTH_READ = Step("read", ("length", 0))
 
 
 def consumed(of: dict, block: int, blocks: int) -> list[list[Step]]:
@@ -197,7 +217,7 @@ def test_the_ring_is_filled_and_emptied_without_losing_count(shape, held, blocks
     of = readings(shape, blocks, Places(), jnp.int32(held))
     barriers = shared(shape, blocks, jnp.bfloat16)
     arrivals = {name: barriers[name].num_arrivals for name in ("full", "tokens_full", "empty")}
-    agents = [produced(shape, of, block, monkeypatch, blocks), *consumed(of, block, blocks)]
+    agents = [produced(shape, held, block, monkeypatch, blocks), *consumed(of, block, blocks)]
     for name, order in ORDERS.items():
         ring, random = Ring(agents, arrivals), np.random.default_rng(block)
         while any(ring.agents):
@@ -228,7 +248,7 @@ def test_consumers_always_have_more_tiles_than_they_take_ahead(shape, blocks):
 def test_each_tile_is_copied_from_where_it_lies_to_its_slot(shape, held, block, monkeypatch):
     C, R = shape.C, shape.R
     of = readings(shape, BLOCKS, Places(), jnp.int32(held))
-    copies = iter([step for step in produced(shape, of, block, monkeypatch) if step.kind == "copy"])
+    copies = iter([step for step in produced(shape, held, block, monkeypatch) if step.kind == "copy"])
     for name, (reading, first, count, number) in shares(of, jnp.int32(block), BLOCKS):
         for i in range(int(count)):
             tile, slot = int(first) + i * BLOCKS, (int(number) + i * reading.slots) % SLOTS
@@ -252,9 +272,20 @@ def test_each_tile_is_copied_from_where_it_lies_to_its_slot(shape, held, block, 
     assert next(copies, None) is None
 
 
+@pytest.mark.parametrize(("shape", "held"), CASES)
+@pytest.mark.parametrize("block", [0, 131])
+def test_until_the_kernel_before_is_done_only_weights_are_read(shape, held, block, monkeypatch):
+    does = everything_produced(shape, held, block, monkeypatch)
+    end = does.index(KERNEL_BEFORE)
+    assert {step.what[0].name for step in does[:end] if step.kind == "copy"} <= {"q_a", "kv_a", "q_b"}
+    assert "q_b" in {step.what[0].name for step in does[:end] if step.kind == "copy"}
+    assert [x.name for x in does[end + 1].what] == ["h", "residual"]
+    assert LENGTH_READ not in does[:end] and LENGTH_READ in does and KERNEL_BEFORE not in does[end + 1 :]
+
+
 def test_tiles_that_nobody_waits_for_come_one_at_a_time(monkeypatch):
     of = readings(INFINITE_1B, BLOCKS, Places(), jnp.int32(0))
-    does = produced(INFINITE_1B, of, 0, monkeypatch)
+    does = produced(INFINITE_1B, 0, 0, monkeypatch)
     in_flight, most = 0, []  # when each tile has been started
     for kind, (barrier, _), _ in does:
         in_flight += {"copy": 0.5, "wait": -1}[kind] if barrier == "full" else 0
