@@ -28,6 +28,9 @@ DECODE_BLOCK = 32
 """Tokens that one call of the compiled loop adds; meanwhile, those of the call before are streamed or stop rows."""
 _UNROLL = 4
 """Tokens that a turn of the compiled loop adds by the kernels for one token, beside which a turn's own time counts."""
+_NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 2**30}
+"""XLA leaves kernels of Triton out of CUDA graphs: there would be one between any two, which takes longer to start than
+what is in it."""
 
 OnTokens = Callable[[int, list[int]], bool | None]
 """Called with the row and its new tokens, a few at a time; True ends the row."""
@@ -35,38 +38,63 @@ OnPrefill = Callable[[int, int], None]
 """Called with how many tokens of all prompts have been read, and how many there are to read."""
 
 
-@functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("layers", "seen_BX"))
 def decode_block(
     config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, *, plan: SamplingPlan, steps
 ):  # fmt: skip
     """The next `steps` tokens [N, B] of each row, and what the next call takes. Rows that are done hold still.
 
     `first` counts the tokens of earlier calls: the draws of a seed do not depend on how many tokens a call adds.
+    `layers` and `seen_BX` are donated. Not for use inside another `jit`, as it has options for the compiler.
     """
-    fused = one_token.why_not(config, layers) is None
+    loop = _kernels_decode if one_token.why_not(config, layers) is None else _decode
+    return loop(
+        config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, plan=plan, steps=steps
+    )
+
+
+_jit = functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("layers", "seen_BX"))
+
+
+@_jit
+def _decode(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, *, plan, steps):
+    def next_token(carry, number):
+        tokens_B, cache, seen_BX = carry
+        h_B1D, cache = decoder.extend(
+            config, weights, tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True
+        )
+        scores_BX = decoder.logits(config, weights, h_B1D[:, 0])
+        tokens_B, seen_BX = _chosen(plan, values, scores_BX, seen_BX, key, number)
+        return (tokens_B, cache, seen_BX), tokens_B
+
+    start = tokens_B, LatentCache(layers, lengths_B), seen_BX
+    (tokens_B, cache, seen_BX), new_NB = jax.lax.scan(next_token, start, first + jnp.arange(steps))
+    return new_NB, tokens_B, cache.layers, cache.lengths_B, seen_BX
+
+
+@functools.partial(_jit, compiler_options=_NO_GRAPHS)
+def _kernels_decode(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, *, plan, steps):
+    """Of one row, which is not done."""
 
     def next_token(carry, step):
-        (tokens_B, cache, seen_BX, meeting), (number, turn) = carry, step
-        if fused:  # one row, which was not done when this was called
-            scores_BX, cache, meeting = one_token.step(config, weights, tokens_B, turn, cache, meeting)
-        else:
-            h_B1D, cache = decoder.extend(
-                config, weights, tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True
-            )
-            scores_BX = decoder.logits(config, weights, h_B1D[:, 0])
-        tokens_B = choose(plan, values, scores_BX, seen_BX, jax.random.fold_in(key, number))
-        if seen_BX is not None:
-            seen_BX |= jax.nn.one_hot(tokens_B, seen_BX.shape[1], dtype=bool)
-        return (tokens_B, cache, seen_BX, meeting), tokens_B
+        (tokens_B, layers, seen_BX, meeting), (number, turn, length_B) = carry, step
+        cache = LatentCache(layers, length_B)
+        scores_BX, cache, meeting = one_token.step(config, weights, tokens_B, turn, cache, meeting)
+        tokens_B, seen_BX = _chosen(plan, values, scores_BX, seen_BX, key, number)
+        return (tokens_B, cache.layers, seen_BX, meeting), tokens_B
 
-    meeting = one_token.init_meeting(config, weights, layers) if fused else None
-    start = tokens_B, LatentCache(layers, lengths_B), seen_BX, meeting
     coming = jnp.arange(steps)
-    turns = rotations(config, lengths_B[0] + coming) if fused else None
-    (tokens_B, cache, seen_BX, _), new_NB = jax.lax.scan(
-        next_token, start, (first + coming, turns), unroll=_UNROLL if fused else 1
-    )
-    return new_NB, tokens_B, cache.layers, cache.lengths_B, seen_BX
+    start = tokens_B, layers, seen_BX, one_token.init_meeting(config, weights, layers)
+    each = first + coming, rotations(config, lengths_B[0] + coming), lengths_B + coming[:, None]
+    (tokens_B, layers, seen_BX, _), new_NB = jax.lax.scan(next_token, start, each, unroll=_UNROLL)
+    return new_NB, tokens_B, layers, lengths_B + steps, seen_BX
+
+
+def _chosen(plan: SamplingPlan, values, scores_BX, seen_BX, key, number) -> tuple[jax.Array, jax.Array | None]:
+    """The next token of each row, which is seen then."""
+    tokens_B = choose(plan, values, scores_BX, seen_BX, jax.random.fold_in(key, number))
+    if seen_BX is not None:
+        seen_BX |= jax.nn.one_hot(tokens_B, seen_BX.shape[1], dtype=bool)
+    return tokens_B, seen_BX
 
 
 @dataclasses.dataclass

@@ -20,8 +20,9 @@ from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
 from mla_jax.generate import Context, Generator, generate
 from mla_jax.memory import MemoryPlan
-from mla_jax.model import decoder
+from mla_jax.model import decoder, one_token
 from mla_jax.model.cache import init_cache, init_layer, resized
+from mla_jax.model.rope import rotations
 from mla_jax.model.transformer import bind, init_params
 from mla_jax.sampling import Sampling
 from tiny import MODEL
@@ -204,6 +205,26 @@ def test_a_call_is_under_way_while_the_tokens_of_the_one_before_are_shown(genera
     events.clear()
     continued(generator, prompt, on_tokens=lambda row, ids: events.append(len(ids)) or True)
     assert events == ["call", "call", 5]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=1.0, seed=3), Sampling(repetition_penalty=1e6)], ids=str
+)
+def test_the_loop_over_kernels_for_one_token_adds_the_same_tokens(generator, monkeypatch, sampling):
+    """With a step of XLA in place of the kernels, which need a GPU."""
+    monkeypatch.setattr("mla_jax.generate.DECODE_BLOCK", 5)
+    expected = continued(generator, PROMPTS[1:2], sampling=sampling)
+
+    def step(config, weights, tokens_1, turn, cache, meeting):
+        right = [(x == y).all() for x, y in zip(turn, rotations(config, cache.lengths_B[0]), strict=True)]
+        h_B1D, cache = decoder.extend(config, weights, tokens_1[:, None], cache, jnp.ones(1, jnp.int32), absorbed=True)
+        scores = decoder.logits(config, weights, h_B1D[:, 0])
+        return jnp.where(right[0] & right[1] & (meeting < 5), scores, jnp.nan), cache, meeting + 1
+
+    monkeypatch.setattr(one_token, "why_not", lambda config, layers: None)
+    monkeypatch.setattr(one_token, "init_meeting", lambda config, weights, layers: jnp.int32(0))
+    monkeypatch.setattr(one_token, "step", step)
+    assert continued(generator, PROMPTS[1:2], sampling=sampling) == expected
 
 
 @pytest.mark.parametrize("end", ["stop", "error"])
