@@ -224,6 +224,7 @@ def test_the_loop_over_kernels_for_one_token_adds_the_same_tokens(generator, mon
     monkeypatch.setattr(one_token, "why_not", lambda config, layers: None)
     monkeypatch.setattr(one_token, "init_meeting", lambda config, weights, layers: jnp.int32(0))
     monkeypatch.setattr(one_token, "step", step)
+    monkeypatch.setattr("mla_jax.generate._decode", None)  # the other loop
     assert continued(generator, PROMPTS[1:2], sampling=sampling) == expected
 
 
