@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from latent_attention import mosaic_layer_consumer as consumer
 from latent_attention import mosaic_layer_ring as ring
+from latent_attention.mosaic_layer_consumer import Consumer
 from latent_attention.mosaic_layer_memory import shared
 from latent_attention.mosaic_layer_ring import (
     CONSUMERS,
@@ -281,6 +283,17 @@ def test_until_the_kernel_before_is_done_only_weights_are_read(shape, held, bloc
     assert "q_b" in {step.what[0].name for step in does[:end] if step.kind == "copy"}
     assert [x.name for x in does[end + 1].what] == ["h", "residual"]
     assert LENGTH_READ not in does[:end] and LENGTH_READ in does and KERNEL_BEFORE not in does[end + 1 :]
+
+
+def test_until_the_kernel_before_is_done_consumers_read_nothing_but_gains(monkeypatch):
+    does = []
+    monkeypatch.setattr(Consumer, "vector", lambda self, ref, width: does.append(ref.name))
+    monkeypatch.setattr(consumer.plgpu, "griddepcontrol_wait", lambda: does.append(KERNEL_BEFORE))
+    monkeypatch.setattr(consumer.meeting, "counted", lambda ref: does.append("counter") or jnp.int32(0))
+    Consumer(SMALL, BLOCKS, jnp.bfloat16, 1e-6, 0.1, jnp.int32(0), 0, Places(1000, does), Places())
+    end = does.index(KERNEL_BEFORE)
+    assert does[:end] == ["input_gain", "q_gain", "kv_gain"]
+    assert set(does[end + 1 :]) == {LENGTH_READ, "counter"}
 
 
 def test_tiles_that_nobody_waits_for_come_one_at_a_time(monkeypatch):
