@@ -164,7 +164,7 @@ class DataConfig:
     tokenizer: str = MISSING
     """`bytes`, `needle-bpe` (built in, see `mla_jax.data.tokenizer`), or the path of a tokenizer.json / HF folder."""
     workers: int = 0
-    """Grain worker processes; 0 generates in threads of the training process."""
+    """Processes that make batches; 0 makes them in a thread of the training process."""
 
     def __post_init__(self):
         require_at_least(0, **{"data.workers": self.workers})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -120,12 +121,14 @@ def test_a_dead_data_worker_ends_training_with_what_to_do(uninterrupted, tmp_pat
             (worker,) = multiprocessing.active_children()
             assert worker.pid is not None
             os.kill(worker.pid, signal.SIGKILL)
-            worker.join()
+            multiprocessing.connection.wait([worker.sentinel])
         return place_batch(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "place_batch", killing)
-        with pytest.raises(InputError, match=r"worker process died.*lower data\.workers and run the same command"):
+        with pytest.raises(
+            InputError, match=r"worker process died \(exit code -9\).*lower data\.workers; the same command"
+        ):
             train(config)
     assert load_run(tmp_path / "run").step in (4, 8)
     assert_goes_on_alike(config, uninterrupted)

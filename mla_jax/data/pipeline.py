@@ -1,28 +1,20 @@
-"""From a data config to batches: random-access sources of whole batches, read by Grain threads or worker processes.
+"""From a data config to batches: random-access sources of whole batches, which Grain reads ahead.
 
 Batch i of a stage is a pure function of (config, seed, stage, i). So a position in the data is one number, the same
 for any number of workers, and a resumed run sees the batches it would have seen.
 """
 
-import contextlib
-import signal
-import weakref
 from collections.abc import Callable
-from typing import Protocol
 
 import grain
 import numpy as np
-from absl import flags
 
 from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, StageConfig
 from mla_jax.data.needle import NeedleGenerator, Purpose, stream
 from mla_jax.data.text import load_documents, pack
 from mla_jax.data.tokenizer import Tokenizer
-from mla_jax.errors import InputError, UsageError
-
-Batch = dict[str, np.ndarray]
-"""Arrays [b, T] of the rows that were asked for: tokens, targets, positions int32, weights float32, and segments int32
-where rows hold several documents."""
+from mla_jax.data.workers import Batch, BatchSource, WorkerProcesses
+from mla_jax.errors import UsageError
 
 Rows = dict[int, np.ndarray]
 """Which rows of a batch of each size are wanted, ascending."""
@@ -30,32 +22,16 @@ Rows = dict[int, np.ndarray]
 ENDLESS = 2**48
 """Batches in a source: more than any run takes."""
 
-# Grain stops its workers one after the other. One with a batch on its way that is larger than a pipe waits for a
-# reader, and there is none any more: Grain kills it after 25 s. With eight workers that is minutes, which a job told to
-# stop does not have. Nothing is lost with a killed worker: batches are made again from their number.
-with contextlib.suppress(ImportError):  # private to Grain; without it, closing takes longer
-    from grain._src.python.dataset.transformations import process_prefetch
-
-    process_prefetch._PROCESS_KILL_TIMEOUT_S = 1
-
-
-class BatchSource(Protocol):
-    """Random access to batches."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Batch: ...
-
 
 class Pipeline:
-    """Endless iterator over the batches of a source, made ahead by threads, or by `workers` processes."""
+    """Endless iterator over the batches of a source, made ahead by a thread, or by `workers` processes."""
 
     def __init__(self, source: BatchSource, workers: int):
         self._source = source
         self._workers = workers
         self._next = 0
         self._batches: grain.DatasetIterator | None = None
-        self._end: Callable[[], object] = lambda: None
+        self._processes: WorkerProcesses | None = None
 
     def __iter__(self) -> "Pipeline":
         return self
@@ -63,31 +39,21 @@ class Pipeline:
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = self._start()
-            self._end = weakref.finalize(self, self._batches.close)  # also when the program ends
         try:
             batch = next(self._batches)
-        except RuntimeError as e:
-            if "Worker process" not in str(e):
-                raise
-            raise InputError(
-                "a data worker process died, out of memory perhaps; lower data.workers and run the same command to go "
-                "on from the last checkpoint"
-            ) from e
+        except BaseException:
+            self.close()  # Grain has gone on to the batch after this one
+            raise
         self._next += 1
         return batch
 
     def _start(self) -> grain.DatasetIterator:
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        batches = grain.MapDataset.source(self._source).slice(slice(self._next, None)).to_iter_dataset(ahead)
+        source = self._source
         if self._workers:
-            if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts a worker
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-            batches = batches.mp_prefetch(options, worker_init_fn=_leave_ctrl_c_to_the_trainer)
-            # Shared memory is small in containers, and batches are quick to copy.
-            copied = grain.experimental.DatasetOptions(min_shm_size=2**62)
-            batches = grain.experimental.WithOptionsIterDataset(batches, copied)
-        return iter(batches)
+            source = self._processes = WorkerProcesses(source, self._workers)
+        threads = max(self._workers, 1)  # with workers, they read what those have made
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        return iter(grain.MapDataset.source(source).slice(slice(self._next, None)).to_iter_dataset(ahead))
 
     def get_state(self) -> dict[str, int]:
         """Position in the data, to save as JSON."""
@@ -100,13 +66,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Ends threads and worker processes; the iterator starts them again if it is used again."""
-        self._end()
-        self._batches = None
-
-
-def _leave_ctrl_c_to_the_trainer(worker: int, workers: int) -> None:
-    """A terminal sends SIGINT to all processes; the trainer still wants batches until it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self._batches is not None:
+            self._batches.close()
+        if self._processes is not None:
+            self._processes.close()
+        self._batches = self._processes = None
 
 
 def make_pipeline(

@@ -64,9 +64,10 @@ def assert_it_resumed(slurm, job: str, run_dir: Path) -> None:
     assert stopped and resumed and stopped[1] == resumed[1], printed
 
 
-def test_a_requeued_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_requeued_job_goes_on_where_it_stopped(slurm, whole, tmp_path, workers):
     run_dir = tmp_path / "requeued"
-    job = interrupted(slurm, run_dir)
+    job = interrupted(slurm, run_dir, f"data.workers={workers}")  # SLURM sends SIGTERM to workers too
     slurm.run("scontrol", "requeue", job)
     assert_it_resumed(slurm, job, run_dir)
     assert_equal(params_of(run_dir), whole)
