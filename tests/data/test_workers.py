@@ -77,10 +77,9 @@ def interrupted(*_) -> None:
 
 
 def test_if_one_cannot_start_the_others_end():
-    with pytest.raises(ValueError, match="enough") as raised:
+    with pytest.raises(ValueError, match="enough") as raised:  # while it is held, so is what was started
         WorkerProcesses(SentOnce(), 2)
-    assert not multiprocessing.active_children()
-    del raised  # while it is held, so is what was started
+    assert not multiprocessing.active_children(), raised
 
 
 def test_workers_end_with_the_object_that_nobody_holds_any_more():
