@@ -1,7 +1,7 @@
 """Batches made by worker processes, each at the end of a connection of its own.
 
 A worker that is killed while it sends a batch closes its connection, and whoever waits for that batch hears of it. In a
-queue, such as Grain's own workers share with their reader, half a batch is waited for without end.
+queue, such as Grain's own workers (0.2.18) share with their reader, half a batch is waited for without end.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class WorkerProcesses:
         self._processes: list[BaseProcess] = []
         self._idle: queue.SimpleQueue[tuple[BaseProcess, Connection]] = queue.SimpleQueue()
         # As multiprocessing.Pool does: also runs when a program ends, before that waits for its processes.
-        self._end = util.Finalize(self, _end, (self._processes,), exitpriority=0)
+        self._end = util.Finalize(self, _kill, (self._processes,), exitpriority=0)
         try:
             with ThreadPoolExecutor(count, initializer=_block_signals) as starters:
                 list(starters.map(self._start, [source] * count))
@@ -120,7 +120,7 @@ _waiting = threading.RLock()
 """Of two threads that wait for the same process, one would not hear that it has ended."""
 
 
-def _end(processes: list[BaseProcess]) -> None:
+def _kill(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.kill()
     with _waiting:
