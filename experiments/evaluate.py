@@ -1,7 +1,7 @@
 """Passkey evaluation of a run: `python -m experiments.evaluate run=RUN_DIR [KEY=VALUE ...]`."""
 
 from experiments.entry import run
-from mla_jax.checkpoint import load_run
+from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.config import EvaluateConfig
 from mla_jax.evals.passkey import run_passkey
 

@@ -3,10 +3,11 @@
 import sys
 
 from experiments.entry import run
-from mla_jax import distributed, preemption
 from mla_jax.config import SftConfig
-from mla_jax.evals.sweep import write_summary
-from mla_jax.train import train
+from mla_jax.distributed import join as distributed
+from mla_jax.distributed import preemption
+from mla_jax.training.loop import train
+from mla_jax.training.sweep import write_summary
 
 INTERRUPTED = 130
 

@@ -2,7 +2,7 @@
 
 import jax
 
-from latent_attention.shapes import LayerShape
+from latent_attention.call_shapes import LayerShape
 from mla_jax.model.layers import InferenceWeight
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import transformers
 
-from mla_jax.bridge import llama_attention
+from mla_jax.bridge.llama import attention as llama_attention
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 _NAMES = "anna ben carl dora emil fay gus hana ivan jill kurt lena".split()

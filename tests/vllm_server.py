@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from mla_jax.config import ModelConfig, YarnConfig
-from mla_jax.generate import generate
+from mla_jax.inference.generator import generate
 from mla_jax.model.transformer import abstract_params, bind
 from tiny import MODEL
 

@@ -66,7 +66,7 @@ def compiled_step(overrides: list[str], text: str) -> str:
     import jax
 
     from mla_jax.mesh import make_mesh
-    from tools.benchmarking.steps import Shape, compile_step, compose_config
+    from tools.bench.steps import Shape, compile_step, compose_config
 
     config = compose_config(overrides)
     if config.train.grad_accumulation > 1:

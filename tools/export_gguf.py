@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mla_jax.bridge.gguf import TYPES, export_gguf
+from mla_jax.bridge.gguf.export import TYPES, export_gguf
 from mla_jax.errors import one_line_errors
 
 

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mla_jax.bridge import verify
-from mla_jax.bridge.hf_config import DTYPES
-from mla_jax.bridge.hf_export import export
-from mla_jax.checkpoint import Run, load_run
+from mla_jax.bridge.hf import verify
+from mla_jax.bridge.hf.config import DTYPES
+from mla_jax.bridge.hf.export import export
+from mla_jax.checkpoint.run_folder import Run, load_run
 from mla_jax.errors import InputError, one_line_errors
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

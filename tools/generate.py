@@ -11,15 +11,15 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from mla_jax.bridge import hf_import
-from mla_jax.checkpoint import CONFIG, load_run
+from mla_jax.bridge.hf import reader as hf_import
+from mla_jax.checkpoint.run_folder import CONFIG, load_run
 from mla_jax.config import ModelConfig
 from mla_jax.data.chat import render
-from mla_jax.data.text_stream import TextStream
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError, UsageError, one_line_errors
-from mla_jax.generate import PREFILL_CHUNK, Context, Generator
-from mla_jax.sampling import Sampling
+from mla_jax.inference.generator import PREFILL_CHUNK, Context, Generator
+from mla_jax.inference.sampling import Sampling
+from mla_jax.inference.text_stream import TextStream
 
 
 def load(folder: Path, step: str) -> tuple[ModelConfig, dict, Tokenizer]:

@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from mla_jax.bridge import llama_import
-from mla_jax.bridge.hf_import import open_checkpoint
-from mla_jax.bridge.hf_layout import count_parameters
-from mla_jax.bridge.llama_config import Ranks
-from mla_jax.bridge.llama_source import is_llama_style
-from mla_jax.checkpoint import save_imported
+from mla_jax.bridge.hf.layout import count_parameters
+from mla_jax.bridge.hf.reader import open_checkpoint
+from mla_jax.bridge.llama import convert as llama_import
+from mla_jax.bridge.llama.config import Ranks
+from mla_jax.bridge.llama.source import is_llama_style
+from mla_jax.checkpoint.run_folder import save_imported
 from mla_jax.errors import InputError, UsageError, one_line_errors
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mla_jax.errors import InputError, one_line_errors
 from mla_jax.evals.report import replacing
-from mla_jax.evals.sweep import markdown_table, plot_sweep, read_sweep
+from mla_jax.training.sweep import markdown_table, plot_sweep, read_sweep
 
 
 def main() -> None:

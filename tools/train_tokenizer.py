@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from mla_jax.data import vocabulary
-from mla_jax.data.folder import read_texts
+from mla_jax.data.needle import vocabulary
+from mla_jax.data.text_folder import read_texts
 from mla_jax.data.tokenizer import TOKENIZER_FILE, train_bpe
 from mla_jax.errors import UsageError, one_line_errors
 

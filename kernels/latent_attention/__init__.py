@@ -5,23 +5,22 @@
 tokens of a page), P pages of the cache, N pages of a row, H heads, K query/key width, V value width, C latent width,
 R rotary width, W = C + R.
 
-JAX is imported with the first of these names; `triton_decode_torch` has none, so that PyTorch programs need none.
+JAX is imported with the first of these names; `decode.triton_torch` has none, so that PyTorch programs need none.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from latent_attention.dispatch import (
-        IMPLEMENTATIONS,
-        UnavailableError,
-        attention,
-        decode,
-        merge,
-        merge_over,
-        resolve,
-    )
+    from latent_attention.dispatch import IMPLEMENTATIONS, UnavailableError, attention, decode, resolve
     from latent_attention.int8 import dequantize, quantize, quantize_cache
+    from latent_attention.merge import merge, merge_over
+
+# Two folders have the names of ops. Python makes a folder an attribute here when it is first imported, so that happens
+# now, and is undone: from then on these names are the ops', by __getattr__.
+for _folder in ("attention", "decode"):
+    importlib.import_module(f"{__name__}.{_folder}")
+    del globals()[_folder]
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -40,5 +39,5 @@ __all__ = [
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "int8" if "quantize" in name else "dispatch"
+    module = "int8" if "quantize" in name else "merge" if "merge" in name else "dispatch"
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -7,15 +7,16 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from latent_attention.shapes import AttentionShape, DecodeShape, Gpu, local_gpu
+from latent_attention.call_shapes import AttentionShape, DecodeShape
+from latent_attention.gpu import Gpu, local_gpu
 from latent_attention.sharding import per_shard
 
 IMPLEMENTATIONS = {
-    "attention": {"cudnn": "cudnn", "triton": "triton_attention_jax", "xla": "xla_attention", "reference": "reference"},
-    "decode": {"mosaic": "mosaic_decode", "triton": "triton_decode_jax", "xla": "xla_decode", "reference": "reference"},
+    "attention": ("cudnn", "triton", "xla", "reference"),
+    "decode": ("mosaic", "triton", "xla", "reference"),
 }
-"""Of each op, the module of each implementation, fastest first. It holds a function of the op's name, and
-`why_not_OP(shape, gpu)`: why it cannot run calls of this shape here, or None."""
+"""Implementations of each op, fastest first. Each is a file in the op's folder (`reference` serves both) that holds a
+function of the op's name, and `why_not_OP(shape, gpu)`: why it cannot run calls of this shape here, or None."""
 ENVIRONMENT = {"attention": "LATENT_ATTENTION_IMPLEMENTATION", "decode": "LATENT_DECODE_IMPLEMENTATION"}
 """The variable that chooses the implementation of each op where the call does not."""
 _FIRST_TENSOR_CORES_OF_TRITON = (8, 0)
@@ -55,7 +56,8 @@ def _candidates(op: str, gpu: Gpu | None) -> list[str]:
 
 def _module(op: str, name: str) -> ModuleType:
     # Imported when it is first asked for: Triton and Mosaic need packages and seconds that XLA does not.
-    return importlib.import_module(f"latent_attention.{IMPLEMENTATIONS[op][name]}")
+    folder = "latent_attention" if name == "reference" else f"latent_attention.{op}"
+    return importlib.import_module(f"{folder}.{name}")
 
 
 def _why_not(op: str, name: str, shape: AttentionShape | DecodeShape, gpu: Gpu | None) -> str | None:
@@ -221,26 +223,3 @@ def _int32(name: str, x: jax.Array | None, shape: tuple[int, ...]) -> jax.Array 
     if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} is {x.dtype} {x.shape}, expected int32 {shape}")
     return jnp.asarray(x, jnp.int32)
-
-
-def merge(out1: jax.Array, lse1: jax.Array, out2: jax.Array, lse2: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Combines attention over two disjoint sets of keys: out [..., V] and lse [...] of each into those of the union."""
-    lse = jnp.logaddexp(lse1, lse2)
-    safe = jnp.where(lse == -jnp.inf, 0, lse)
-    share1, share2 = jnp.exp(lse1 - safe)[..., None], jnp.exp(lse2 - safe)[..., None]
-    out = share1 * out1.astype(jnp.float32) + share2 * out2.astype(jnp.float32)
-    return out.astype(out1.dtype), lse
-
-
-def merge_over(axis_name: str, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Combines attention over keys that are spread over a mesh axis; inside `jax.shard_map`.
-
-    This is what context parallelism needs for decode: each device attends to its part of the cache (with the lengths
-    of that part), and only out [..., V] and lse [...] cross the network.
-    """
-    peak = jax.lax.pmax(lse, axis_name)
-    weight = jnp.exp(lse - jnp.where(peak == -jnp.inf, 0, peak))
-    total = jax.lax.psum(weight, axis_name)
-    mean = jax.lax.psum(out.astype(jnp.float32) * weight[..., None], axis_name)
-    mean /= jnp.where(total == 0, 1, total)[..., None]
-    return mean.astype(out.dtype), jnp.where(total == 0, -jnp.inf, peak + jnp.log(total))

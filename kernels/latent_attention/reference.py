@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from latent_attention.call_shapes import AttentionShape, DecodeShape
+from latent_attention.gpu import Gpu
 from latent_attention.int8 import dequantize
-from latent_attention.shapes import AttentionShape, DecodeShape, Gpu
 
 MAX_SCORE_BYTES = 4 << 30
 

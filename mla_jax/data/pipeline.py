@@ -10,8 +10,8 @@ import grain
 import numpy as np
 
 from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, StageConfig
-from mla_jax.data.needle import NeedleGenerator, Purpose, stream
-from mla_jax.data.text import load_documents, pack
+from mla_jax.data.jsonl import load_documents, pack
+from mla_jax.data.needle.generator import NeedleGenerator, Purpose, stream
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.workers import Batch, BatchSource, WorkerProcesses
 from mla_jax.errors import UsageError

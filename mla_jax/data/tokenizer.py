@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from mla_jax.data import vocabulary
+from mla_jax.data.needle import vocabulary
 from mla_jax.errors import InputError, UsageError
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"

@@ -16,14 +16,14 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from mla_jax.checkpoint import Run
+from mla_jax.checkpoint.run_folder import Run
 from mla_jax.config import ModelConfig, PasskeyConfig
-from mla_jax.data.needle import passkey_prompt
+from mla_jax.data.needle.generator import passkey_prompt
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.provenance import provenance
 from mla_jax.evals.report import Cell, format_table, over_depths, plot_heatmap, write_json
-from mla_jax.generate import Generator
+from mla_jax.inference.generator import Generator
 from mla_jax.model.cache import bytes_per_token
 
 FAILURES_KEPT = 3

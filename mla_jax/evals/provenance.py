@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import jax
 
-from mla_jax.environment import command_line, git_revision
+from mla_jax.observability.environment import command_line, git_revision
 
 
 def provenance() -> dict:

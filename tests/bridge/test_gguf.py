@@ -12,9 +12,9 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from mla_jax.bridge.gguf import check_representable, export_gguf
-from mla_jax.bridge.hf_export import export
-from mla_jax.bridge.hf_layout import tensors
+from mla_jax.bridge.gguf.export import check_representable, export_gguf
+from mla_jax.bridge.hf.export import export
+from mla_jax.bridge.hf.layout import tensors
 from mla_jax.config import YarnConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError

@@ -17,10 +17,11 @@ import transformers
 from safetensors import safe_open
 
 from mla_jax import mesh
-from mla_jax.bridge import hf_export, hf_import
-from mla_jax.bridge.hf_config import to_hf
-from mla_jax.bridge.hf_export import export
-from mla_jax.bridge.hf_layout import count_parameters, tensors
+from mla_jax.bridge.hf import export as hf_export
+from mla_jax.bridge.hf import reader as hf_import
+from mla_jax.bridge.hf.config import to_hf
+from mla_jax.bridge.hf.export import export
+from mla_jax.bridge.hf.layout import count_parameters, tensors
 from mla_jax.config import MeshConfig, YarnConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mla_jax.bridge import hf_import
-from mla_jax.bridge.hf_export import export
+from mla_jax.bridge.hf import reader as hf_import
+from mla_jax.bridge.hf.export import export
 from mla_jax.config import YarnConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from mla_jax.bridge import hf_import, verify
-from mla_jax.bridge.hf_export import export
+from mla_jax.bridge.hf import reader as hf_import
+from mla_jax.bridge.hf import verify
+from mla_jax.bridge.hf.export import export
 from mla_jax.config import ModelConfig, YarnConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.model.transformer import abstract_params, bind

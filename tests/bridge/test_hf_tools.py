@@ -6,9 +6,9 @@ import sys
 import jax
 import pytest
 
-from mla_jax.bridge import verify
-from mla_jax.bridge.hf_export import export
-from mla_jax.checkpoint import load_run, save_imported
+from mla_jax.bridge.hf import verify
+from mla_jax.bridge.hf.export import export
+from mla_jax.checkpoint.run_folder import load_run, save_imported
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import UsageError
 from mla_jax.model.transformer import init_params

@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mla_jax.bridge import llama_config
-from mla_jax.bridge.llama_config import Ranks, frequency_error, read_config, target_config
-from mla_jax.bridge.llama_import import convert
-from mla_jax.bridge.llama_source import LlamaCheckpoint
+from mla_jax.bridge.llama import config as llama_config
+from mla_jax.bridge.llama.config import Ranks, frequency_error, read_config, target_config
+from mla_jax.bridge.llama.convert import convert
+from mla_jax.bridge.llama.source import LlamaCheckpoint
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.model.rope import frequencies

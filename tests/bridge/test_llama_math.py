@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mla_jax.bridge.llama_factor import factorise, normalised, second_moment
-from mla_jax.bridge.llama_rope import _nearest, decouple
+from mla_jax.bridge.llama.factor import factorise, normalised, second_moment
+from mla_jax.bridge.llama.rope import _nearest, decouple
 
 D = 24
 RNG = np.random.default_rng(0)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from mla_jax.bridge.llama_calibration import read_calibration
-from mla_jax.checkpoint import load_run
+from mla_jax.bridge.llama.calibration import read_calibration
+from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError

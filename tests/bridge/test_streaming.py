@@ -13,11 +13,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mla_jax import checkpoint_parts, checkpoint_store
-from mla_jax.bridge import hf_import
-from mla_jax.bridge.hf_export import export
-from mla_jax.checkpoint import load_run, save_imported
-from mla_jax.checkpoint_parts import parts
+from mla_jax.bridge.hf import reader as hf_import
+from mla_jax.bridge.hf.export import export
+from mla_jax.checkpoint import manager as checkpoint_store
+from mla_jax.checkpoint import streaming as checkpoint_parts
+from mla_jax.checkpoint.run_folder import load_run, save_imported
+from mla_jax.checkpoint.streaming import parts
 from mla_jax.config import MeshConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
@@ -74,7 +75,7 @@ MEASURED = '''
 import ctypes, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from mla_jax.checkpoint import save_imported
+from mla_jax.checkpoint.run_folder import save_imported
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.model.transformer import init_params
 from tiny import MODEL

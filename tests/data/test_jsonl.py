@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mla_jax.data.text import Documents, load_documents, pack
+from mla_jax.data.jsonl import Documents, load_documents, pack
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
 

@@ -8,8 +8,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mla_jax.config import NeedleDataConfig
-from mla_jax.data import vocabulary
-from mla_jax.data.needle import NeedleGenerator, Purpose, passkey_prompt, stream
+from mla_jax.data.needle import vocabulary
+from mla_jax.data.needle.generator import NeedleGenerator, Purpose, passkey_prompt, stream
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mla_jax.errors import InputError, UsageError
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mla_jax.config import JsonlDataConfig, NeedleDataConfig, StageConfig
+from mla_jax.data.jsonl import load_documents
 from mla_jax.data.pipeline import Pipeline, make_pipeline
-from mla_jax.data.text import load_documents
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from mla_jax.checkpoint import Run
+from mla_jax.checkpoint.run_folder import Run
 from mla_jax.config import PasskeyConfig
-from mla_jax.data.needle import passkey_prompt
+from mla_jax.data.needle.generator import passkey_prompt
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals import passkey

@@ -10,8 +10,9 @@ import pytest
 import latent_attention
 from kernels_oracle import attention_oracle
 from latent_attention import IMPLEMENTATIONS, resolve
-from latent_attention.shapes import AttentionShape, local_gpu
-from tools.benchmarking import float64
+from latent_attention.call_shapes import AttentionShape
+from latent_attention.gpu import local_gpu
+from tools.bench import float64
 
 EACH = pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS["attention"] if name != "reference"])
 SCALE = 0.1

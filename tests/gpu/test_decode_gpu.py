@@ -12,10 +12,12 @@ from hypothesis import Phase, given, reject, settings
 
 import latent_attention
 from kernels_oracle import DecodeCase, contiguous, decode_oracle
-from latent_attention import IMPLEMENTATIONS, UnavailableError, mosaic_decode, quantize_cache, resolve
-from latent_attention.mosaic_partials import Config
-from latent_attention.shapes import DecodeShape, local_gpu
-from tools.benchmarking import float64
+from latent_attention import IMPLEMENTATIONS, UnavailableError, quantize_cache, resolve
+from latent_attention.call_shapes import DecodeShape
+from latent_attention.decode import mosaic as mosaic_decode
+from latent_attention.decode.mosaic_split_kv import Config
+from latent_attention.gpu import local_gpu
+from tools.bench import float64
 
 TORCH = "triton in PyTorch"
 IMPLEMENTATIONS_HERE = [*(name for name in IMPLEMENTATIONS["decode"] if name != "reference"), TORCH]
@@ -72,7 +74,7 @@ def _run_in_torch(arrays, *, scale, block_table_BN=None, scales_P2S=None):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch sees no GPU")
-    front = pytest.importorskip("latent_attention.triton_decode_torch")
+    front = pytest.importorskip("latent_attention.decode.triton_torch")
     *arrays, block_table, scales = (
         None if x is None else torch.from_dlpack(jax.block_until_ready(x))
         for x in (*arrays, block_table_BN, scales_P2S)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from latent_attention import jax_triton_loader
-from latent_attention.shapes import local_gpu
+from latent_attention.gpu import local_gpu
 from mla_jax.config import ModelConfig
-from mla_jax.generate import Generator
-from mla_jax.model import decoder, one_token
+from mla_jax.inference.generator import Generator
+from mla_jax.model import decoder
+from mla_jax.model import fused_decode as one_token
 from mla_jax.model.cache import LatentCache, init_layer
 from mla_jax.model.rope import rotations
 from mla_jax.model.transformer import init_params
@@ -137,7 +138,7 @@ def test_no_more_memory_than_planned(options, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "XLA_PYTHON_CLIENT_ALLOCATOR"}
     env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     model = ["num_hidden_layers=2", "vocab_size=8192", "max_position_embeddings=65536"]
-    command = [sys.executable, "-m", "tools.bench_generate", *(f"model.{key}" for key in model), "--no-ceilings"]
+    command = [sys.executable, "-m", "tools.bench.generate", *(f"model.{key}" for key in model), "--no-ceilings"]
     command += ["--read", "32k", "--json", str(tmp_path / "read.json"), *options]
     subprocess.run(command, env=env, check=True, timeout=300)
     (row,) = json.loads((tmp_path / "read.json").read_bytes())["rows"]

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import latent_attention
-from latent_attention import jax_triton_loader, mosaic_layer
-from latent_attention import triton_layer_jax as kernels
-from latent_attention.shapes import LayerShape, local_gpu
+from latent_attention import jax_triton_loader
+from latent_attention.call_shapes import LayerShape
+from latent_attention.decode_layer import mosaic as mosaic_layer
+from latent_attention.decode_layer import triton as kernels
+from latent_attention.gpu import local_gpu
 from one_token_layer import random_weights
 
 SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)

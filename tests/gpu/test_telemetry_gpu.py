@@ -5,9 +5,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from mla_jax.device_busy import DeviceBusy, find_nvml
-from mla_jax.flops import measured_peak, nominal_peak
-from mla_jax.profiling import StepProfiler
+from mla_jax.observability.flops import measured_peak, nominal_peak
+from mla_jax.observability.gpu_utilization import DeviceBusy, find_nvml
+from mla_jax.observability.profiling import StepProfiler
 from tools.trace_summary import find_trace, read_kernels, summarize
 
 

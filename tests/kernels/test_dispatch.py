@@ -8,8 +8,9 @@ import pytest
 
 import latent_attention
 from latent_attention import IMPLEMENTATIONS, UnavailableError, dispatch, resolve
+from latent_attention.call_shapes import AttentionShape, DecodeShape
 from latent_attention.dispatch import ENVIRONMENT
-from latent_attention.shapes import AttentionShape, DecodeShape, make_gpu
+from latent_attention.gpu import make_gpu
 
 SHAPES = {
     "attention": AttentionShape(1, 8, 8, 2, 4, 4, "float32", False, False, 0),
@@ -141,7 +142,7 @@ def test_an_implementation_that_does_not_load_is_passed_over(monkeypatch):
     shape = DecodeShape(1, 1, 32, 256, 64, 1, 8192, "bfloat16", "bfloat16", False)
     gpu = make_gpu((9, 0), 132)
     monkeypatch.setattr(dispatch, "local_gpu", lambda: gpu)
-    monkeypatch.setitem(sys.modules, "latent_attention.mosaic_decode", None)
+    monkeypatch.setitem(sys.modules, "latent_attention.decode.mosaic", None)
     monkeypatch.setattr("latent_attention.jax_triton_loader.why_not", lambda: None)
     assert resolve("decode", "auto", shape) == "triton"
     with pytest.raises(UnavailableError, match=f"it does not load with jax {jax.__version__}"):

@@ -12,10 +12,10 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llamacpp_server import CONTEXT, serve
-from mla_jax.bridge import gguf as bridge
-from mla_jax.bridge.gguf import export_gguf
-from mla_jax.bridge.gguf_tokenizer import _NAMES
-from mla_jax.bridge.hf_export import export
+from mla_jax.bridge.gguf import export as bridge
+from mla_jax.bridge.gguf.export import export_gguf
+from mla_jax.bridge.gguf.tokenizer import _NAMES
+from mla_jax.bridge.hf.export import export
 from mla_jax.config import YarnConfig
 from mla_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from mla_jax.model.transformer import abstract_params

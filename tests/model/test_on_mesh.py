@@ -10,10 +10,10 @@ import pytest
 from mla_jax import mesh
 from mla_jax.config import MeshConfig
 from mla_jax.errors import UsageError
-from mla_jax.generate import Generator, generate
-from mla_jax.losses import chunked_cross_entropy
+from mla_jax.inference.generator import Generator, generate
+from mla_jax.inference.sampling import Sampling
+from mla_jax.losses.cross_entropy import chunked_cross_entropy
 from mla_jax.model.transformer import abstract_params, bind, init_params
-from mla_jax.sampling import Sampling
 from tiny import MODEL
 
 CONFIG = dataclasses.replace(

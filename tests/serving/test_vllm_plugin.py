@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mla_jax.bridge.hf_export import export
+from mla_jax.bridge.hf.export import export
 from mla_jax.data.tokenizer import load_tokenizer
 from vllm_server import (
     BLOCK,

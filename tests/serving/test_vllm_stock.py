@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from mla_jax.bridge.hf_export import export
+from mla_jax.bridge.hf.export import export
 from mla_jax.data.tokenizer import load_tokenizer
 from vllm_server import (
     BLOCK,
@@ -90,7 +90,7 @@ def test_a_prompt_that_is_too_long_is_refused(server):
 def test_the_load_test_measures_a_real_server(server, tmp_path):
     out = tmp_path / "load.json"
     url = f"http://127.0.0.1:{server.port}"
-    command = [sys.executable, "-m", "tools.bench_serving", url, "--concurrency", "1", "3", "--requests", "6"]
+    command = [sys.executable, "-m", "tools.bench.serving", url, "--concurrency", "1", "3", "--requests", "6"]
     sizes = ["--prompt-words", "10", "--max-tokens", "12", "--extra", '{"ignore_eos": true}', "--out", str(out)]
     ran = subprocess.run([*command, *sizes], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

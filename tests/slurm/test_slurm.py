@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mla_jax.checkpoint import load_run
+from mla_jax.checkpoint.run_folder import load_run
 from slurm_cluster import STEPS, has_checkpoint, log, until
 
 pytestmark = pytest.mark.slurm

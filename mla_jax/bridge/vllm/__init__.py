@@ -6,7 +6,7 @@ and use it. Nothing here imports JAX: vLLM's environment needs none.
 
 import os
 
-from mla_jax.bridge.vllm.choice import VARIABLE, choose
+from mla_jax.bridge.vllm.selection import VARIABLE, choose
 
 _PACKAGE = "mla_jax.bridge.vllm"
 

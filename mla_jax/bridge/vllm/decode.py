@@ -14,9 +14,10 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonMLAImpl
 
-from latent_attention import triton_decode_torch
-from latent_attention.shapes import DecodeShape, make_gpu
-from latent_attention.triton_decode_plan import why_not
+from latent_attention.call_shapes import DecodeShape
+from latent_attention.decode import triton_torch as triton_decode_torch
+from latent_attention.decode.triton_heuristic import why_not
+from latent_attention.gpu import make_gpu
 
 _WIDTHS = sorted({c + r for c in range(64, 513, 64) for r in (32, 64)})
 

@@ -1,0 +1,78 @@
+"""Absorbed decode on Hopper: two Pallas Mosaic GPU kernels, one for the shares of the cache and one to combine them."""
+
+import jax.numpy as jnp
+
+from latent_attention.call_shapes import DecodeShape
+from latent_attention.decode.mosaic_combine import combine
+from latent_attention.decode.mosaic_split_kv import TILE, Config, partials
+from latent_attention.decode.tile_scheduler import schedule
+from latent_attention.gpu import Gpu, local_gpu
+from latent_attention.hopper.smem_tiles import CHUNK, SCRATCH, restore_order
+
+_LEAST_TILES = 2
+"""Of a program: below, combining costs more than the GPU's other multiprocessors bring."""
+_ACCUMULATOR = 64 * 256
+"""Numbers of the output that the registers of one warpgroup hold."""
+_RESERVED = 6 << 10
+"""Shared memory for barriers, alignment, and what the warps exchange."""
+_MOST_STAGES = 8
+
+
+def why_not_decode(shape: DecodeShape, gpu: Gpu | None) -> str | None:
+    """Why these kernels cannot run calls of this shape on this GPU, or None if they can."""
+    if gpu is None or gpu.capability[0] != 9:
+        return f"it is for Hopper GPUs (sm_90); this is {'no GPU' if gpu is None else gpu.name}"
+    if shape.q_dtype not in ("bfloat16", "float16") or shape.cache_dtype not in (shape.q_dtype, "int8"):
+        return f"it takes 16-bit queries and a cache of the same type or int8, not {shape.q_dtype}, {shape.cache_dtype}"
+    if shape.c_width % 64 or not 64 <= shape.c_width <= 512 or shape.rope_width not in (32, 64):
+        return f"it takes C of 64, 128, .. 512 and R of 32 or 64, not {shape.c_width} and {shape.rope_width}"
+    if shape.pages_per_row == 1 and (shape.page_size < TILE or shape.page_size % 8):
+        return f"it takes a cache of a multiple of 8 tokens a row, {TILE} or more, not {shape.page_size}"
+    if shape.pages_per_row > 1 and shape.page_size not in (8, 16, 32) and shape.page_size % TILE:
+        return f"it takes pages of 8, 16, 32 or a multiple of {TILE} tokens, not {shape.page_size}"
+    if shape.cache_dtype == "int8" and shape.page_size < 32:
+        return f"with an int8 cache it takes pages of at least 32 tokens, not {shape.page_size}"
+    return None
+
+
+def row_blocks(rows: int, c_width: int, int8: bool) -> tuple[int, int]:
+    """(rows a block, blocks) in which the registers of a warpgroup hold the output of the rows of a block."""
+    most = min(_ACCUMULATOR // c_width, 64 if int8 else 128) // 8 * 8
+    blocks = -(-rows // most)
+    return -(-rows // (8 * blocks)) * 8, blocks
+
+
+def configure(shape: DecodeShape, gpu: Gpu) -> Config:
+    """As many tiles in flight as fit; queries of the next sequence are fetched ahead unless that costs tiles."""
+    int8 = shape.cache_dtype == "int8"
+    row_block, blocks = row_blocks(shape.queries * shape.heads, shape.c_width, int8)
+    width = shape.c_width + shape.rope_width
+
+    def stages(q_slots: int, consumers: int) -> int:
+        taken = q_slots * row_block * width * 2 + consumers * (CHUNK * row_block + SCRATCH) * 4
+        stage = TILE * (width + 8) if int8 else TILE * width * 2
+        return min((gpu.shared_memory - _RESERVED - taken) // stage, _MOST_STAGES) // consumers * consumers
+
+    consumers = 2 if stages(1, 2) >= 2 else 1
+    q_slots = 2 if stages(2, consumers) >= min(stages(1, consumers), 4) else 1
+    return Config(stages(q_slots, consumers), max(gpu.cores // blocks, 1), consumers, q_slots)
+
+
+def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scales_P2S, config: Config | None = None):
+    """See `latent_attention.decode`. Returns (out_BTHC, lse_BTH)."""
+    shape, gpu = DecodeShape.of(q_BTHW, c_PSC, k_rope_PSR, block_table_BN), local_gpu()
+    assert gpu is not None  # `why_not_decode` was asked
+    config = config or configure(shape, gpu)
+    batch, queries, heads, c_width = shape[:4]
+    rows = queries * heads
+    row_block, blocks = row_blocks(rows, c_width, scales_P2S is not None)
+    q_BRW = jnp.pad(q_BTHW.reshape(batch, rows, -1), ((0, 0), (0, row_block * blocks - rows), (0, 0)))
+    plan = schedule(lengths_B, shape.pages_per_row * shape.page_size, TILE, config.programs, _LEAST_TILES)
+    partial, stats = partials(
+        q_BRW, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, plan, heads=heads, queries=queries, scale=scale,
+        config=config, row_block=row_block,
+    )  # fmt: skip
+    out_BRC, lse_BR = combine(partial, stats, plan.slots_B2, dtype=q_BTHW.dtype, cores=gpu.cores)
+    if scales_P2S is not None:
+        out_BRC = restore_order(out_BRC)
+    return out_BRC[:, :rows].reshape(batch, queries, heads, c_width), lse_BR[:, :rows].reshape(batch, queries, heads)

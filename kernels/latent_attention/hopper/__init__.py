@@ -1,0 +1,1 @@
+"""What the Mosaic GPU kernels for Hopper share: MLIR helpers, register layouts, shared memory, grid-wide barriers."""

@@ -1,0 +1,119 @@
+"""README.md of an exported model: what it is, how to load it, and what was measured; nothing that was not."""
+
+from typing import Any
+
+from mla_jax.bridge.hf.layout import count_parameters
+from mla_jax.config import ModelConfig
+from mla_jax.errors import InputError
+from mla_jax.evals.report import Cell, format_table, over_depths
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [multi-head-latent-attention, deepseek_v3, long-context]
+---
+
+# {name}
+
+A dense DeepSeek-V3 decoder with Multi-Head Latent Attention: its cache holds one latent of {latent} numbers and one
+rotary key of {rope} per token and layer, {cache_bytes:,} bytes per token at 16 bits.
+
+| | |
+|---|---|
+| parameters | {parameters:,} ({dtype}{tied}) |
+| layers, width, heads | {config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads} |
+| head dimensions (nope, rope, value) | {config.qk_nope_head_dim}, {config.qk_rope_head_dim}, {config.v_head_dim} |
+| kv_lora_rank, q_lora_rank | {config.kv_lora_rank}, {query_rank} |
+| vocabulary | {config.vocab_size:,} |
+| positions | {positions} |
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+inputs = tokenizer("What is the pass key?", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=10)[0]))
+```
+
+## Evaluation
+
+{evaluation}
+"""
+
+_PASSKEY = """\
+Passkey retrieval: the key hidden at several depths of a haystack, found by greedy generation; exact match, with
+Wilson 95 % intervals.{details}
+
+| length (tokens) | correct | accuracy | 95 % interval |
+|---|---|---|---|
+{rows}
+
+By depth (0 % is the start):
+
+```
+{table}
+```
+"""
+
+
+def model_card(name: str, config: ModelConfig, dtype: str, results: dict[str, Any] | None) -> str:
+    """The text of README.md.
+
+    Args:
+        name: the folder's.
+        config: the model.
+        dtype: type of the weights.
+        results: contents of the run's eval/passkey.json; None says that the model was not evaluated.
+
+    Raises:
+        InputError: the results are not what an evaluation writes.
+    """
+    yarn = config.rope_scaling
+    positions = f"up to {config.max_position_embeddings:,}, RoPE theta {config.rope_theta:,.0f}"
+    if yarn is not None:
+        positions += f", YaRN factor {yarn.factor:g} over {yarn.original_max_position_embeddings:,}"
+    return _CARD.format(
+        name=name,
+        config=config,
+        dtype=dtype,
+        parameters=count_parameters(config),
+        tied="; embedding table and head are tied, both are in the file" if config.tie_word_embeddings else "",
+        latent=config.kv_lora_rank,
+        rope=config.qk_rope_head_dim,
+        cache_bytes=config.cache_bytes_per_token(),
+        query_rank="none" if config.q_lora_rank is None else config.q_lora_rank,
+        positions=positions,
+        evaluation="Not evaluated." if results is None else _evaluation(results, dtype),
+    )
+
+
+def _evaluation(results: dict[str, Any], dtype: str) -> str:
+    try:
+        cells = [Cell(**{key: c[key] for key in ("length", "depth", "n", "correct")}) for c in results["cells"]]
+        rows = [
+            f"| {c.length:,} | {c.correct}/{c.n} | {c.accuracy:.1%} | {c.interval[0]:.1%} to {c.interval[1]:.1%} |"
+            for c in over_depths(cells)
+        ]
+        table = format_table(cells)
+        details = _details(results.get("model", {}), results.get("provenance", {}), dtype)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        raise InputError(f"the passkey results are not what an evaluation writes ({e!r}); evaluate again") from e
+    return _PASSKEY.format(rows="\n".join(rows), table=table, details=details).rstrip()
+
+
+def _details(model: dict[str, Any], provenance: dict[str, Any], dtype: str) -> str:
+    """What was measured, where and when, as far as the results say."""
+    sentences = []
+    if model.get("trained_lengths"):
+        sentences.append(f"Trained at lengths up to {max(model['trained_lengths']):,}.")
+    if "step" in model:
+        sentences.append(f"Measured at step {model['step']:,}.")
+    if {"hardware", "date"} <= provenance.keys():
+        sentences.append(f"Measured on {provenance['hardware']}, {provenance['date']}.")
+    if dtype != "float32":
+        sentences.append(f"Measured before the weights were rounded to {dtype}.")
+    return "".join("\n" + sentence for sentence in sentences)

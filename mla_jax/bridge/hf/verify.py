@@ -1,0 +1,198 @@
+"""Checks an exported folder against transformers: the same logits, tokens and token ids."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mla_jax.config import ModelConfig
+from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.errors import InputError, UsageError
+from mla_jax.inference.generator import generate
+from mla_jax.model.layers import rms_norm
+from mla_jax.model.transformer import bind
+
+TOLERANCE = 1e-4
+"""The largest difference of a float32 logit."""
+PROMPTS = (
+    "The grass is green. The sky is blue. The sun is yellow.",
+    "The pass key is 71432. Remember it. 71432 is the pass key.\nWhat is the pass key? The pass key is",
+    "Once upon a time",
+)
+RANDOM_SHAPE = (2, 128)
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and how far transformers was from us."""
+
+    random_tokens: tuple[int, int]
+    """Sequences and tokens in each whose logits were compared."""
+    logit_difference: float
+    """Largest absolute difference of any logit."""
+    prompts: int
+    same_ids: int
+    """Prompts that AutoTokenizer cuts into the same ids."""
+    same_tokens: int
+    """Prompts with the same greedy continuation, ties within the tolerance aside."""
+    first_difference: str | None = None
+    """Where the logits differ: the first part of the model, in Hugging Face's names, whose output does."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything agrees."""
+        return self.logit_difference <= TOLERANCE and self.same_ids == self.same_tokens == self.prompts
+
+    def __str__(self) -> str:
+        sequences, tokens = self.random_tokens
+        rows = [
+            ("transformers against this model, float32", "measured", "required"),
+            (
+                f"largest logit difference, {sequences} x {tokens} tokens",
+                f"{self.logit_difference:.1e}",
+                f"{TOLERANCE:.0e}",
+            ),
+            ("prompts with the same token ids", f"{self.same_ids}/{self.prompts}", "all"),
+            (f"prompts with the same {NEW_TOKENS} greedy tokens", f"{self.same_tokens}/{self.prompts}", "all"),
+        ]
+        table = [f"{what:<48}{measured:>10}{required:>10}" for what, measured, required in rows]
+        if self.first_difference is not None:
+            table.append(f"the first part that differs: {self.first_difference}")
+        return "\n".join(table)
+
+
+def import_transformers() -> tuple[ModuleType, ModuleType]:
+    """torch and transformers, without their progress bars. Raises UsageError if they are not installed."""
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise UsageError(f'--verify needs torch and transformers ({e}); pip install "infinitecontext[hf]"') from e
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return torch, transformers
+
+
+def verify(
+    export_dir: str | Path,
+    config: ModelConfig,
+    params: dict,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str = "float32",
+    prompts: Sequence[str] = PROMPTS,
+) -> Verification:
+    """Compares the folder, as transformers reads it, with the parameters rounded to `dtype`, both computing in float32.
+
+    Raises:
+        InputError: transformers cannot load the folder.
+        UsageError: transformers is not installed.
+    """
+    torch, transformers = import_transformers()
+    try:
+        hf_model = transformers.AutoModelForCausalLM.from_pretrained(
+            export_dir, dtype=torch.float32, local_files_only=True
+        ).eval()
+        hf_tokenizer = transformers.AutoTokenizer.from_pretrained(export_dir, local_files_only=True)
+    except Exception as e:
+        raise InputError(f"transformers cannot load {export_dir} ({e})") from e
+    config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
+    params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
+    batch, length = RANDOM_SHAPE
+    shape = batch, min(length, config.max_position_embeddings)
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+    room = max(config.max_position_embeddings - NEW_TOKENS, 1)
+    all_ids = [tokenizer.encode(prompt)[-room:] for prompt in prompts]
+    with jax.default_matmul_precision("highest"), torch.inference_mode():
+        ours_BTX = np.asarray(_logits(config, params, tokens_BT))
+        with _layer_outputs(hf_model) as theirs_LBTD:
+            theirs_BTX = hf_model(torch.from_numpy(tokens_BT)).logits.numpy()
+        difference = float(np.abs(ours_BTX - theirs_BTX).max())
+        first = None if difference <= TOLERANCE else _first_difference(config, params, tokens_BT, theirs_LBTD)
+        continuations = generate(config, params, all_ids, max_new_tokens=NEW_TOKENS, eos_id=tokenizer.eos_id)
+        same_tokens = sum(
+            _same_tokens(torch, hf_model, ids, ours, tokenizer.eos_id)
+            for ids, ours in zip(all_ids, continuations, strict=True)
+        )
+    return Verification(
+        random_tokens=shape,
+        logit_difference=difference,
+        prompts=len(prompts),
+        same_ids=sum(hf_tokenizer.encode(p, add_special_tokens=False) == tokenizer.encode(p) for p in prompts),
+        same_tokens=same_tokens,
+        first_difference=first,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
+    model = bind(config, params)
+    return model.logits(model(tokens_BT))
+
+
+@contextlib.contextmanager
+def _layer_outputs(hf_model) -> Iterator[list[np.ndarray]]:
+    """A list that takes, during a forward pass, the embeddings and what each layer gives."""
+    outputs = []
+
+    def keep(_module, _inputs, output):
+        outputs.append((output[0] if isinstance(output, tuple) else output).numpy())
+
+    modules = [hf_model.model.embed_tokens, *hf_model.model.layers]
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_difference(config: ModelConfig, params: dict, tokens_BT: np.ndarray, theirs_LBTD: list[np.ndarray]) -> str:
+    """The first part whose output differs by more than the tolerance, relative to the size of a hidden state."""
+    embeddings_BTD, *layers_LBTD = theirs_LBTD
+    if np.abs(params["embed_tokens"][tokens_BT] - embeddings_BTD).max() > TOLERANCE:
+        return "model.embed_tokens"
+    params = {**params, "norm": jnp.ones_like(params["norm"])}
+    for i, theirs_BTD in enumerate(layers_LBTD):
+        beginning = dataclasses.replace(config, num_hidden_layers=i + 1)
+        first_layers = {**params, "layers": jax.tree.map(lambda x, end=i + 1: x[:end], params["layers"])}
+        ours_BTD = np.asarray(_hidden(beginning, first_layers, tokens_BT))
+        if (
+            np.abs(ours_BTD - rms_norm(jnp.asarray(theirs_BTD), nnx.Param(params["norm"]), config.rms_norm_eps)).max()
+            > TOLERANCE
+        ):
+            return f"model.layers.{i}"
+    return "model.norm or lm_head"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
+    return bind(config, params)(tokens_BT)
+
+
+def _same_tokens(torch: ModuleType, hf_model, prompt: list[int], ours: list[int], eos_id: int | None) -> bool:
+    """Whether transformers continues the prompt alike; where two logits are a tie, either token will do."""
+    ids = torch.tensor([prompt])
+    theirs = hf_model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    if len(ours) < NEW_TOKENS and eos_id is not None:
+        ours = [*ours, eos_id]
+    for logits_1X, our, their in zip(theirs.logits, ours, theirs.sequences[0, len(prompt) :].tolist(), strict=False):
+        if our != their:
+            return bool(logits_1X[0, their] - logits_1X[0, our] <= 2 * TOLERANCE)
+    return len(theirs.logits) == len(ours)

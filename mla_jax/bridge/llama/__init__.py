@@ -1,0 +1,1 @@
+"""Conversion of Llama-style models to latent attention."""

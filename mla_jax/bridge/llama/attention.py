@@ -1,0 +1,104 @@
+"""The attention of one Llama-style layer as latent attention: weights of MLA, and how well they stand for it."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mla_jax.bridge.llama.config import LlamaConfig
+from mla_jax.bridge.llama.factor import factorise, normalised, second_moment
+from mla_jax.bridge.llama.layer import LlamaLayer
+from mla_jax.bridge.llama.rope import Decoupled, decouple
+from mla_jax.config import ModelConfig
+from mla_jax.model.rope import softmax_scale
+
+
+class Converted(NamedTuple):
+    """One layer."""
+
+    weights: dict[str, np.ndarray]
+    """Of `self_attn`, by name, [in, out]; float64."""
+    decoupled: Decoupled
+    errors: dict[str, float]
+    """See `docs/importing.md`."""
+
+
+def convert_attention(
+    source: LlamaConfig,
+    target: ModelConfig,
+    layer: LlamaLayer,
+    length: int,
+    x_ND: np.ndarray,
+    held_out_ND: np.ndarray,
+) -> Converted:
+    """Latent attention for one layer.
+
+    Args:
+        source: the checkpoint's attention.
+        target: what it becomes.
+        layer: its weights.
+        length: tokens over which the decoupling of positions is to hold.
+        x_ND: normalised inputs of the layer over calibration texts, float32.
+        held_out_ND: other such inputs, to state errors on.
+    """
+    q_HND, k_GND, v_GND, o_DHN = (np.asarray(w, np.float64) for w in layer[:4])
+    d, groups = target.hidden_size, source.kv_heads
+    moment_DD = second_moment(x_ND)
+    decoupled = decouple(q_HND, k_GND, moment_DD, source.frequencies, length, target.qk_rope_head_dim)
+
+    key_cost, value_cost = _costs(q_HND, v_GND, o_DHN, moment_DD, source.score_scale)
+    k_nope_GND = decoupled.k_nope_GND
+    cost_DD = np.zeros((d, d))
+    for w, cost in zip((*k_nope_GND, *v_GND), (*key_cost, *value_cost), strict=True):
+        cost_DD += w.T @ cost @ w
+    kv_YD = np.concatenate([k_nope_GND, v_GND], axis=1).reshape(-1, d)  # of each key head: key, then value
+    kv = factorise(kv_YD, cost_DD, x_ND, moment_DD, target.kv_lora_rank)
+    kv_up_RGX = kv.up_YR.T.reshape(target.kv_lora_rank, groups, -1)
+    weights = {
+        "kv_a_proj_with_mqa": np.concatenate([kv.down_RD, decoupled.k_rope_RD]).T,
+        "kv_a_layernorm": np.ones(target.kv_lora_rank),
+        "kv_b_proj": np.repeat(kv_up_RGX, source.heads // groups, axis=1).reshape(target.kv_lora_rank, -1),
+        "o_proj": o_DHN.reshape(d, -1).T,
+    }
+    queries = np.concatenate([q_HND, decoupled.q_rope_HRD], axis=1).reshape(-1, d)
+    queries *= source.score_scale / softmax_scale(target)
+    errors = {}
+    if target.q_lora_rank is None:
+        weights["q_proj"] = queries.T
+    else:
+        q = factorise(queries, queries.T @ queries, x_ND, moment_DD, target.q_lora_rank)
+        weights |= {
+            "q_a_proj": q.down_RD.T, "q_a_layernorm": np.ones(target.q_lora_rank), "q_b_proj": q.up_YR.T
+        }  # fmt: skip
+        errors["query_error"] = _error(queries, q.down_RD, q.up_YR, held_out_ND)
+    width = source.head_dim
+    key_rows = np.arange(len(kv_YD)).reshape(groups, 2 * width)[:, :width].ravel()
+    value_rows = np.setdiff1d(np.arange(len(kv_YD)), key_rows)
+    for name, rows in (("key_error", key_rows), ("value_error", value_rows)):
+        errors[name] = _error(kv_YD[rows], kv.down_RD, kv.up_YR[rows], held_out_ND)
+    errors |= {"rotary_share": decoupled.share, "latent_rms_variation": kv.rms_variation}
+    return Converted(weights, decoupled, errors)
+
+
+def _costs(q_HND, v_GND, o_DHN, moment_DD, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """[G, N, N] each: what a squared error of keys and of values costs at the output of attention, to first order.
+
+    An error e of a value becomes the error O e of what a head adds to the residual stream. An error e of a key shifts a
+    score by q e, and with it weight to or from a token whose share of the output is O v.
+    """
+    heads, n, _ = q_HND.shape
+    groups = len(v_GND)
+    o_HDN = np.moveaxis(o_DHN, 1, 0)
+    outputs_HNN = np.swapaxes(o_HDN, 1, 2) @ o_HDN
+    queries_HNN = q_HND @ moment_DD @ np.swapaxes(q_HND, 1, 2) * scale**2
+    values_GNN = v_GND @ moment_DD @ np.swapaxes(v_GND, 1, 2)
+    added_H = np.einsum("hnm,hmn->h", outputs_HNN, np.repeat(values_GNN, heads // groups, axis=0))
+    by_group = (groups, heads // groups, n, n)
+    key_cost = (queries_HNN * added_H[:, None, None]).reshape(by_group).sum(1)
+    return key_cost, outputs_HNN.reshape(by_group).sum(1)
+
+
+def _error(w_YD: np.ndarray, down_RD: np.ndarray, up_YR: np.ndarray, x_ND: np.ndarray) -> float:
+    """Energy of what the factors, norm included, get wrong, as a share of that of the outputs."""
+    wanted_NY = x_ND @ w_YD.T
+    got_NY = normalised(x_ND @ down_RD.T) @ up_YR.T
+    return float(np.square(wanted_NY - got_NY).sum() / np.square(wanted_NY).sum())

@@ -1,0 +1,202 @@
+"""config.json of a Llama-style checkpoint (Llama, Mistral, Qwen): what it says, and the MLA it can become."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mla_jax.bridge.hf.config import NORM_EPS, from_hf
+from mla_jax.config import ModelConfig
+from mla_jax.errors import InputError, UsageError
+from mla_jax.model import rope
+
+LLAMA_STYLE = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of model_type that are converted."""
+_ORIGINAL = "original_max_position_embeddings"
+WIDEST_ROPE = 64
+"""The default: DeepSeek's own width, and what vLLM's and FlashAttention's kernels are made for."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The shape of the latent attention to make; widths in numbers."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int | None = None
+    """None for the source's head width, WIDEST_ROPE at most."""
+    q_lora_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Grouped-query attention with rotary positions, SwiGLU, pre-norm."""
+
+    model_type: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    frequencies: np.ndarray
+    """Radians per token of each of the head_dim / 2 rotary pairs."""
+    score_scale: float
+    """Factor of the attention scores: head_dim^-1/2, times YaRN's factor of cos and sin squared."""
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers it caches per token and layer."""
+        return 2 * self.kv_heads * self.head_dim
+
+
+def read_config(hf: dict[str, Any]) -> LlamaConfig:
+    """What config.json says of attention.
+
+    Raises:
+        InputError: something that latent attention, or the model here, cannot represent; names the key and the reason.
+    """
+    heads = _integer(hf, "num_attention_heads")
+    head_dim = _integer(hf, "head_dim") if hf.get("head_dim") else _integer(hf, "hidden_size") // heads
+    kv_heads = heads if hf.get("num_key_value_heads") is None else _integer(hf, "num_key_value_heads")
+    if kv_heads < 1 or heads % kv_heads:
+        raise InputError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    if head_dim % 2:
+        raise InputError(f"head_dim is {head_dim}; rotary positions need an even width")
+    # Qwen2 writes a window and use_sliding_window=false beside it.
+    windowed = hf.get("use_sliding_window", True) and hf.get("sliding_window") is not None
+    if windowed and _integer(hf, "sliding_window") < _integer(hf, "max_position_embeddings"):
+        raise InputError(f"sliding_window is {hf['sliding_window']}; the model here attends to everything")
+    frequencies, amplitude = _rotation(hf, head_dim)
+    return LlamaConfig(
+        model_type=hf["model_type"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(hf.get("rms_norm_eps") or NORM_EPS),
+        frequencies=frequencies,
+        score_scale=head_dim**-0.5 * amplitude**2,
+    )
+
+
+def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied: bool, dtype: str) -> ModelConfig:
+    """The model that the checkpoint becomes. Head widths stay; each head also gets its share of the rotary part.
+
+    Raises:
+        UsageError: ranks that this checkpoint cannot have.
+        InputError: something in config.json that the model here has not.
+    """
+    possible = [n for n in range(2, source.head_dim + 1, 2) if source.head_dim % n == 0]
+    if ranks.qk_rope_head_dim is None:
+        ranks = dataclasses.replace(ranks, qk_rope_head_dim=max(n for n in possible if n <= WIDEST_ROPE))
+    if ranks.qk_rope_head_dim not in possible:
+        raise UsageError(
+            f"--rope-dim {ranks.qk_rope_head_dim} cannot hold every s-th frequency of heads {source.head_dim} wide; "
+            f"possible are {', '.join(map(str, possible))}"
+        )
+    for flag, rank in (("--kv-lora-rank", ranks.kv_lora_rank), ("--q-lora-rank", ranks.q_lora_rank)):
+        if rank is not None and not 1 <= rank <= _integer(hf, "hidden_size"):
+            raise UsageError(f"{flag} {rank} must be from 1 to hidden_size={hf['hidden_size']}")
+    return from_hf(
+        {
+            **hf,
+            "model_type": "deepseek_v3",
+            "first_k_dense_replace": hf.get("num_hidden_layers"),
+            "num_key_value_heads": source.heads,
+            "rms_norm_eps": NORM_EPS,
+            "qk_nope_head_dim": source.head_dim,
+            "v_head_dim": source.head_dim,
+            **dataclasses.asdict(ranks),
+            "rope_scaling": None,
+            "rope_parameters": _target_rope(hf, source.frequencies[:: source.head_dim // ranks.qk_rope_head_dim]),
+        },
+        tied=tied,
+        dtype=dtype,
+    )
+
+
+def frequency_error(source: LlamaConfig, target: ModelConfig) -> float:
+    """Largest relative difference between a frequency that is kept and the one it gets; 0 but for scaled positions."""
+    kept = source.frequencies[:: source.head_dim // target.qk_rope_head_dim]
+    return float(np.abs(rope.frequencies(target) / kept - 1).max())
+
+
+def _integer(hf: dict, key: str) -> int:
+    value = hf.get(key)
+    if type(value) is not int or value < 1:
+        raise InputError(f"{key} is {value!r}; expected a positive integer")
+    return value
+
+
+def _rope(hf: dict) -> dict[str, Any]:
+    """The rope settings in one spelling: rope_type and rope_theta in one dict."""
+    settings = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(settings, dict):
+        raise InputError(f"rope_parameters is {settings!r}; expected an object")
+    theta = settings.get("rope_theta") or hf.get("rope_theta") or 10_000.0
+    rope_type = settings.get("rope_type") or settings.get("type") or "default"
+    if rope_type not in ("default", "llama3", "yarn"):
+        raise InputError(f"rope_type is {rope_type!r}; only default, llama3 and yarn can be converted")
+    for key in ("mscale", "mscale_all_dim", "attention_factor"):
+        if settings.get(key) is not None:
+            raise InputError(f"rope_type {rope_type} with {key}={settings[key]!r} cannot be converted")
+    return {**settings, "rope_type": rope_type, "rope_theta": float(theta)}
+
+
+def _target_rope(hf: dict, kept: np.ndarray) -> dict[str, Any]:
+    """The target's rope_parameters: for Llama 3's scaling the YaRN whose frequencies are nearest to those `kept`.
+
+    With both mscale keys the factor of cos and sin is 1; the temperature that they give is taken out of the queries.
+    """
+    settings = _rope(hf)
+    if settings["rope_type"] == "llama3":
+        settings = {
+            "rope_type": "yarn",
+            **_nearest_yarn(kept, settings["rope_theta"], settings["factor"], settings[_ORIGINAL]),
+            **{key: settings[key] for key in ("rope_theta", "factor", "original_max_position_embeddings")},
+        }
+    if settings["rope_type"] == "yarn":
+        settings |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    return settings
+
+
+def _nearest_yarn(kept: np.ndarray, theta: float, factor: float, original: float) -> dict[str, float]:
+    """beta_fast and beta_slow of the ramp, from one pair to another, with the least squared error of logarithms."""
+    pairs = np.arange(len(kept))
+    whole = theta ** (-pairs / len(kept))
+
+    def error(ramp: tuple[int, int]) -> float:
+        share = np.clip((pairs - ramp[0]) / (ramp[1] - ramp[0]), 0, 1)
+        return np.square(np.log(whole * (1 - share + share / factor) / kept)).sum()
+
+    low, high = min(((low, high) for high in pairs[1:].tolist() for low in range(high)), key=error)
+
+    def turns(pair: float) -> float:
+        return original * theta ** (-pair / len(kept)) / (2 * math.pi)
+
+    # YaRN rounds the first pair down and the last one up.
+    return {"beta_fast": turns(low + 0.5), "beta_slow": turns(high - 0.5)}
+
+
+def _rotation(hf: dict, head_dim: int) -> tuple[np.ndarray, float]:
+    """Frequencies of the source and its factor of cos and sin, as transformers' modeling_rope_utils has them."""
+    settings = _rope(hf)
+    if settings["rope_type"] == "llama3":
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if type(settings.get(key)) not in (int, float):
+                raise InputError(f"rope_type llama3 needs {key}, a number; it is {settings.get(key)!r}")
+        frequencies = settings["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        turns = settings["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / settings["factor"]), 1.0
+    if settings["rope_type"] == "default":
+        return settings["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim), 1.0
+    # YaRN is YaRN in both, over the whole width of a head here.
+    as_ours = {
+        **hf, "model_type": "deepseek_v3", "first_k_dense_replace": hf.get("num_hidden_layers"),
+        "num_key_value_heads": None, "rms_norm_eps": NORM_EPS, "qk_nope_head_dim": 1, "v_head_dim": 1,
+        "kv_lora_rank": 1, "q_lora_rank": None, "qk_rope_head_dim": head_dim,
+        "rope_scaling": None, "rope_parameters": settings,
+    }  # fmt: skip
+    config = from_hf(as_ours, tied=False, dtype="float32")
+    return rope.frequencies(config), rope.amplitude(config.rope_scaling)

@@ -1,0 +1,1 @@
+"""Run folders and checkpoints: written whole, checked when read, streamed when large."""

@@ -1,0 +1,180 @@
+"""Run folders: the config, the tokenizer and the checkpoints of one training run.
+
+RUN/config.yaml            everything that was configured
+RUN/tokenizer/             Hugging Face files
+RUN/conf/model/imported.yaml  of an imported model, for `experiments.sft --config-dir RUN/conf model=imported`
+RUN/checkpoints/STEP/      see checkpoint_store
+RUN/trackers.json, goodput.json, tensorboard/, wandb/, profile/, eval/
+"""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+from omegaconf import DictConfig, OmegaConf
+
+from mla_jax.checkpoint.manager import CHECKPOINTS, Checkpoints
+from mla_jax.checkpoint.streaming import raised_when_saved
+from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig
+from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mla_jax.distributed.decisions import decide_together
+from mla_jax.errors import InputError, first_line
+from mla_jax.state import TrainState
+
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained or imported model, ready to evaluate, export or train further."""
+
+    path: Path
+    model: ModelConfig
+    params: dict
+    """Arrays; of TensorStore, which leaves them on disk, if `load_run` was asked for these."""
+    tokenizer: Tokenizer
+    step: int
+    trained_lengths: tuple[int, ...]
+    """Sequence lengths of the training stages, in tokens; empty for an imported model."""
+
+
+def start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
+    """Creates RUN with its config and tokenizer, or checks that an existing one can be resumed by `config`.
+
+    The first process of a job does it for all.
+
+    Raises:
+        InputError: the folder holds another model or tokenizer, or something that is no run at all.
+    """
+    decide_together(lambda: _start_run(config, tokenizer))
+    return Path(config.run_dir)
+
+
+def _start_run(config: SftConfig, tokenizer: Tokenizer) -> None:
+    run_dir = Path(config.run_dir)
+    wanted = OmegaConf.create(dataclasses.asdict(config))
+    if (run_dir / CONFIG).exists():
+        existing = _read_config(run_dir)
+        if "train" not in existing:
+            raise InputError(f"{run_dir} holds an imported model; train in a new run with init_from={run_dir} name=NEW")
+        keys = [str(k) for k in wanted.model if existing.model.get(k) != wanted.model.get(k)]
+        differ = sorted(k for k in keys if k not in HOW_IT_IS_COMPUTED)
+        if differ:
+            raise InputError(f"{run_dir} holds another model ({', '.join(differ)} differ); choose another name=")
+        if load_tokenizer(str(run_dir / TOKENIZER)).fingerprint != tokenizer.fingerprint:
+            raise InputError(
+                f"{run_dir} was trained with another tokenizer than data.tokenizer={config.data.tokenizer}"
+            )
+    else:
+        if (run_dir / CHECKPOINTS).exists():
+            raise InputError(f"{run_dir} has checkpoints but no {CONFIG}; choose another name= or remove it")
+        tokenizer.save(run_dir / TOKENIZER)
+    _write_config(run_dir, wanted)
+
+
+def load_run(run_dir: str | Path, step: str = "latest", *, on_disk: bool = False) -> Run:
+    """Parameters of a run with their config and tokenizer; nothing of the optimizer's state is read.
+
+    Args:
+        run_dir: the folder.
+        step: `latest`, `best` by the run's `train.best_metric`, or a number. The first two pass over checkpoints
+            that are damaged, with a warning.
+        on_disk: do not read the parameters but open them, for what needs a part at a time.
+
+    Raises:
+        InputError: not a run, no such checkpoint, none that can be read, or a tokenizer that does not fit it.
+    """
+    run_dir = Path(run_dir)
+    config = _read_config(run_dir)
+    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model))
+    assert isinstance(model, ModelConfig)
+    if not (run_dir / CHECKPOINTS).is_dir():
+        raise InputError(f"{run_dir} has no checkpoint yet")
+    tokenizer = load_tokenizer(str(run_dir / TOKENIZER))
+    check_tokenizer(tokenizer, model)
+    checkpoints = Checkpoints(run_dir)
+    try:
+        metric = OmegaConf.select(config, "train.best_metric", default=TrainConfig.best_metric)
+        chosen = checkpoints.choose(step, metric)
+        trained_with = checkpoints.restore_position(chosen)["tokenizer"]
+        if trained_with != tokenizer.fingerprint:
+            raise InputError(f"{run_dir / TOKENIZER} is not the tokenizer that checkpoint {chosen} was trained with")
+        params = (checkpoints.open_params if on_disk else checkpoints.restore_params)(chosen, model)
+    finally:
+        checkpoints.close()
+    lengths = tuple(stage.seq_len for stage in config.train.stages) if "train" in config else ()
+    return Run(run_dir, model, params, tokenizer, chosen, lengths)
+
+
+def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokenizer: Tokenizer) -> Path:
+    """Writes RUN for parameters that come from elsewhere; nothing is left behind if that fails.
+
+    Args:
+        run_dir: the folder to create.
+        model: the config.
+        params: arrays, as `init_params` lays them out, or `Unwritten` leaves, which are in memory a part at a time.
+        tokenizer: its tokenizer.
+
+    Raises:
+        InputError: RUN exists, the tokenizer does not fit the model, parameters cannot be read, or the disk is full.
+    """
+    run_dir = Path(run_dir)
+    if run_dir.exists():
+        raise InputError(f"{run_dir} exists; choose another folder")
+    check_tokenizer(tokenizer, model)
+    partial = run_dir.with_name(run_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        tokenizer.save(partial / TOKENIZER)
+        with raised_when_saved(params) as params:
+            checkpoints = Checkpoints(partial)
+            try:
+                state = TrainState(jnp.zeros((), jnp.int32), params, ())
+                checkpoints.save(0, state, {"tokenizer": tokenizer.fingerprint})
+                checkpoints.wait()
+            finally:
+                checkpoints.close()
+        _write_model(partial, model)
+        _write_config(partial, OmegaConf.create({"name": run_dir.name, "model": dataclasses.asdict(model)}))
+        partial.rename(run_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return run_dir
+
+
+def _write_model(run_dir: Path, model: ModelConfig) -> None:
+    """The model as a file of Hydra's group `model`, so that training on needs no key of it typed."""
+    path = run_dir / "conf" / "model" / "imported.yaml"
+    path.parent.mkdir(parents=True)
+    OmegaConf.save({"defaults": ["schema", "_self_"], **dataclasses.asdict(model)}, path)
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raises InputError if the tokenizer has ids that the model does not know."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is {model.vocab_size}; "
+            f"set model.vocab_size={-(-tokenizer.vocab_size // 64) * 64} or use another tokenizer"
+        )
+
+
+def _read_config(run_dir: Path) -> DictConfig:
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise InputError(f"{run_dir} is not a run folder: it has no {CONFIG}")
+    try:
+        config = OmegaConf.load(path)
+        assert isinstance(config, DictConfig) and "model" in config
+    except Exception as e:
+        raise InputError(f"{path} cannot be read ({first_line(e)})") from e
+    return config
+
+
+def _write_config(run_dir: Path, config: DictConfig) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    partial = run_dir / (CONFIG + ".partial")
+    OmegaConf.save(config, partial)
+    partial.replace(run_dir / CONFIG)

@@ -1,0 +1,1 @@
+"""Synthetic needles in haystacks: tasks, fillers, words, and the generator that puts them together."""

@@ -1,0 +1,182 @@
+r"""Synthetic retrieval data of an exact length: facts hidden in a haystack, then questions about all of them.
+
+    passkey     <bos>introduction \n filler \n needle \n filler \n question answer.<eos>
+    all others  <bos>filler with needles between its sentences \n question answer. \n question answer. ...<eos>
+
+An example is a pure function of the config, the tokenizer and a random stream, and `stream` of a seed and indices.
+Evaluation prompts are held out: they come from streams that training never uses, whatever the seeds.
+"""
+
+import enum
+import functools
+import itertools
+
+import numpy as np
+
+from mla_jax.config import NeedleDataConfig
+from mla_jax.data.needle import tasks
+from mla_jax.data.needle import vocabulary as v
+from mla_jax.data.needle.haystack import Filler, Haystack, NeedlesHaystack, NoiseHaystack, TextHaystack, WordsHaystack
+from mla_jax.data.needle.lexicon import Lexicon, make_lexicon
+from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.errors import UsageError
+
+
+class Purpose(enum.IntEnum):
+    """What random streams are for; those of different purposes are independent, whatever the seeds."""
+
+    EXAMPLE = 0
+    BATCH = 1
+    EPOCH = 2
+    EVALUATION = 3
+    SKIPS = 4
+
+
+def stream(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:
+    """The random stream of a seed, a purpose and at most three non-negative numbers; each is independent."""
+    counter = [0, *index, *[0] * (3 - len(index))]  # the first word counts what is drawn
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64), counter=counter))
+
+
+class NeedleGenerator:
+    """Makes examples of the tasks and haystacks that a config mixes."""
+
+    def __init__(self, config: NeedleDataConfig, tokenizer: Tokenizer):
+        """Encodes the vocabulary and the text folder.
+
+        Raises:
+            InputError: the text folder holds no text.
+        """
+        self._config = config
+        self._tokenizer = tokenizer
+        self._lexicon = make_lexicon(tokenizer)
+        self._tasks = {name: weight for name, weight in config.tasks.items() if weight > 0}
+        self._weights = {name: weight for name, weight in config.haystacks.items() if weight > 0}
+        self._haystacks = {name: self._haystack(name) for name in self._weights}
+        self._shortest = {task: _shortest(tokenizer, self._lexicon, task) for task in self._tasks}
+
+    def _haystack(self, name: str) -> Haystack:
+        match name:
+            case "noise":
+                return NoiseHaystack(self._tokenizer)
+            case "words":
+                return WordsHaystack(self._tokenizer, self._lexicon)
+            case "needles":
+                return NeedlesHaystack(self._tokenizer, self._lexicon)
+            case _:
+                assert self._config.text_folder is not None
+                return TextHaystack(self._tokenizer, self._config.text_folder)
+
+    def check_length(self, length: int) -> None:
+        """Raises UsageError if no task of the mixture is sure to fit into `length` tokens."""
+        shortest = min(self._shortest.values())
+        if length < shortest:
+            raise UsageError(
+                f"{length} tokens are too short for data.tasks {', '.join(self._tasks)}: "
+                f"the shortest possible with tokenizer {self._tokenizer.source} is {shortest}"
+            )
+
+    def example(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [length], and for each token the weight float32 [length] of the loss that predicts it.
+
+        Tasks that do not fit into `length` are not drawn; of the others, as many needles as fit.
+
+        Raises:
+            UsageError: no task fits.
+        """
+        self.check_length(length)
+        task = _draw(rng, {task: weight for task, weight in self._tasks.items() if self._shortest[task] <= length})
+        haystack = self._haystacks[_draw(rng, self._weights)]
+        if task == "passkey" and isinstance(haystack, NoiseHaystack):
+            haystack = passkey_noise(self._tokenizer)
+        names = tasks.Random(rng, self._lexicon)
+        head = _head(self._tokenizer, self._lexicon, task)
+        room = length - len(head) - 1
+        units = tasks.draw_units(
+            rng, names, self._lexicon, task, room, self._config.max_needles, self._config.near_duplicate_fraction
+        )
+        filler = room - sum(unit.count(self._lexicon) for unit in units)
+        needles = self._lexicon.ids_of_each([needle for unit in units for needle in unit.needles])
+        if task == "passkey":
+            body = around(rng, haystack, needles[0], filler, rng.random())
+        else:
+            body = hide(rng, haystack.take(rng, filler, names.used), needles, [len(unit.needles) for unit in units])
+        asked = [units[number] for number in rng.permutation(len(units))]
+        dialogue = self._lexicon.ids_of_each([part for unit in asked for part in (unit.question, unit.answer)])
+        tokens = np.concatenate([head, *body, *dialogue, [self._tokenizer.eos_id]]).astype(np.int32)
+        is_answer = np.repeat(
+            [False, *[False, True] * len(asked), True], [length - 1 - sum(map(len, dialogue)), *map(len, dialogue), 1]
+        )
+        return tokens, np.where(is_answer, np.float32(1), np.float32(self._config.lm_loss_weight))
+
+
+def passkey_prompt(tokenizer: Tokenizer, length: int, depth: float, seed: int, index: int) -> tuple[list[int], str]:
+    """A held-out passkey prompt in repeated noise: exactly `length` ids, ending with "The pass key is", and the key.
+
+    The needle stands behind the sentence that ends nearest to `depth` (0 to 1) of the noise.
+
+    Raises:
+        UsageError: `length` does not hold introduction, needle and question.
+    """
+    lexicon = make_lexicon(tokenizer)
+    shortest = _shortest(tokenizer, lexicon, "passkey", with_answer=False)
+    if length < shortest:
+        raise UsageError(
+            f"a passkey prompt of {length} tokens is too short: "
+            f"the shortest possible with tokenizer {tokenizer.source} is {shortest}"
+        )
+    rng = stream(seed, Purpose.EVALUATION, index)
+    unit = tasks.make_unit("passkey", 1, tasks.Random(rng, lexicon), lexicon)
+    head, needle, question = _head(tokenizer, lexicon, "passkey"), *lexicon.ids_of_each([*unit.needles, unit.question])
+    filler = length - len(head) - len(needle) - len(question)
+    ids = np.concatenate([head, *around(rng, passkey_noise(tokenizer), needle, filler, depth), question])
+    return ids.tolist(), str(unit.answer[0])
+
+
+@functools.lru_cache(maxsize=4)
+def passkey_noise(tokenizer: Tokenizer) -> NoiseHaystack:
+    """The filler of passkey prompts; each of its two parts is a line."""
+    return NoiseHaystack(tokenizer, begins_line=True)
+
+
+def _head(tokenizer: Tokenizer, lexicon: Lexicon, task: str) -> np.ndarray:
+    bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+    introduction = lexicon.pieces(v.PASSKEY_INTRO, v.NEWLINE) if task == "passkey" else []
+    return np.concatenate([bos, lexicon.ids(introduction)])
+
+
+def _shortest(tokenizer: Tokenizer, lexicon: Lexicon, task: str, *, with_answer: bool = True) -> int:
+    """Tokens that hold the smallest unit of a task whatever its names are."""
+    unit = tasks.make_unit(task, tasks.SIZES[task][0], tasks.Longest(lexicon), lexicon)
+    without = 0 if with_answer else lexicon.count(unit.answer) + 1
+    return len(_head(tokenizer, lexicon, task)) + unit.count(lexicon) + 1 - without
+
+
+def _draw(rng: np.random.Generator, weights: dict[str, float]) -> str:
+    """A key of `weights`, with probability proportional to its weight."""
+    shares = np.cumsum(list(weights.values()))
+    return list(weights)[np.searchsorted(shares, rng.random() * shares[-1], side="right")]
+
+
+def around(
+    rng: np.random.Generator, haystack: Haystack, needle: np.ndarray, length: int, depth: float
+) -> list[np.ndarray]:
+    """Filler of `length` tokens, a part before `needle` that ends with a sentence and a part after it."""
+    before = haystack.take(rng, length)
+    gap = before.gaps[np.argmin(np.abs(before.gaps - depth * length))]
+    return [before.ids[:gap], needle, haystack.take(rng, length - int(gap)).ids]
+
+
+def hide(rng: np.random.Generator, filler: Filler, needles: list[np.ndarray], sizes: list[int]) -> list[np.ndarray]:
+    """`filler` with all needles at random places between its sentences.
+
+    `sizes` are the numbers of needles that belong together: they stay in their order.
+    """
+    places = filler.gaps[rng.integers(len(filler.gaps), size=len(needles))]
+    for start, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
+        places[start:end].sort()
+    parts, last = [], 0
+    for number in np.argsort(places, kind="stable"):
+        parts += [filler.ids[last : places[number]], needles[number]]
+        last = places[number]
+    return [*parts, filler.ids[last:]]

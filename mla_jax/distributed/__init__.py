@@ -1,0 +1,1 @@
+"""Jobs of several processes: joining one, deciding together, stopping without loss."""

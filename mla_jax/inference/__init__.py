@@ -1,0 +1,1 @@
+"""Generation through the latent cache: prompts, memory, sampling, the decode loop."""

@@ -1,0 +1,124 @@
+"""What a training run says about itself: metrics, timing, utilisation, goodput; docs/training.md has definitions."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from mla_jax.config import SftConfig
+from mla_jax.observability.flops import measured_peak, nominal_peak, train_flops
+from mla_jax.observability.goodput import Goodput
+from mla_jax.observability.gpu_utilization import DeviceBusy, find_nvml
+from mla_jax.observability.profiling import StepProfiler
+from mla_jax.observability.step_time import KINDS, StepClock
+from mla_jax.observability.trackers import Trackers
+
+Results = list[dict[str, jax.Array]]
+
+
+class Telemetry:
+    """Measures the training loop of this process and hands all metrics to the trackers.
+
+    Nothing here waits for the device, but for the two ends of a trace.
+
+    Args:
+        config: of the run.
+        run_dir: the run folder, which must exist.
+        step: finished steps that this process starts from.
+
+    Raises:
+        InputError: a tracker cannot start.
+    """
+
+    def __init__(self, config: SftConfig, run_dir: Path, step: int):
+        self._config = config
+        first = jax.process_index() == 0
+        device = jax.devices()[0]
+        peaks = {"mfu": nominal_peak(device.device_kind)}
+        if first and config.train.measure_peak and device.platform == "gpu":
+            peaks["mfu_of_measured_peak"] = measured_peak()
+        self._peaks = {name: peak * jax.device_count() for name, peak in peaks.items() if peak is not None}
+        self._trackers = Trackers(config, run_dir, step)
+        self._profiler = StepProfiler(config.train.profile if first else [], run_dir / "profile")
+        self._goodput = Goodput(run_dir, step, write=first)
+        self._busy = DeviceBusy(find_nvml() if first else None)
+        self.clock = StepClock()
+        self._window_start = self.clock.seconds()
+        self._shapes: set[tuple[int, ...]] = set()
+        self._tokens, self._flops, self._steps = 0, 0.0, 0
+        self.tokens_per_second = 0.0
+        """Of the window last reported."""
+
+    @contextlib.contextmanager
+    def dispatch(self, shape: tuple[int, ...], given: Results) -> Iterator[None]:
+        """Around the call of a training step.
+
+        Args:
+            shape: [A, B / A, T] of the batch, over all processes.
+            given: results of steps dispatched and not yet read; the step's own are added inside.
+        """
+        accumulation, rows, seq_len = shape
+        self._tokens += accumulation * rows * seq_len
+        self._flops += train_flops(self._config.model, accumulation * rows, seq_len)
+        self._steps += 1
+        compiles = self.clock.spend("compile") if shape not in self._shapes else contextlib.nullcontext()
+        self._shapes.add(shape)
+        with self._profiler.step(given), compiles:
+            yield
+
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around the saving of the checkpoint of `step`, from when its steps were read from the device."""
+        self._goodput.mark(step, self.clock.seconds())
+        with self.clock.spend("checkpoint"):
+            yield
+
+    def report(self, step: int, metrics: dict[str, float]) -> str:
+        """Logs `metrics` (by name, under `train/`) with those of the window that ends here, and starts a new one.
+
+        Call it when the results of all steps so far were read from the device.
+
+        Returns:
+            Speed for the progress line.
+        """
+        total = self.clock.seconds()
+        spent = {kind: total[kind] - self._window_start[kind] for kind in KINDS}
+        wall = sum(spent.values())
+        self.tokens_per_second = self._tokens / wall
+        mfu = {name: self._flops / wall / peak for name, peak in self._peaks.items()}
+        measured = (
+            {
+                "train/tokens_per_second": self.tokens_per_second,
+                "time/step_seconds": wall / self._steps,
+                "utilisation/tflops_per_device": self._flops / wall / jax.device_count() / 1e12,
+                "utilisation/device_busy": self._busy.mean(),
+                "memory/peak_gib": peak_memory_gib(),
+            }
+            | {f"time/{kind}": seconds / wall for kind, seconds in spent.items()}
+            | {f"utilisation/{name}": share for name, share in mfu.items()}
+            | {f"goodput/{name}": share for name, share in self._goodput.update(total).items()}
+        )
+        self._window_start = total
+        self._tokens, self._flops, self._steps = 0, 0.0, 0
+        with self.clock.spend("other"):
+            self._trackers.log(
+                step,
+                {f"train/{name}": value for name, value in metrics.items()}
+                | {name: value for name, value in measured.items() if value is not None},
+            )
+        return f"{self.tokens_per_second:,.0f} tokens/s" + (f"  MFU {mfu['mfu']:.1%}" if "mfu" in mfu else "")
+
+    def close(self, finished: bool) -> None:
+        """Ends what runs beside training; `finished` is False if training stops before its end."""
+        self._goodput.update(self.clock.seconds())
+        self._profiler.close()
+        self._busy.close()
+        self._trackers.close(finished)
+
+
+def peak_memory_gib() -> float | None:
+    """The most GiB in use at one time on any GPU of this process since it started; None where JAX does not count."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    return max(peaks) / 2**30 if peaks else None

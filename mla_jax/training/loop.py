@@ -1,0 +1,247 @@
+"""The training loop: supervised fine-tuning, from scratch or from given parameters.
+
+What a run does at a step depends only on the config and the step, and every checkpoint holds the data position, so a
+run interrupted anywhere and resumed is bit for bit the run that was not interrupted.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mla_jax.checkpoint import run_folder as checkpoint
+from mla_jax.checkpoint.manager import Checkpoints
+from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig
+from mla_jax.data.pipeline import make_pipeline
+from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mla_jax.distributed import join as distributed
+from mla_jax.distributed.preemption import StopRequest
+from mla_jax.errors import InputError
+from mla_jax.mesh import check_batch, make_mesh, place_batch, rows_here
+from mla_jax.observability.metrics import ProgressDisplay, Window
+from mla_jax.observability.telemetry import Telemetry
+from mla_jax.observability.trackers import check_installed
+from mla_jax.optim import learning_rate, make_optimizer
+from mla_jax.state import TrainState, abstract_state, init_state, with_params
+from mla_jax.training.step import make_train_step
+
+_AHEAD = 2
+"""Steps that are given to the device before the result of an earlier one is there."""
+
+
+@dataclass
+class Position:
+    """Where a run is: steps finished in all and in the current stage, and the open metrics window.
+
+    `reported` holds the means of the window before, and the stage that it was in.
+    """
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    window: Window = field(default_factory=Window)
+    reported: dict[str, float] = field(default_factory=dict)
+
+    def planned(self, train: TrainConfig) -> int:
+        """Finished steps as the schedule counts them: a stage that ended early counts in full."""
+        return sum(stage.steps for stage in train.stages[: self.stage]) + self.stage_step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: not `finished` after Ctrl-C or SIGTERM, which makes it `terminated` too."""
+
+    run_dir: Path
+    step: int
+    finished: bool
+    terminated: bool
+    metrics: dict[str, float] | None
+    """Means of the last metrics window and its tokens_per_second; None if no window ended in this process."""
+
+
+def train(config: SftConfig) -> TrainResult:
+    """Trains until the last stage ends or Ctrl-C / SIGTERM, resuming what `config.run_dir` holds.
+
+    Precedence: a checkpoint of this run, then `init_from`, then random initialisation.
+
+    Raises:
+        InputError: bad data, tokenizer or checkpoint, a failed save, or a loss that is no longer finite.
+    """
+    with jax.set_mesh(make_mesh(config.mesh)):
+        return _Trainer(config).run()
+
+
+class _Trainer:
+    def __init__(self, config: SftConfig):
+        self.config = config
+        check_installed(config.tracker)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        checkpoint.check_tokenizer(tokenizer, config.model)
+        self.tokenizer = tokenizer
+        optimizer = make_optimizer(config.optim)
+        self.train_step = make_train_step(
+            config.model, optimizer, config.train.loss_chunk, config.train.nonfinite == "skip"
+        )
+        for stage in config.train.stages:
+            check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation)
+        self.position = Position()
+        self.data = self._pipeline()  # bad data ends here, before the run folder exists
+        self.run_dir = checkpoint.start_run(config, tokenizer)
+        self.checkpoints = Checkpoints(self.run_dir, config.train)
+        self.state = self._restore_or_init(optimizer)
+        self.last_metrics: dict[str, float] | None = None
+        self.pending: list[dict] = []  # metrics of steps that have not been read from the device
+        self.telemetry = Telemetry(config, self.run_dir, self.position.step)
+
+    def _pipeline(self):
+        c = self.config
+        return make_pipeline(
+            c.data, self.tokenizer, c.train.stages, self.position.stage, c.seed,
+            rows_of=lambda batch_size: rows_here(batch_size, c.train.grad_accumulation),
+        )  # fmt: skip
+
+    def _restore_or_init(self, optimizer: optax.GradientTransformation) -> TrainState:
+        step = self.checkpoints.latest_step
+        if step is None:
+            if self.config.init_from is None:
+                return init_state(self.config.model, optimizer, self.config.seed)
+            params = _params_of(self.config.init_from, self.config.model, self.tokenizer)
+            return with_params(params, optimizer)
+        state, saved = self.checkpoints.restore_state(step, abstract_state(self.config.model, optimizer))
+        fields = {f.name: saved[f.name] for f in dataclasses.fields(Position) if f.name != "window"}
+        self.position = Position(**fields, window=Window(**saved["window"]))
+        if self.position.stage >= len(self.config.train.stages):
+            raise InputError(f"{self.run_dir} is in stage {self.position.stage + 1}, but train.stages has fewer")
+        self.data = self._pipeline()
+        self.data.set_state(saved["data"])
+        if self._stage_over() and not self._finished():  # the run had ended, and a stage was added since
+            self._next_stage()
+        distributed.say(f"Resuming {self.run_dir} at step {step}")
+        return state
+
+    def run(self) -> TrainResult:
+        train, position = self.config.train, self.position
+        display = ProgressDisplay(sum(s.steps for s in train.stages), position.planned(train), distributed.is_main())
+        stop = StopRequest()
+        try:
+            with stop:
+                while not self._finished() and not stop.reached(position.step):
+                    self._step()
+                    if position.step % train.log_every == 0 or self._stage_over():
+                        self._read_pending()
+                        reached = self._report(display)
+                        if (reached or self._stage_over()) and not self._finished():
+                            with self.telemetry.clock.spend("other"):
+                                self._next_stage()
+                    if position.step % train.checkpoint_every == 0:
+                        self._save()
+                if self.checkpoints.latest_step != position.step:
+                    self._save()
+                with self.telemetry.clock.spend("checkpoint"):
+                    self.checkpoints.wait()
+        finally:
+            self.data.close()
+            display.close()
+            self.telemetry.close(self._finished())
+            self.checkpoints.close()
+        return TrainResult(self.run_dir, position.step, self._finished(), stop.terminated, self.last_metrics)
+
+    def _stage_over(self) -> bool:
+        return self.position.stage_step >= self.config.train.stages[self.position.stage].steps
+
+    def _finished(self) -> bool:
+        return self.position.stage == len(self.config.train.stages) - 1 and self._stage_over()
+
+    def _step(self) -> None:
+        """One optimizer step."""
+        p, c = self.position, self.config
+        with self.telemetry.clock.wait_for_data(self.pending):
+            rows = next(self.data)
+        batch = place_batch(rows, c.train.grad_accumulation)
+        rate = learning_rate(c.optim, c.train.stages, p.stage, p.stage_step)
+        with self.telemetry.dispatch(batch["tokens"].shape, self.pending):
+            self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate))
+            self.pending.append(metrics)
+        # No further ahead: steps that are queued must run before a checkpoint can be saved.
+        jax.block_until_ready(self.pending[:-_AHEAD][-1:])
+        p.step += 1
+        p.stage_step += 1
+
+    def _next_stage(self) -> None:
+        self.position.stage += 1
+        self.position.stage_step = 0
+        self.data.close()
+        self.data = self._pipeline()
+
+    def _read_pending(self) -> None:
+        """Moves the metrics of finished steps into the window; a loss that is not finite ends the run."""
+        first = self.position.step - len(self.pending) + 1
+        for step, metrics in enumerate(jax.device_get(self.pending), first):
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+                raise self._not_finite(
+                    f"loss is {metrics['loss']} (gradient norm {metrics['grad_norm']}) at step {step}"
+                )
+            self.position.window.add(metrics)
+        self.pending = []
+        window = self.position.window
+        if window.skipped == window.steps >= self.config.train.log_every:
+            raise self._not_finite(
+                f"all of the last {window.steps} steps were skipped, their gradients not being finite"
+            )
+
+    def _not_finite(self, what: str) -> InputError:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest_step
+        kept = "no checkpoint was saved before"
+        if good is not None:
+            kept = f"the last good checkpoint is step {good} in {self.checkpoints.folder}"
+        return InputError(
+            f"{what}; {kept}; lower learning_rate in train.stages or optim.clip_norm and run the same command to go on "
+            "from it"
+        )
+
+    def _report(self, display: ProgressDisplay) -> bool:
+        """Logs the window and starts a new one; returns whether it reached the stage's accuracy threshold."""
+        p, train = self.position, self.config.train
+        stage = train.stages[p.stage]
+        means = p.window.means()
+        reached = stage.accuracy is not None and p.window.answers > 0 and p.window.accuracy >= stage.accuracy
+        rate = learning_rate(self.config.optim, train.stages, p.stage, p.stage_step)
+        speed = self.telemetry.report(p.step, means | {"learning_rate": rate, "stage": p.stage})
+        self.last_metrics = {**means, "tokens_per_second": self.telemetry.tokens_per_second}
+        p.window, p.reported = Window(), {"stage": p.stage, **means}
+        display.show(
+            p.planned(train),
+            f"stage {p.stage + 1}/{len(train.stages)} ({stage.seq_len} tokens)  "
+            f"loss {means['loss']:.3f}  answers {means['answer_accuracy']:.1%}  {speed}",
+        )
+        return reached
+
+    def _save(self) -> None:
+        self._read_pending()
+        p = self.position
+        position = {
+            **dataclasses.asdict(p),
+            "data": self.data.get_state(),
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+        metrics = p.reported or {"stage": p.stage, **p.window.means()}
+        with self.telemetry.saving(p.step):
+            self.checkpoints.save(p.step, self.state, position, metrics)
+
+
+def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
+    """Parameters of another run, to start from. Raises InputError if its shapes or its tokenizer are not ours."""
+    run = checkpoint.load_run(run_dir)
+    shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in (*HOW_IT_IS_COMPUTED, "dtype")]
+    differ = [key for key in shape_keys if getattr(run.model, key) != getattr(model, key)]
+    if differ:
+        raise InputError(f"init_from={run_dir} holds another model: {', '.join(differ)} differ")
+    if run.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f"init_from={run_dir} has another tokenizer; set data.tokenizer={run_dir}/tokenizer")
+    return run.params

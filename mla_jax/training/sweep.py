@@ -1,0 +1,150 @@
+"""What the runs of a sweep reached, beside what was swept: a Markdown table and a plot."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from mla_jax.config import flatten
+from mla_jax.errors import InputError
+from mla_jax.evals.report import COLORS, replacing, write_json
+from mla_jax.training.loop import TrainResult
+
+SUMMARY = "summary.json"
+NAMES = ("name", "run_dir")
+"""Keys that differ between the runs of a sweep without being swept."""
+
+
+def write_summary(result: TrainResult) -> None:
+    """Writes RUN/summary.json: the last step and the metrics of the last window of `train.log_every` steps.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if result.metrics is not None:  # a run that had finished before keeps what it wrote then
+        write_json(result.run_dir / SUMMARY, {"step": result.step, **result.metrics})
+
+
+@dataclass(frozen=True)
+class SweptRun:
+    """A run of a sweep."""
+
+    name: str
+    config: dict[str, Any]
+    """Every key with its value, `model.kv_lora_rank` and the like."""
+    summary: dict[str, float] | None
+    """None if the run has not finished."""
+    passkey: tuple[int, int] | None
+    """Correct answers and prompts of RUN/eval/passkey.json, None without that evaluation."""
+
+
+def read_sweep(folder: Path) -> list[SweptRun]:
+    """The runs in a sweep's folder.
+
+    Raises:
+        InputError: there are none, or a file of one cannot be read.
+    """
+    runs = [_read_run(path.parent, folder) for path in sorted(folder.rglob("config.yaml"))]
+    if len(runs) < 2:
+        raise InputError(f"{folder} holds {len(runs)} runs; a sweep has at least 2, each in a folder of its own in it")
+    if all(run.summary is None for run in runs):
+        raise InputError(f"no run in {folder} has finished yet (none has a {SUMMARY})")
+    return runs
+
+
+def _read_run(path: Path, folder: Path) -> SweptRun:
+    def content(name: str) -> dict | None:
+        return json.loads((path / name).read_text()) if (path / name).is_file() else None
+
+    try:
+        config = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
+        summary, passkey = content(SUMMARY), content("eval/passkey.json")
+        rows = passkey["by_length"] if passkey else []
+        counts = (sum(row["correct"] for row in rows), sum(row["n"] for row in rows)) if rows else None
+    except Exception as e:
+        raise InputError(f"{path} cannot be read ({str(e).splitlines()[0][:200]})") from e
+    return SweptRun(str(path.relative_to(folder)), config, summary, counts)
+
+
+def swept_keys(runs: Sequence[SweptRun]) -> list[str]:
+    """Keys whose values differ between runs, in the order of the config."""
+    return [
+        key
+        for key in dict.fromkeys(key for run in runs for key in run.config)
+        if key not in NAMES and len({str(run.config.get(key)) for run in runs}) > 1
+    ]
+
+
+def markdown_table(runs: Sequence[SweptRun]) -> str:
+    """One row for each run, the lowest loss first; runs that have not finished come last."""
+    keys, with_passkey = swept_keys(runs), any(run.passkey for run in runs)
+    rows = [[*keys, "step", "loss", "answers right", "tokens/s", *(["passkeys found"] if with_passkey else [])]]
+    for run in sorted(runs, key=lambda run: run.summary["loss"] if run.summary else math.inf):
+        row, s = [str(run.config.get(key)) for key in keys], run.summary
+        if s is None:
+            row += ["not finished", "", "", ""]
+        else:
+            numbers = f"{s['loss']:.4f}", f"{s['answer_accuracy']:.1%}", f"{s['tokens_per_second']:,.0f}"
+            row += [str(s["step"]), *numbers]
+        rows.append([*row, *(["{}/{}".format(*run.passkey) if run.passkey else ""] if with_passkey else [])])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def plot_sweep(runs: Sequence[SweptRun], path: Path, *, title: str) -> None:
+    """Draws loss and answer accuracy over the swept key with the most values, a line for each value of the others.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    done = [run for run in runs if run.summary]
+    keys = swept_keys(runs)
+    across = max(keys, key=lambda key: len({str(run.config.get(key)) for run in runs}), default="name")
+    rest = [key for key in keys if key != across]
+    lines = sorted({tuple(str(run.config.get(key)) for key in rest) for run in done}, key=_natural)
+    values = sorted({run.config.get(across) for run in done}, key=lambda value: _natural((str(value),)))
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in values)
+    figure = Figure(figsize=(9, 3.8), dpi=160)
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(1, 2)
+    colors = colormaps[COLORS]
+    for index, line in enumerate(lines):
+        points = [run for run in done if tuple(str(run.config.get(key)) for key in rest) == line]
+        points.sort(key=lambda run: values.index(run.config.get(across)))
+        places = [run.config[across] if numbers else values.index(run.config.get(across)) for run in points]
+        label = ", ".join(f"{key} {value}" for key, value in zip(rest, line, strict=True))
+        style = {"marker": "o", "color": colors(0.4 + 0.6 * index / max(len(lines) - 1, 1)), "label": label}
+        panels[0].plot(places, [run.summary["loss"] for run in points if run.summary], **style)
+        panels[1].plot(places, [100 * run.summary["answer_accuracy"] for run in points if run.summary], **style)
+    for axes, what in zip(panels, ("loss (nats per token)", "answer tokens right (%)"), strict=True):
+        if numbers:
+            axes.set_xscale("log")
+            axes.minorticks_off()
+        axes.set_xticks(values if numbers else range(len(values)), [str(value) for value in values])
+        axes.set_xlabel(across)
+        axes.set_ylabel(what)
+        axes.grid(color="#e5e5e5")
+        axes.spines[["top", "right"]].set_visible(False)
+    if rest:
+        panels[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=12, weight="bold")
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def _natural(values: tuple[str, ...]) -> list[tuple[float, str]]:
+    """Orders numbers by size, before words."""
+
+    def key(value: str) -> tuple[float, str]:
+        try:
+            return float(value), ""
+        except ValueError:
+            return math.inf, value
+
+    return [key(value) for value in values]

@@ -1,0 +1,76 @@
+"""The kernel of a whole layer as far as a machine without such a GPU can tell; tests/gpu has its numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from latent_attention.call_shapes import LayerShape
+from latent_attention.decode_layer import mosaic as mosaic_layer
+from latent_attention.gpu import make_gpu
+from one_token_layer import random_weights
+
+INFINITE_1B = LayerShape(D=2560, Q=768, C=256, R=64, N=64, V=128, H=32, F=7680)
+SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
+HOPPER = make_gpu((9, 0), 132)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "cores"),
+    [
+        (INFINITE_1B, "bfloat16", 132),
+        (INFINITE_1B._replace(Q=1536, N=128), "float16", 78),
+        (INFINITE_1B._replace(D=5120, H=24), "bfloat16", 114),
+        (INFINITE_1B._replace(D=5120), "float16", 36),  # with shared memory for 784 bytes more
+        (SMALL, "float16", 132),
+        (SMALL._replace(H=8, V=192, F=10240), "bfloat16", 132),
+    ],
+    ids=str,
+)
+def test_what_it_takes_lowers_for_cuda(shape, dtype, cores):
+    assert mosaic_layer.why_not(shape, dtype, dtype, 1024, make_gpu((9, 0), cores)) is None
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=cores)
+    weights = jax.eval_shape(lambda: random_weights(shape, dtype, jax.random.key(0)))
+    of = jax.ShapeDtypeStruct
+    angles, cache = of((shape.R // 2,), jnp.float32), (of((1, 1024, shape.C), dtype), of((1, 1024, shape.R), dtype))
+    board = jax.eval_shape(lambda: mosaic_layer.init_board(shape))
+    op = functools.partial(mosaic_layer.layer, shape, eps=1e-6, scale=0.1)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
+        lowered = (
+            jax.jit(op)
+            .trace(weights, of((shape.D,), dtype), angles, angles, of((1,), jnp.int32), cache, board)
+            .lower(lowering_platforms=("cuda",))
+        )
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "others", "reason"),
+    [
+        ({}, {"gpu": make_gpu((8, 0), 108)}, "Hopper"),
+        ({}, {"gpu": None}, "no GPU"),
+        ({}, {"dtype": "float32", "cache_dtype": "float32"}, "16-bit numbers"),
+        ({}, {"cache_dtype": "int8"}, "bfloat16 and int8"),
+        ({}, {"capacity": 1000}, "multiple of 64"),
+        ({"C": 512}, {}, "C of 256"),
+        ({"R": 32}, {}, "R of 64"),
+        ({"H": 64}, {}, "up to 32 heads"),
+        ({"H": 12}, {}, "in eights"),
+        ({"N": 60}, {}, "in eights"),
+        ({"N": 328}, {}, "N up to 320"),
+        ({}, {"gpu": make_gpu((9, 0), 16)}, "a multiprocessor a head"),
+        ({"D": 7168}, {}, "do not fit"),
+        ({"D": 1024}, {}, "do not fit"),
+        ({"F": 12288}, {}, "do not fit"),
+        ({"Q": 700}, {}, "do not fit"),
+        ({"V": 80}, {}, "multiples of 32"),
+        ({}, {"gpu": HOPPER._replace(shared_memory=99 << 10)}, "shared memory"),
+        ({"D": 5120, "Q": 256}, {"gpu": make_gpu((9, 0), 33)}, "shared memory"),  # 240 bytes too much
+    ],
+    ids=str,
+)
+def test_it_says_why_it_cannot_run(shape, others, reason):
+    usual = {"dtype": "bfloat16", "cache_dtype": "bfloat16", "capacity": 1024, "gpu": HOPPER}
+    assert mosaic_layer.why_not(INFINITE_1B, **usual) is None
+    assert reason in (mosaic_layer.why_not(INFINITE_1B._replace(**shape), **usual | others) or "")

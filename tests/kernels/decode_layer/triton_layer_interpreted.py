@@ -1,0 +1,131 @@
+"""The kernels for one token against PyTorch; run by test_triton_layer.py with TRITON_INTERPRET=1, phase by phase.
+
+The interpreter runs one program after the other, so they cannot wait for each other within a launch.
+"""
+
+import pytest
+import torch
+
+from latent_attention.decode_layer import triton_kernels as triton_layer
+
+EPS = 1e-6
+WIDTHS = {
+    "even": dict(D=64, Q=32, C=32, R=16, N=16, V=16, H=2, F=64),
+    # No width is a multiple of a tile, and the programs' shares end within tiles and within heads.
+    "few latents": dict(D=64, Q=96, C=16, R=8, N=16, V=16, H=2, F=64),
+    "odd": dict(D=96, Q=40, C=48, R=8, N=12, V=20, H=3, F=112),
+}
+TILE = dict(ROWS=4, CHUNK=32)
+
+
+def draw(*shape):
+    return torch.randn(*shape) / shape[-1] ** 0.5
+
+
+def matrix(rows, columns, int8):
+    """As stored, its scales, and what both stand for."""
+    w = draw(rows, columns)
+    if not int8:
+        return w, w, w
+    scale = w.abs().amax(1) / 127
+    units = torch.clamp((w / scale[:, None]).round(), -127, 127).to(torch.int8)
+    return units, scale, units * scale[:, None]
+
+
+def unset(*shape):
+    return torch.full(shape, float("nan"))
+
+
+def norm(x, gain):
+    return x * torch.rsqrt((x * x).mean() + EPS) * gain
+
+
+def rotated(x, cos, sin):
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
+
+
+def power(n):
+    return 1 << (n - 1).bit_length()
+
+
+def close(ours, expected, tolerance=1e-5):
+    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=0)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("programs", [2, 5])
+@pytest.mark.parametrize(("int8", "cache_int8"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_before_attention(widths, int8, cache_int8, programs, capacity=9, length=5):
+    D, Q, C, R, N, V, H, _ = widths.values()
+    q_a, kv_a, q_b = matrix(Q, D, int8), matrix(C + R, D, int8), matrix(H * (N + R), Q, int8)
+    kv_b = matrix(H * (N + V), C, int8)
+    h, input_gain, q_gain, kv_gain = torch.randn(D), 1 + draw(D), 1 + draw(Q), 1 + draw(C)
+    cos, sin = torch.randn(R // 2), torch.randn(R // 2)
+    cache_type = torch.int8 if cache_int8 else torch.float32
+    c, k_rope = torch.zeros(capacity, C, dtype=cache_type), torch.zeros(capacity, R, dtype=cache_type)
+    scales, counter = torch.zeros(2, capacity), torch.zeros(1, dtype=torch.int32)
+    q_out, q_latent, kv, q = unset(H, C + R), unset(Q), unset(C + R), unset(H * (N + R))
+
+    def run(length):
+        for phase in range(3):
+            triton_layer.before_attention_kernel[(programs,)](
+                h, input_gain, q_a[0], q_a[1], kv_a[0], kv_a[1], q_gain, q_b[0], q_b[1], kv_gain, kv_b[0], kv_b[1],
+                cos, sin, torch.tensor([length], dtype=torch.int32), c, k_rope, scales, counter, EPS, capacity,
+                q_out, q_latent, kv, q, c, k_rope, scales, counter, D=D, Q=Q, C=C, R=R, N=N, V=V, H=H,
+                C_PADDED=power(C), N_PADDED=power(N), INT8=int8, CACHE_INT8=cache_int8, COLUMNS=16,
+                FIRST=phase, LAST=phase, **TILE,
+            )  # fmt: skip
+
+    run(length)
+    x = norm(h, input_gain)
+    latent, key = (kv_a[2] @ x).split([C, R])
+    queries = (q_b[2] @ norm(q_a[2] @ x, q_gain)).reshape(H, N + R)
+    k_b = kv_b[2].reshape(H, N + V, C)[:, :N]
+    absorbed = torch.einsum("hn,hnc->hc", queries[:, :N], k_b)
+    close(q_out, torch.cat([absorbed, rotated(queries[:, N:], cos, sin)], -1))
+    for ours, scale, expected in [(c, scales[0], norm(latent, kv_gain)), (k_rope, scales[1], rotated(key, cos, sin))]:
+        if cache_int8:
+            close(scale[length], expected.abs().max() / 127)
+            close(ours[length] * scale[length], expected, tolerance=0.51 * scale[length].item())
+        else:
+            close(ours[length], expected)
+        others = [i for i in range(capacity) if i != length]
+        assert not ours[others].any()
+
+    before = c.clone(), k_rope.clone(), scales.clone()
+    run(capacity)  # a full cache stays as it is
+    assert all(torch.equal(now, then) for now, then in zip((c, k_rope, scales), before, strict=True))
+
+
+@pytest.mark.parametrize("programs", [2, 5])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_after_attention(widths, int8, programs):
+    D, _, C, _, N, V, H, F = widths.values()
+    kv_b, o = matrix(H * (N + V), C, int8), matrix(D, H * V, int8)
+    gate, up, down = matrix(F, D, int8), matrix(F, D, int8), matrix(D, F, int8)
+    h, latents, gain = torch.randn(D), torch.randn(H, C), 1 + draw(D)
+    out, values, middle, inner = unset(D), unset(H * V), unset(D), unset(F)
+    counter = torch.zeros(1, dtype=torch.int32)
+    for phase in range(4):
+        triton_layer.after_attention_kernel[(programs,)](
+            h, latents, kv_b[0], kv_b[1], o[0], o[1], gain, gate[0], gate[1], up[0], up[1], down[0], down[1],
+            counter, EPS, out, values, middle, inner, counter, D=D, C=C, C_PADDED=power(C), N=N, V=V, H=H, F=F,
+            INT8=int8, FIRST=phase, LAST=phase, **TILE,
+        )  # fmt: skip
+    v_b = kv_b[2].reshape(H, N + V, C)[:, N:]
+    h = h + o[2] @ torch.einsum("hc,hvc->hv", latents, v_b).flatten()
+    x = norm(h, gain)
+    close(out, h + down[2] @ (torch.nn.functional.silu(gate[2] @ x) * (up[2] @ x)))
+
+
+def test_scores():
+    h, gain, head, scores = torch.randn(96), 1 + draw(96), draw(77, 96), unset(77)
+    triton_layer.scores_kernel[(5,)](h, gain, head, EPS, scores, D=96, X=77, **TILE)
+    close(scores, head @ norm(h, gain))

@@ -1,0 +1,134 @@
+"""What breaks while training: nothing is lost beyond the last complete checkpoint, and the same command goes on."""
+
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mla_jax.checkpoint.manager import Checkpoints
+from mla_jax.checkpoint.run_folder import load_run
+from mla_jax.errors import InputError
+from mla_jax.training import loop as train_module
+from mla_jax.training.loop import train
+from tiny import DATA, make_config
+
+pytestmark = pytest.mark.integration  # whole runs in processes of their own
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    train(make_config(run_dir))
+    return jax.device_get(load_run(run_dir).params)
+
+
+def assert_goes_on_alike(config, uninterrupted) -> None:
+    assert train(config).step == 11
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(load_run(config.run_dir).params), uninterrupted)
+    assert not list((Path(config.run_dir) / "checkpoints").glob("*tmp*"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import conftest
+from mla_jax import checkpoint_store
+from mla_jax.training.loop import train
+from tiny import make_config
+
+def killing(function, is_eight):
+    def call(*args):
+        if sys.argv[2] == "named":
+            is_eight(*args) and os.kill(os.getpid(), signal.SIGKILL)
+            function(*args)
+        else:
+            function(*args)
+            is_eight(*args) and os.kill(os.getpid(), signal.SIGKILL)
+    return call
+
+if sys.argv[2] == "named":
+    at_eight = lambda folder: folder.name.startswith("8.")
+    checkpoint_store.write_manifest = killing(checkpoint_store.write_manifest, at_eight)
+else:
+    at_eight = lambda self, step, *rest: step == 8
+    checkpoint_store.Checkpoints.save = killing(checkpoint_store.Checkpoints.save, at_eight)
+train(make_config(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("before", ["written", "named"])
+def test_kill_9_during_a_save_costs_that_checkpoint_only(before, uninterrupted, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "run"), before]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    if before == "named":
+        assert (tmp_path / "run" / "checkpoints" / "8.orbax-checkpoint-tmp" / "params").is_dir()
+    assert load_run(tmp_path / "run").step == 4
+    assert_goes_on_alike(make_config(tmp_path / "run"), uninterrupted)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_save_costs_that_checkpoint_only(uninterrupted, small_disk, monkeypatch):
+    save, ballast = Checkpoints.save, small_disk / "ballast"
+
+    def with_a_full_disk(self, step, *args):
+        self.wait()
+        if step == 8:
+            free = shutil.disk_usage(small_disk).free
+            ballast.write_bytes(bytes(free - 50_000))
+            # Somebody else fills the disk: there was room when it was looked for.
+            monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("usage", "free")(10**12))
+        save(self, step, *args)
+
+    config = make_config(small_disk / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", with_a_full_disk)
+        with pytest.raises(InputError, match=r"could not save .*\((?s:.*)\); the last complete .* step 4; make room"):
+            train(config)
+    assert load_run(small_disk / "run").step == 4
+    ballast.unlink()
+    assert_goes_on_alike(config, uninterrupted)
+
+
+def test_a_dead_data_worker_ends_training_with_what_to_do(uninterrupted, tmp_path, monkeypatch):
+    config = make_config(tmp_path / "run", data=dataclasses.replace(DATA, workers=1))
+    place_batch, steps = train_module.place_batch, iter(range(1, 100))
+
+    def killing(*args):
+        if next(steps) == 6:
+            (worker,) = multiprocessing.active_children()
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+            multiprocessing.connection.wait([worker.sentinel])
+        return place_batch(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "place_batch", killing)
+        with pytest.raises(
+            InputError, match=r"worker process died \(exit code -9\).*lower data\.workers; the same command"
+        ):
+            train(config)
+    assert load_run(tmp_path / "run").step in (4, 8)
+    assert_goes_on_alike(config, uninterrupted)

@@ -1,0 +1,239 @@
+"""The training loop on a tiny model: resuming, stages, stopping, failing."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_jax.checkpoint.manager import Checkpoints
+from mla_jax.checkpoint.run_folder import load_run
+from mla_jax.config import OptimConfig
+from mla_jax.errors import InputError, UsageError
+from mla_jax.optim import make_optimizer
+from mla_jax.state import init_state
+from mla_jax.training import loop as train_module
+from mla_jax.training.loop import train
+from mla_jax.training.step import make_train_step
+from tiny import DATA, MODEL, make_config
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Delivers SIGINT while the batch of `step` (from 1) is being made."""
+    served = 0
+    make_pipeline = train_module.make_pipeline
+
+    class Interrupting:
+        def __init__(self, *args, **options):
+            self.data = make_pipeline(*args, **options)
+            self.get_state, self.set_state = self.data.get_state, self.data.set_state
+            self.close = self.data.close
+
+        def __next__(self):
+            nonlocal served
+            served += 1
+            if served == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return next(self.data)
+
+    monkeypatch.setattr(train_module, "make_pipeline", Interrupting)
+
+
+def params_of(run_dir: Path) -> dict:
+    return jax.device_get(load_run(run_dir).params)
+
+
+def assert_equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(make_config(run_dir)).step == 11
+    return params_of(run_dir)
+
+
+@pytest.mark.parametrize("step", [5, *(pytest.param(n, marks=pytest.mark.integration) for n in (1, 3, 8, 10))])
+def test_a_run_interrupted_and_resumed_equals_the_uninterrupted_one(step, uninterrupted, tmp_path, monkeypatch):
+    config = make_config(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        result = train(config)
+    assert not result.finished and result.step == step
+    assert load_run(tmp_path / "run").step == step
+    assert train(config).finished
+    assert_equal(params_of(tmp_path / "run"), uninterrupted)
+
+
+def test_a_run_killed_between_checkpoints_goes_on_from_the_last(uninterrupted, tmp_path, monkeypatch):
+    config = make_config(tmp_path / "run")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        patch.setattr(signal, "signal", lambda *_: None)  # so SIGINT acts as a crash would
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert load_run(tmp_path / "run").step == 4
+    assert train(config).finished
+    assert_equal(params_of(tmp_path / "run"), uninterrupted)
+
+
+def test_a_stage_ends_early_at_its_accuracy_and_resumes_alike(tmp_path, monkeypatch):
+    stages = [{"seq_len": 96, "steps": 50, "accuracy": 0.0}, {"seq_len": 128, "steps": 4}]
+    whole = train(make_config(tmp_path / "whole", stages))
+    assert whole.step == 3 + 4  # the first window of log_every=3 steps reaches 0 %
+    config = make_config(tmp_path / "run", stages)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        train(config)
+    assert train(config).step == 7
+    assert_equal(params_of(tmp_path / "run"), params_of(tmp_path / "whole"))
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    config = make_config(tmp_path / "run", [{"seq_len": 96, "steps": 2}])
+    train(config)
+    before = params_of(tmp_path / "run")
+    assert train(config).step == 2
+    assert_equal(params_of(tmp_path / "run"), before)
+
+
+def test_accumulated_steps_equal_whole_batches(tmp_path):
+    stages = [{"seq_len": 96, "steps": 2, "batch_size": 16}]
+    for parts in (1, 2):
+        train(make_config(tmp_path / f"by-{parts}", stages, grad_accumulation=parts))
+    one, two = params_of(tmp_path / "by-1"), params_of(tmp_path / "by-2")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
+
+
+def test_muon_trains_on_sharded_weights(tmp_path):
+    config = make_config(tmp_path / "run", [{"seq_len": 96, "steps": 2}], optim=OptimConfig(name="muon"))
+    assert train(config).finished
+
+
+def test_training_starts_from_another_runs_parameters(tmp_path):
+    train(make_config(tmp_path / "first", [{"seq_len": 96, "steps": 1}]))
+    second = make_config(
+        tmp_path / "second", [{"seq_len": 96, "steps": 1, "learning_rate": 1e-12}], init_from=str(tmp_path / "first")
+    )
+    train(second)
+    first, second = params_of(tmp_path / "first"), params_of(tmp_path / "second")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, second)
+
+
+def test_a_step_that_is_not_finite_is_skipped_if_asked():
+    """Parameters and moments stay as they are; its sums are 0."""
+    optimizer = make_optimizer(OptimConfig(name="adamw"))
+    step = make_train_step(MODEL, optimizer, 64, skip_nonfinite=True)
+    rows = {name: np.ones((1, 2, 16), np.int32) for name in ("tokens", "targets", "positions")}
+    good, bad = (rows | {"weights": np.full((1, 2, 16), weight, np.float32)} for weight in (1.0, np.nan))
+    state, metrics = step(init_state(MODEL, optimizer, 0), good, jnp.float32(1e-2))
+    before = jax.device_get(state)
+    assert metrics["skipped"] == 0 and metrics["weight"] == 32 and metrics["loss"] > 0
+    state, metrics = step(state, bad, jnp.float32(1e-2))
+    assert_equal(state._replace(step=1), before)
+    assert {name: float(x) for name, x in metrics.items()} == dict.fromkeys(metrics, 0.0) | {"skipped": 1.0}
+    assert state.step == 2
+
+
+def test_nothing_but_skipped_steps_ends_the_run(tmp_path):
+    """A step at an absurd rate makes all parameters useless, so that no later step is finite."""
+    stages = [{"seq_len": 96, "steps": 4}, {"seq_len": 96, "steps": 9, "learning_rate": 1e30}]
+    with pytest.raises(InputError, match="all of the last 3 steps were skipped, .*; the last good checkpoint is step"):
+        train(make_config(tmp_path / "run", stages, nonfinite="skip"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
+    stages = [{"seq_len": 96, "steps": 4}, {"seq_len": 96, "steps": 8, "learning_rate": 1e30}]
+    with pytest.raises(InputError, match=r"at step [67]; the last good checkpoint is step 4 in .*checkpoints"):
+        train(make_config(tmp_path / "run", stages, optim=OptimConfig(name="adamw", schedule="constant")))
+    run = load_run(tmp_path / "run")
+    assert run.step == 4 and all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(run.params)))
+
+
+def test_another_model_in_the_same_run_folder_is_refused(tmp_path):
+    train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 1}]))
+    wider = dataclasses.replace(MODEL, intermediate_size=64)
+    with pytest.raises(InputError, match="another model .*intermediate_size"):
+        train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 1}], model=wider))
+
+
+@pytest.mark.integration
+def test_what_computes_the_model_may_change_between_runs(tmp_path):
+    stages = [{"seq_len": 96, "steps": 1}]
+    train(make_config(tmp_path / "run", stages))
+    config = dataclasses.replace(MODEL, decode="xla", attention="reference", remat="full")
+    stages = [{"seq_len": 96, "steps": 1}, {"seq_len": 96, "steps": 1}]
+    train(make_config(tmp_path / "run", stages, model=config))
+    assert load_run(tmp_path / "run").step == 2
+    train(make_config(tmp_path / "next", stages[:1], model=MODEL, init_from=str(tmp_path / "run")))
+
+
+def test_another_tokenizer_in_the_same_run_folder_is_refused(tmp_path):
+    train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 1}]))
+    data = dataclasses.replace(DATA, tokenizer="bytes")
+    with pytest.raises(InputError, match="another tokenizer"):
+        train(make_config(tmp_path / "run", [{"seq_len": 400, "steps": 1}], data=data))
+
+
+def test_a_batch_that_does_not_spread_over_the_devices_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="do not spread evenly over 8 devices"):
+        train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 1, "batch_size": 6}]))
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import conftest
+from tiny import make_config
+from mla_jax import train as t
+from mla_jax.errors import one_line_errors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = t.Checkpoints.save
+def limited(self, step, *args):
+    if step > 4:  # no file may grow beyond 1,000 bytes any more: what a full disk does to a write
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    save(self, step, *args)
+t.Checkpoints.save = limited
+with one_line_errors():
+    t.train(make_config(Path(sys.argv[1])))
+"""
+
+
+def test_a_write_that_fails_while_saving_is_named_and_the_last_checkpoint_kept(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
+    assert result.returncode == 1, result.stderr
+    # Threads of the storage library print too, even in the middle of our line.
+    assert "error: could not save a checkpoint" in result.stderr
+    assert "the last complete checkpoint is step 4" in result.stderr
+    assert load_run(tmp_path / "run").step == 4
+
+
+def test_too_small_a_disk_is_noticed_before_writing(tmp_path, monkeypatch):
+    def disk_usage(folder):
+        full = any(p.name == "4" for p in Path(folder).iterdir())
+        return namedtuple("usage", "free")(1000 if full else 10**12)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    with pytest.raises(InputError, match=r"MB are needed, 0 MB are free.* last complete checkpoint is step 4"):
+        train(make_config(tmp_path / "run"))
+    assert load_run(tmp_path / "run").step == 4
+
+
+def test_a_checkpoint_position_holds_the_data_order(tmp_path):
+    train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 3}]))
+    checkpoints = Checkpoints(tmp_path / "run")
+    position = checkpoints.restore_position(3)
+    checkpoints.close()
+    assert position["step"] == 3 and position["data"]

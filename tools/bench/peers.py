@@ -1,0 +1,117 @@
+"""Decode kernels of other projects, loaded from files that are no part of this repository.
+
+A folder of peers holds, of the wheel of vllm 0.22.0: `_flashmla_C.abi3.so`, `flash_mla_interface.py` (FlashMLA) and
+`triton_decode_attention.py` (vLLM's Triton MLA). Each is used if its files are there.
+"""
+
+import atexit
+import functools
+import importlib
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from tools.bench.timing import Timing, time_torch
+
+FILES = {
+    "FlashMLA": ("_flashmla_C.abi3.so", "flash_mla_interface.py"),
+    "vLLM Triton": ("triton_decode_attention.py",),
+}
+# What the files import of vLLM.
+_STUBS = {
+    "__init__.py": "",
+    "platforms.py": "class current_platform:\n    is_rocm = staticmethod(lambda: False)\n",
+    "triton_utils.py": "import triton\nimport triton.language as tl\n",
+}
+_MOST_SPLITS = 256
+
+
+class PeerMissing(Exception):
+    """Files of the peer are not there."""
+
+
+def load(peer: str, folder: Path | None) -> ModuleType:
+    """The peer's module; PeerMissing if its files are not there, ImportError if they cannot be loaded."""
+    missing = [name for name in FILES[peer] if folder is None or not (folder / name).exists()]
+    if folder is None or missing:
+        raise PeerMissing(f"no {', '.join(missing)} in the folder of peers ({folder})")
+    package = _package()
+    for name in FILES[peer]:
+        if not (package / name).exists():
+            shutil.copy(folder / name, package / name)
+    importlib.invalidate_caches()
+    return importlib.import_module(f"vllm.{Path(FILES[peer][-1]).stem}")
+
+
+@functools.cache
+def _package() -> Path:
+    """An importable package `vllm` that has only what the files need."""
+    parent = tempfile.mkdtemp(prefix="peers-")
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    package = Path(parent, "vllm")
+    package.mkdir()
+    for name, text in _STUBS.items():
+        (package / name).write_text(text)
+    sys.path.insert(0, parent)
+    return package
+
+
+def flashmla_step(module: ModuleType, q_BTHW, kv_PSW, lengths_B, *, c_width: int, scale: float) -> Callable:
+    """`step(block_table_BN)` -> (out_BTHC, lse_BHT). Its schedule is made in the first call and kept."""
+    schedule, _ = module.get_mla_metadata()
+
+    def step(block_table_BN):
+        return module.flash_mla_with_kvcache(
+            q_BTHW, kv_PSW[:, :, None], block_table_BN, lengths_B, c_width, schedule, softmax_scale=scale, causal=True
+        )
+
+    return step
+
+
+def vllm_triton_step(module: ModuleType, q_BTHW, kv_PSW, lengths_B, *, c_width: int, scale: float, splits: int):
+    """`step(block_table_BN)` -> out_BHC, of one query token (T = 1)."""
+    import torch
+
+    batch, _, heads, _ = q_BTHW.shape
+    partials = torch.empty(batch, heads, splits, c_width + 1, dtype=torch.float32, device=q_BTHW.device)
+    lse_BH = torch.empty(batch, heads, dtype=torch.float32, device=q_BTHW.device)
+    one = torch.ones((), dtype=torch.float32, device=q_BTHW.device)
+    kv_PS1W = kv_PSW[:, :, None]
+
+    def step(block_table_BN):
+        out_BHC = torch.empty(batch, heads, c_width, dtype=q_BTHW.dtype, device=q_BTHW.device)
+        module.decode_attention_fwd(
+            q_BTHW[:, 0], kv_PS1W, kv_PS1W[..., :c_width], out_BHC, lse_BH, block_table_BN, lengths_B, partials, splits,
+            scale, kv_PSW.shape[1], k_scale=one, v_scale=one, is_mla=True,
+        )  # fmt: skip
+        return out_BHC
+
+    return step
+
+
+def likely_splits(batch: int, heads: int) -> int:
+    """A power of two of splits that gives every multiprocessor of a large GPU about two blocks of 16 heads."""
+    return 2 ** max(round(math.log2(256 / (batch * math.ceil(heads / 16)))), 0)
+
+
+def best_splits(step_of: Callable[[int], Callable], turns, start: int):
+    """(result, timing, splits) of the fastest power of two of splits, climbing from `start`."""
+    tried: dict[int, tuple[object, Timing]] = {}
+
+    def seconds(splits: int) -> float:
+        if not 1 <= splits <= _MOST_SPLITS:
+            return float("inf")
+        if splits not in tried:
+            tried[splits] = time_torch(step_of(splits), turns)
+        return tried[splits][1].seconds
+
+    best = min(start, _MOST_SPLITS)
+    while True:
+        fastest = min((best, 2 * best, best // 2), key=seconds)
+        if fastest == best:
+            return *tried[best], best
+        best = fastest

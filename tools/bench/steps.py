@@ -1,0 +1,74 @@
+"""The training step that tools measure: composed from a config, compiled, with a batch of random tokens."""
+
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments.entry import CONF, as_usage_errors
+from mla_jax.config import ModelConfig, SftConfig, register_schemas
+from mla_jax.errors import UsageError
+from mla_jax.mesh import place_batch, rows_here
+from mla_jax.optim import make_optimizer
+from mla_jax.state import abstract_state
+from mla_jax.training.step import make_train_step
+from tools.bench import sizes
+
+
+class Shape(NamedTuple):
+    """A batch."""
+
+    batch: int
+    tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """Of `BATCHxTOKENS`, 4x8k for instance."""
+        match = re.fullmatch(rf"(\d+)x{sizes.PATTERN}", text)
+        if match is None:
+            raise UsageError(f"shape {text!r} is not BATCHxTOKENS, 4x8k for instance")
+        return cls(int(match[1]), sizes.parse(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {sizes.show(self.tokens)}"
+
+
+def compose_config(overrides: list[str]) -> SftConfig:
+    """What experiments.sft would run with these overrides."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None), as_usage_errors():
+        config: Any = OmegaConf.to_object(compose("sft", overrides=overrides))
+    return config
+
+
+def random_batch(model: ModelConfig, shape: Shape, accumulation: int) -> dict[str, jax.Array]:
+    """One batch on the mesh: random tokens, each the target of the one before, all of them learned."""
+    rows = rows_here(shape.batch, accumulation)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (shape.batch, shape.tokens + 1), np.int32)[rows]
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((len(rows), shape.tokens), np.float32),
+        "positions": np.tile(np.arange(shape.tokens, dtype=np.int32), (len(rows), 1)),
+    }
+    return place_batch(batch, accumulation)
+
+
+def compile_step(config: SftConfig, shape: Shape) -> tuple[Any, tuple, dict[str, Any]]:
+    """The step, its batch and rate, and what it takes: seconds to compile, bytes on a device, bytes on the host."""
+    model, optimizer = config.model, make_optimizer(config.optim)
+    train_step = make_train_step(model, optimizer, config.train.loss_chunk)
+    arguments = random_batch(model, shape, config.train.grad_accumulation), jnp.float32(1e-4)
+    start = time.perf_counter()
+    compiled = train_step.lower(abstract_state(model, optimizer), *arguments).compile()
+    memory = compiled.memory_analysis()
+    return compiled, arguments, {
+        "compile_seconds": time.perf_counter() - start,
+        "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "host_bytes": memory.host_temp_size_in_bytes,
+    }  # fmt: skip
