@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from latent_attention.dispatch import IMPLEMENTATIONS, UnavailableError, attention, decode, resolve
     from latent_attention.int8 import dequantize, quantize, quantize_cache
-    from latent_attention.merge import merge, merge_over
+    from latent_attention.merging import merge, merge_over
 
 # Two folders have the names of ops. Python makes a folder an attribute here when it is first imported, so that happens
 # now, and is undone: from then on these names are the ops', by __getattr__.
@@ -39,5 +39,5 @@ __all__ = [
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "int8" if "quantize" in name else "merge" if "merge" in name else "dispatch"
+    module = "int8" if "quantize" in name else "merging" if "merge" in name else "dispatch"
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

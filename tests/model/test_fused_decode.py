@@ -76,7 +76,7 @@ def test_on_hopper_a_layer_is_one_kernel_where_it_fits(monkeypatch):
     assert not is_one_kernel(decode="triton")
     assert not is_one_kernel(kv_lora_rank=512)
     monkeypatch.setitem(sys.modules, "latent_attention.decode_layer.mosaic", None)  # as with a JAX that it cannot use
-    monkeypatch.delattr(latent_attention, "mosaic_layer", raising=False)
+    monkeypatch.delattr(latent_attention.decode_layer, "mosaic", raising=False)
     assert not is_one_kernel()
 
 
