@@ -13,33 +13,33 @@ _SHARED_MEMORY = {
     (9, 0): 227 * _KIB,
     (12, 0): 99 * _KIB,
 }
-"""Bytes one block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+"""Most bytes of shared memory of a CTA by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 _DATA_CENTRE_BLACKWELL = range(10, 12)
-_STATIC = 48 * _KIB
-"""What every GPU grants."""
+_WITHOUT_OPT_IN = 48 * _KIB
+"""Shared memory that a CTA may use on every GPU."""
 
 _KINDS = {"T4": (7, 5), "A100": (8, 0), "A10": (8, 6), "L4": (8, 9), "H100": (9, 0), "H200": (9, 0), "B200": (10, 0)}
-"""Capability of a GPU known by name only: the abstract device of a mesh, when lowering where there is no such GPU."""
+"""Compute capability by name: all that the abstract device of a mesh says, when lowering where there is no such GPU."""
 
 
 class Gpu(NamedTuple):
     """A CUDA device."""
 
     capability: tuple[int, int]
-    cores: int
+    num_sms: int
     shared_memory: int
-    """Bytes that one block may use."""
+    """Bytes that one CTA may use."""
 
     @property
     def name(self) -> str:
-        """As NVIDIA writes it: sm_90."""
+        """The architecture as NVIDIA writes it: sm_90."""
         return f"sm_{self.capability[0]}{self.capability[1]}"
 
 
-def make_gpu(capability: tuple[int, int], cores: int) -> Gpu:
-    """The GPU of this compute capability and number of multiprocessors."""
-    default = 227 * _KIB if capability[0] in _DATA_CENTRE_BLACKWELL else _STATIC
-    return Gpu(capability, cores, _SHARED_MEMORY.get(capability, default))
+def make_gpu(capability: tuple[int, int], num_sms: int) -> Gpu:
+    """The GPU of this compute capability and number of SMs."""
+    default = 227 * _KIB if capability[0] in _DATA_CENTRE_BLACKWELL else _WITHOUT_OPT_IN
+    return Gpu(capability, num_sms, _SHARED_MEMORY.get(capability, default))
 
 
 def local_gpu() -> Gpu | None:
@@ -63,7 +63,7 @@ def local_gpu() -> Gpu | None:
 
 
 def _default_device(jax: ModuleType) -> Any:
-    """`jax.default_device` may be a device, the name of a platform, or unset."""
+    """The device that JAX uses by default: `jax.default_device` may be a device, the name of a platform, or unset."""
     chosen = jax.config.jax_default_device
     if isinstance(chosen, str):
         return jax.local_devices(backend=chosen)[0]

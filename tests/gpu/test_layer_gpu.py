@@ -37,9 +37,9 @@ def in_parts(shape, weights, h, cos, sin, length, cache):
 
 
 @functools.cache
-def functions(shape, cores):
+def functions(shape, num_sms):
     """Of a GPU, or of so many of its multiprocessors."""
-    gpu = local_gpu()._replace(cores=cores)
+    gpu = local_gpu()._replace(num_sms=num_sms)
 
     def whole(*args):
         with pytest.MonkeyPatch.context() as patch:  # while this is traced
@@ -71,7 +71,7 @@ def test_a_layer_in_one_kernel(dtype, shape, capacity, held):
 @pytest.mark.parametrize("held", [1000, 20_000])
 def test_fewer_blocks_each_have_several_units(held):
     gpu = local_gpu()
-    check("bfloat16", INFINITE_1B, 32768, held, gpu and gpu._replace(cores=78))
+    check("bfloat16", INFINITE_1B, 32768, held, gpu and gpu._replace(num_sms=78))
 
 
 def check(dtype, shape, capacity, held, gpu):
@@ -87,7 +87,7 @@ def check(dtype, shape, capacity, held, gpu):
         for key, width in zip(KEYS[3:], (shape.C, shape.R), strict=True)
     )
     args = weights, h, jnp.cos(angles), jnp.sin(angles), jnp.full(1, held, jnp.int32), cache
-    whole, parts = functions(shape, gpu.cores)
+    whole, parts = functions(shape, gpu.num_sms)
     out, after, board = whole(*args, mosaic_layer.init_board(shape))
     expected, expected_after = parts(*args)
     # They round at the same places but for the attention's output and sums in another order.
@@ -98,7 +98,7 @@ def check(dtype, shape, capacity, held, gpu):
         np.testing.assert_array_equal(x[:held], y[:held])
         np.testing.assert_allclose(x[held : held + 1], y[held : held + 1], atol=0.02)
         assert np.isnan(x[held + 1 :]).all()
-    assert board[0] == 4 * gpu.cores
+    assert board[0] == 4 * gpu.num_sms
 
 
 @pytest.mark.parametrize("layers_before", [0, 1, 16_370])
@@ -112,10 +112,10 @@ def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape, la
     hs = jax.random.normal(KEYS[1], (20, shape.D)).astype(jnp.bfloat16)
     cache = tuple(jnp.ones((1, 1024, width), jnp.bfloat16) for width in (shape.C, shape.R))
     rest = jnp.ones(shape.R // 2), jnp.zeros(shape.R // 2), jnp.full(1, 500, jnp.int32), cache
-    layer, _ = functions(shape, local_gpu().cores)
+    layer, _ = functions(shape, local_gpu().num_sms)
     empty = mosaic_layer.init_board(shape)
     used = jnp.full_like(empty, 0x7FC0 << 16 | 4 * (layers_before - 1) + 1) if layers_before else empty  # NaN
-    used = used.at[0].set(4 * layers_before * local_gpu().cores)
+    used = used.at[0].set(4 * layers_before * local_gpu().num_sms)
 
     @jax.jit
     def one_after_another(hs):
@@ -129,15 +129,17 @@ def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape, la
     np.testing.assert_array_equal(one_after_another(hs), alone)
 
 
-@pytest.mark.parametrize("cores", [None, 78])
+@pytest.mark.parametrize("num_sms", [None, 78])
 @pytest.mark.parametrize("shape", [SMALL, INFINITE_1B])
-def test_a_layer_may_start_before_the_one_before_has_ended(shape, cores):
+def test_a_layer_may_start_before_the_one_before_has_ended(shape, num_sms):
     """With fewer blocks than multiprocessors, others run blocks of the next layer while these are at work."""
     gpu = local_gpu()
-    reason = mosaic_layer.why_not(shape, "bfloat16", "bfloat16", 1024, gpu and gpu._replace(cores=cores or gpu.cores))
+    reason = mosaic_layer.why_not(
+        shape, "bfloat16", "bfloat16", 1024, gpu and gpu._replace(num_sms=num_sms or gpu.num_sms)
+    )
     if reason:
         pytest.skip(reason)
-    layer, _ = functions(shape, cores or local_gpu().cores)
+    layer, _ = functions(shape, num_sms or local_gpu().num_sms)
     weights = [random_weights(shape, "bfloat16", key) for key in jax.random.split(KEYS[0], 6)]
     h = jax.random.normal(KEYS[1], (shape.D,)).astype(jnp.bfloat16)
     caches = [

@@ -55,7 +55,7 @@ def configure(shape: DecodeShape, gpu: Gpu) -> Config:
 
     consumers = 2 if stages(1, 2) >= 2 else 1
     q_slots = 2 if stages(2, consumers) >= min(stages(1, consumers), 4) else 1
-    return Config(stages(q_slots, consumers), max(gpu.cores // blocks, 1), consumers, q_slots)
+    return Config(stages(q_slots, consumers), max(gpu.num_sms // blocks, 1), consumers, q_slots)
 
 
 def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scales_P2S, config: Config | None = None):
@@ -72,7 +72,7 @@ def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scale
         q_BRW, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, plan, heads=heads, queries=queries, scale=scale,
         config=config, row_block=row_block,
     )  # fmt: skip
-    out_BRC, lse_BR = combine(partial, stats, plan.slots_B2, dtype=q_BTHW.dtype, cores=gpu.cores)
+    out_BRC, lse_BR = combine(partial, stats, plan.slots_B2, dtype=q_BTHW.dtype, num_sms=gpu.num_sms)
     if scales_P2S is not None:
         out_BRC = restore_order(out_BRC)
     return out_BRC[:, :rows].reshape(batch, queries, heads, c_width), lse_BR[:, :rows].reshape(batch, queries, heads)

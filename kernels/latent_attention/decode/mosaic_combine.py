@@ -115,10 +115,10 @@ def _divisor_and_lse(peak, total):
     return divisor, jnp.where(seen, lse, jnp.full_like(lse, -jnp.inf))
 
 
-def combine(partial_KPCR, stats_KP2R, slots_B2, *, dtype, cores: int):
+def combine(partial_KPCR, stats_KP2R, slots_B2, *, dtype, num_sms: int):
     """out [B, K * R, C] of `dtype` and lse [B, K * R] float32, from the results of `partials` in K blocks of R rows.
 
-    `slots_B2` are the first slot and the number of slots of each sequence, as in `Schedule`; `cores` is the number of
+    `slots_B2` are the first slot and the number of slots of each sequence, as in `Schedule`; `num_sms` is the number of
     multiprocessors to keep busy.
     """
     row_blocks, slots, c_width, row_block = partial_KPCR.shape
@@ -134,7 +134,7 @@ def combine(partial_KPCR, stats_KP2R, slots_B2, *, dtype, cores: int):
     tile = _Tile(rows, beside, 1)
     # Wide tiles read fewer statistics and write longer runs, but each multiprocessor should have a block or two.
     work = batch * row_blocks * row_tiles * c_width
-    while c_width % (2 * tile.columns) == 0 and tile.values <= 16 and work // (2 * tile.columns) >= 3 * cores // 2:
+    while c_width % (2 * tile.columns) == 0 and tile.values <= 16 and work // (2 * tile.columns) >= 3 * num_sms // 2:
         tile = _Tile(rows, beside, 2 * tile.wide)
     columns, parts = tile.columns, beside * warpgroups
     at_once = max(min(-(-expected // parts), _VALUES_AT_ONCE // tile.values), 1)

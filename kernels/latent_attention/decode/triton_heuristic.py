@@ -93,7 +93,7 @@ def plan(shape: DecodeShape, gpu: Gpu, strides: dict[str, int], config: Config |
         raise ValueError(f"no cut of {shape} fits {gpu.name}")
     rows, capacity = shape.queries * shape.heads, shape.pages_per_row * shape.page_size
     row_blocks = -(-rows // config.rows)
-    programs = min(max(gpu.cores * config.per_core // row_blocks, 1), shape.batch * -(-capacity // config.tile))
+    programs = min(max(gpu.num_sms * config.per_core // row_blocks, 1), shape.batch * -(-capacity // config.tile))
     c1, c2 = content_tiles(shape)
     shared = {
         "QUERIES": shape.queries,
@@ -114,7 +114,7 @@ def plan(shape: DecodeShape, gpu: Gpu, strides: dict[str, int], config: Config |
         "ROWS": config.rows,
     }
     # Few rows leave most of the GPU idle unless their columns are shared out too.
-    columns = _power_above(shape.c_width) if rows * shape.batch >= 2 * gpu.cores else 64
+    columns = _power_above(shape.c_width) if rows * shape.batch >= 2 * gpu.num_sms else 64
     combine = {"COLUMNS": columns, "PARTS": min(_power_above(programs // shape.batch + 1), 4096 // columns)}
     out_strides = {name: stride for name, stride in strides.items() if name.startswith(("OUT_", "LSE_"))}
     in_strides = {name: stride for name, stride in strides.items() if name not in out_strides}

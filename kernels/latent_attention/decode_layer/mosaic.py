@@ -39,15 +39,15 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
     if (C, R) != (256, 64) or H > 32 or H % 8 or N % 8:
         return f"it takes C of 256, R of 64 and up to 32 heads, H and N in eights, not {C}, {R}, {H} and {N}"
     wide = [width for width in (D, H * V, F) if width % 256 or products.is_narrow(width)]
-    if wide or Q % 256 or not all(rows_of_tiles(shape, gpu.cores)):
+    if wide or Q % 256 or not all(rows_of_tiles(shape, gpu.num_sms)):
         return f"its tiles do not fit these widths: {shape}"
     if V % (CONSUMERS * VALUES):
         return f"it takes V in multiples of {CONSUMERS * VALUES}, not {V}"
     if N > C + R:  # keys of a unit of the absorption are in registers
         return f"it takes N up to {C + R}, not {N}"
-    if H > gpu.cores or capacity % TOKENS:
+    if H > gpu.num_sms or capacity % TOKENS:
         return f"it takes a cache of a multiple of {TOKENS} tokens and a multiprocessor a head"
-    if shared_bytes(shape, gpu.cores) > gpu.shared_memory:
+    if shared_bytes(shape, gpu.num_sms) > gpu.shared_memory:
         return "its shared memory does not suffice for these widths"
     return None
 
@@ -86,7 +86,7 @@ def layer(
     gpu = local_gpu()
     if gpu is None:
         raise RuntimeError("Mosaic needs an NVIDIA GPU")
-    blocks, dtype = gpu.cores, h_D.dtype
+    blocks, dtype = gpu.num_sms, h_D.dtype
     attn, mlp = weights["self_attn"], weights["mlp"]
     matrices = {name: w.rows for part in (attn, mlp) for name, w in part.items() if "norm" not in name}
     flat = {name: w.reshape(-1) for name, w in matrices.items()}

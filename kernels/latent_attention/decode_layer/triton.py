@@ -123,7 +123,7 @@ def _call(kernel: str, *arguments, out_shape: list, aliases: dict[int, int] | No
     if gpu is None:
         raise RuntimeError("Triton needs an NVIDIA GPU")
     return jax_triton.triton_call(
-        *arguments, kernel=getattr(triton_layer, kernel), out_shape=out_shape, grid=(gpu.cores,), num_warps=_WARPS,
+        *arguments, kernel=getattr(triton_layer, kernel), out_shape=out_shape, grid=(gpu.num_sms,), num_warps=_WARPS,
         compute_capability=10 * gpu.capability[0] + gpu.capability[1], input_output_aliases=aliases, ROWS=_WARPS,
         **constants,
     )  # fmt: skip

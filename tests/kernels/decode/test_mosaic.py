@@ -105,7 +105,7 @@ def test_every_shape_gets_a_ring_of_tiles(rows, c_width, cache_dtype):
     assert config.stages >= 2 and config.stages % config.consumers == 0
     row_block, blocks = mosaic_decode.row_blocks(shape.queries * shape.heads, c_width, cache_dtype == "int8")
     assert row_block * blocks >= rows and row_block % 8 == 0
-    assert 1 <= config.programs * blocks <= HOPPER.cores  # all blocks of threads are on the GPU at once
+    assert 1 <= config.programs * blocks <= HOPPER.num_sms  # all blocks of threads are on the GPU at once
 
 
 def test_queries_split_in_two_int8_keep_15_bits():

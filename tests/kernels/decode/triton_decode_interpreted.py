@@ -24,7 +24,7 @@ from latent_attention.gpu import make_gpu
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_decode.py"
 
-# As if on a GPU of so few cores that programs cross sequences.
+# As if on a GPU of so few SMs that programs cross sequences.
 GPU = make_gpu((9, 0), 3)
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
 

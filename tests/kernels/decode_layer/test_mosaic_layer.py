@@ -17,7 +17,7 @@ HOPPER = make_gpu((9, 0), 132)
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "cores"),
+    ("shape", "dtype", "num_sms"),
     [
         (INFINITE_1B, "bfloat16", 132),
         (INFINITE_1B._replace(Q=1536, N=128), "float16", 78),
@@ -28,9 +28,9 @@ HOPPER = make_gpu((9, 0), 132)
     ],
     ids=str,
 )
-def test_what_it_takes_lowers_for_cuda(shape, dtype, cores):
-    assert mosaic_layer.why_not(shape, dtype, dtype, 1024, make_gpu((9, 0), cores)) is None
-    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=cores)
+def test_what_it_takes_lowers_for_cuda(shape, dtype, num_sms):
+    assert mosaic_layer.why_not(shape, dtype, dtype, 1024, make_gpu((9, 0), num_sms)) is None
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=num_sms)
     weights = jax.eval_shape(lambda: random_weights(shape, dtype, jax.random.key(0)))
     of = jax.ShapeDtypeStruct
     angles, cache = of((shape.R // 2,), jnp.float32), (of((1, 1024, shape.C), dtype), of((1, 1024, shape.R), dtype))
