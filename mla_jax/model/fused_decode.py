@@ -63,7 +63,7 @@ def init_meeting(config: ModelConfig, weights: dict, layers: tuple[LayerCache, .
         return kernels.init_counter()
     from latent_attention.decode_layer import mosaic as mosaic_layer
 
-    return mosaic_layer.init_board(_shape(config))
+    return mosaic_layer.init_workspace(_shape(config))
 
 
 def _shape(config: ModelConfig) -> LayerShape:
@@ -106,7 +106,7 @@ def _layer(config: ModelConfig, weights: dict, h_D, turn: Rotations, cache: Laye
             mosaic as mosaic_layer,  # packages and seconds that nothing else here needs
         )
 
-        h_D, (c, k_rope), meeting = mosaic_layer.layer(
+        h_D, (c, k_rope), meeting = mosaic_layer.decode_layer(
             shape, weights, h_D, *turn, lengths_B, arrays[:2], meeting, eps=config.rms_norm_eps,
             scale=softmax_scale(config),
         )  # fmt: skip

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import latent_attention
+from decode_layer_weights import random_weights
 from latent_attention import jax_triton_loader
 from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer import mosaic as mosaic_layer
 from latent_attention.decode_layer import triton as kernels
 from latent_attention.gpu import local_gpu
-from one_token_layer import random_weights
 
 SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
 TWO_UNITS = SMALL._replace(V=256, H=32)
@@ -44,7 +44,7 @@ def functions(shape, num_sms):
     def whole(*args):
         with pytest.MonkeyPatch.context() as patch:  # while this is traced
             patch.setattr(mosaic_layer, "local_gpu", lambda: gpu)
-            return mosaic_layer.layer(shape, *args, eps=EPS, scale=SCALE)
+            return mosaic_layer.decode_layer(shape, *args, eps=EPS, scale=SCALE)
 
     return jax.jit(whole), jax.jit(functools.partial(in_parts, shape))
 
@@ -88,7 +88,7 @@ def check(dtype, shape, capacity, held, gpu):
     )
     args = weights, h, jnp.cos(angles), jnp.sin(angles), jnp.full(1, held, jnp.int32), cache
     whole, parts = functions(shape, gpu.num_sms)
-    out, after, board = whole(*args, mosaic_layer.init_board(shape))
+    out, after, board = whole(*args, mosaic_layer.init_workspace(shape))
     expected, expected_after = parts(*args)
     # They round at the same places but for the attention's output and sums in another order.
     exact, change = np.asarray(expected, np.float64), np.asarray(expected, np.float64) - np.asarray(h, np.float64)
@@ -113,7 +113,7 @@ def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape, la
     cache = tuple(jnp.ones((1, 1024, width), jnp.bfloat16) for width in (shape.C, shape.R))
     rest = jnp.ones(shape.R // 2), jnp.zeros(shape.R // 2), jnp.full(1, 500, jnp.int32), cache
     layer, _ = functions(shape, local_gpu().num_sms)
-    empty = mosaic_layer.init_board(shape)
+    empty = mosaic_layer.init_workspace(shape)
     used = jnp.full_like(empty, 0x7FC0 << 16 | 4 * (layers_before - 1) + 1) if layers_before else empty  # NaN
     used = used.at[0].set(4 * layers_before * local_gpu().num_sms)
 
@@ -156,8 +156,8 @@ def test_a_layer_may_start_before_the_one_before_has_ended(shape, num_sms):
             h, caches[i], board = layer(w, h, jnp.cos(angles), jnp.sin(angles), length, caches[i], board)
         return h, caches, board
 
-    apart = all_layers(h, list(caches), mosaic_layer.init_board(shape))
+    apart = all_layers(h, list(caches), mosaic_layer.init_workspace(shape))
     copies = jax.tree.map(jnp.copy, caches)
-    together = jax.jit(all_layers, donate_argnums=1)(h, copies, mosaic_layer.init_board(shape))
+    together = jax.jit(all_layers, donate_argnums=1)(h, copies, mosaic_layer.init_workspace(shape))
     for x, y in zip(jax.tree.leaves(apart), jax.tree.leaves(together), strict=True):
         np.testing.assert_array_equal(x, y)

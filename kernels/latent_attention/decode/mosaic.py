@@ -7,7 +7,7 @@ from latent_attention.decode.mosaic_combine import combine
 from latent_attention.decode.mosaic_split_kv import TILE, Config, partials
 from latent_attention.decode.tile_scheduler import schedule
 from latent_attention.gpu import Gpu, local_gpu
-from latent_attention.hopper.smem_tiles import CHUNK, SCRATCH, restore_order
+from latent_attention.hopper.smem_tiles import CHUNK, REDUCE_SCRATCH, restore_order
 
 _LEAST_TILES = 2
 """Of a program: below, combining costs more than the GPU's other multiprocessors bring."""
@@ -49,7 +49,7 @@ def configure(shape: DecodeShape, gpu: Gpu) -> Config:
     width = shape.c_width + shape.rope_width
 
     def stages(q_slots: int, consumers: int) -> int:
-        taken = q_slots * row_block * width * 2 + consumers * (CHUNK * row_block + SCRATCH) * 4
+        taken = q_slots * row_block * width * 2 + consumers * (CHUNK * row_block + REDUCE_SCRATCH) * 4
         stage = TILE * (width + 8) if int8 else TILE * width * 2
         return min((gpu.shared_memory - _RESERVED - taken) // stage, _MOST_STAGES) // consumers * consumers
 

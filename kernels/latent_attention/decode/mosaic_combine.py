@@ -16,7 +16,7 @@ from jax.experimental.mosaic.gpu.utils import vector_concat, vector_slice
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import gpu
 
-from latent_attention.hopper.smem_tiles import LOWEST, layout_of, read
+from latent_attention.hopper.smem_tiles import LOWEST, load_as, tiled_layout
 
 _VECTOR = 4
 """Rows that a thread reads at a time: 16 bytes."""
@@ -49,11 +49,11 @@ class _Tile:
         all_warps = self.columns, self.warp[1]
         if beside == 1:
             self.shape, slots_axis = (self.columns, rows), ()
-            self.layout = layout_of(all_warps, self.warp, (wide, _VECTOR), warps=(-6,), lanes=(-4, -3))
+            self.layout = tiled_layout(all_warps, self.warp, (wide, _VECTOR), warps=(-6,), lanes=(-4, -3))
         else:
             self.shape, slots_axis = (beside, self.columns, rows), (0,)
             tiles = (beside, *all_warps), (beside_in_warp, *self.warp), (1, wide, _VECTOR)
-            self.layout = layout_of(*tiles, warps=(-9, -8), lanes=(-6, -5, -4))
+            self.layout = tiled_layout(*tiles, warps=(-9, -8), lanes=(-6, -5, -4))
         self.stats_shape, self.stats_layout = (*self.shape[:-2], rows), self.layout.reduce((len(slots_axis),))
         self.slots_layout = self.layout.reduce((1, 2)) if slots_axis else None
         self.stats_axes = *slots_axis, len(self.shape) - 1
@@ -65,7 +65,7 @@ class _Tile:
     def transpose(self, x):
         """[columns, rows] -> [rows, columns], within each thread."""
         shape, (down, across) = (self.rows, self.columns), self.warp
-        layout = layout_of(
+        layout = tiled_layout(
             (across, self.columns), (across, down), (_VECTOR, self.wide), (1, self.wide), warps=(-7,), lanes=(-5, -6)
         )
 
@@ -90,7 +90,7 @@ class _Tile:
         column_warps = math.gcd(4 // row_warps, self.columns // lane_columns)
         copies = 4 // (row_warps * column_warps)
         tiles = (column_warps * lane_columns, row_warps * lane_rows), (lane_columns, lane_rows), (1, 1)
-        return layout_of(*tiles, warps=(-6, -5, *([plgpu.Replicated(copies)] if copies > 1 else [])), lanes=(-4, -3))
+        return tiled_layout(*tiles, warps=(-6, -5, *([plgpu.Replicated(copies)] if copies > 1 else [])), lanes=(-4, -3))
 
 
 @plgpu.inline_mgpu()
@@ -150,8 +150,8 @@ def combine(partial_KPCR, stats_KP2R, slots_B2, *, dtype, num_sms: int):
             # Past the end it reads again what the sequence has. Whatever else it reads, which may be NaN, is left out.
             start = jnp.maximum(jnp.minimum(index, end - beside), 0)
             here = start if beside == 1 else pl.ds(start, beside)
-            peak, total = (read(stats_ref.at[here, i, row], tile.stats_layout) for i in range(2))
-            part = read(partial_ref.at[here, column, row], tile.layout)
+            peak, total = (load_as(stats_ref.at[here, i, row], tile.stats_layout) for i in range(2))
+            part = load_as(partial_ref.at[here, column, row], tile.layout)
             slot = mine + start
             valid = valid_stats = jnp.logical_and(slot >= index, slot < end)
             if beside > 1:
@@ -180,13 +180,13 @@ def combine(partial_KPCR, stats_KP2R, slots_B2, *, dtype, num_sms: int):
 
     def merge(acc_s, stats_s):
         """The same of all threads, from shared memory."""
-        stats = [[read(stats_s.at[i, j], merged_stats) for j in range(2)] for i in range(parts)]
+        stats = [[load_as(stats_s.at[i, j], merged_stats) for j in range(2)] for i in range(parts)]
         acc, peak, total = _filled(0, (columns, rows), merged), stats[0][0], _filled(0, (rows,), merged_stats)
         for part_peak, _ in stats:
             peak = jnp.maximum(peak, part_peak)
         for i, (part_peak, part_total) in enumerate(stats):
             weight = jnp.exp2(part_peak - peak)
-            part = read(acc_s.at[i, :, pl.ds(0, rows)], merged)
+            part = load_as(acc_s.at[i, :, pl.ds(0, rows)], merged)
             acc, total = acc + part * _spread(weight, (columns, rows), [1], merged), total + part_total * weight
         return acc, peak, total
 

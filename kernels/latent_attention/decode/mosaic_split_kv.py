@@ -22,18 +22,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention.hopper.smem_tiles import (
     CHUNK,
-    COLUMNS_OF_TILE,
     LOWEST,
     MASKED,
-    ROWS_OF_TILE,
-    SCRATCH,
+    PER_COLUMN,
+    PER_ROW,
+    REDUCE_SCRATCH,
+    broadcast_per_column,
+    broadcast_per_row,
     iota,
+    load_as,
     load_transposed,
-    over_columns,
-    over_rows,
-    read,
     reduce_columns,
-    tiled,
+    swizzled_smem,
     wgmma_zeros,
 )
 from latent_attention.hopper.swizzled_tiles import clear_rows
@@ -161,7 +161,7 @@ def partials(
         def consume(b, begin, end, length, held, tile, count):
             q_slot = lax.rem(count, q_slots)
             plgpu.barrier_wait(q_full.at[q_slot])
-            q_scale = read(q_scales_ref.at[b, pl.ds(block * row_block, row_block)], COLUMNS_OF_TILE) if int8 else None
+            q_scale = load_as(q_scales_ref.at[b, pl.ds(block * row_block, row_block)], PER_COLUMN) if int8 else None
             skipped = lax.rem(wg + consumers - lax.rem(tile, consumers), consumers)
 
             def own_tiles(stop):
@@ -175,9 +175,9 @@ def partials(
                 base = (begin + i) * TILE
                 plgpu.barrier_wait(full.at[slot])
                 if int8:
-                    c_scale = read(scales_s.at[slot, 0], ROWS_OF_TILE)
+                    c_scale = load_as(scales_s.at[slot, 0], PER_ROW)
                     if masked:  # what is not held may be NaN
-                        c_scale = jnp.where(iota((TILE,), 0, ROWS_OF_TILE) < held - base, c_scale, 1.0)
+                        c_scale = jnp.where(iota((TILE,), 0, PER_ROW) < held - base, c_scale, 1.0)
                     c_scale = jnp.maximum(c_scale, _LEAST_SCALE)
                     scores = int8_scores(slot, q_slot, c_scale, q_scale)
                 else:
@@ -190,14 +190,14 @@ def partials(
                 shrink = jnp.exp2(peak - new_peak)
 
                 def shrunk(x):
-                    return x * over_columns(shrink, x.shape)
+                    return x * broadcast_per_column(shrink, x.shape)
 
                 # Only where a peak grew; a row that is NaN compares as if it did, and does not harm the others.
                 acc, sums = lax.cond(
                     jnp.max(new_peak - peak) <= 0, lambda x: x, lambda x: (shrunk(x[0]), shrunk(x[1])), (acc, sums)
                 )
-                weights = jnp.exp2(scores - over_columns(new_peak, tile_shape))
-                sums += weights * over_rows(1 / c_scale, tile_shape) if int8 else weights
+                weights = jnp.exp2(scores - broadcast_per_column(new_peak, tile_shape))
+                sums += weights * broadcast_per_row(1 / c_scale, tile_shape) if int8 else weights
                 transposed = plgpu.layout_cast(weights.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
                 weights_s.at[wg].transpose((1, 0))[...] = transposed
                 plgpu.commit_smem()
@@ -214,7 +214,7 @@ def partials(
                 plgpu.barrier_arrive(empty.at[slot])
                 return acc, new_peak, sums
 
-            lowest = plgpu.layout_cast(jnp.full((row_block,), LOWEST, jnp.float32), COLUMNS_OF_TILE)
+            lowest = plgpu.layout_cast(jnp.full((row_block,), LOWEST, jnp.float32), PER_COLUMN)
             carry = wgmma_zeros((c_width, row_block)), lowest, wgmma_zeros(tile_shape)
             # Tiles that all queries see in full need no mask; they come first.
             seen_by_all = lax.div(jnp.maximum(jnp.minimum(length - queries + 1, held), 0), TILE)
@@ -253,12 +253,12 @@ def partials(
                 sums = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TILE, 2 * row_block), jnp.int32))
                 # High and low parts of the queries stand side by side.
                 exact = sums[:, :row_block] * LOW_UNITS + sums[:, row_block:]
-                return exact.astype(jnp.float32) * over_rows(scale, tile_shape)
+                return exact.astype(jnp.float32) * broadcast_per_row(scale, tile_shape)
 
-            rope_scale = read(scales_s.at[slot, 1], ROWS_OF_TILE)
+            rope_scale = load_as(scales_s.at[slot, 1], PER_ROW)
             scores = product(k_rope_s.at[slot], qr_s.at[q_slot], rope_scale)
             scores += product(c_s.at[slot], qc_s.at[q_slot], c_scale)
-            return scores * over_columns(q_scale, tile_shape) + over_rows(jnp.log2(c_scale), tile_shape)
+            return scores * broadcast_per_column(q_scale, tile_shape) + broadcast_per_row(jnp.log2(c_scale), tile_shape)
 
         def meet():
             """All consumers have come here, and what any has written to shared memory is there."""
@@ -269,9 +269,9 @@ def partials(
             """Writes out what the consumers found, added up: each keeps some chunks and gives away the others."""
             stats_s[wg, 0], stats_s[wg, 1] = peak, total
             meet()
-            stats = [[read(stats_s.at[i, j], COLUMNS_OF_TILE) for j in range(2)] for i in range(consumers)]
+            stats = [[load_as(stats_s.at[i, j], PER_COLUMN) for j in range(2)] for i in range(consumers)]
             new_peak = functools.reduce(jnp.maximum, [part_peak for part_peak, _ in stats])
-            acc = acc * over_columns(jnp.exp2(peak - new_peak), acc.shape)
+            acc = acc * broadcast_per_column(jnp.exp2(peak - new_peak), acc.shape)
             for me in range(consumers):
 
                 @pl.when(wg == me)
@@ -325,17 +325,18 @@ def partials(
     ]
     copies = (4 if int8 else 2) * pieces
     scratch = [
-        tiled(q_rows, c_width, q_c.dtype, q_slots),
-        tiled(q_rows, rope_width, q_c.dtype, q_slots),
-        tiled(TILE, c_width, c_PSC.dtype, stages),
-        tiled(TILE, rope_width, c_PSC.dtype, stages),
+        swizzled_smem(q_rows, c_width, q_c.dtype, q_slots),
+        swizzled_smem(q_rows, rope_width, q_c.dtype, q_slots),
+        swizzled_smem(TILE, c_width, c_PSC.dtype, stages),
+        swizzled_smem(TILE, rope_width, c_PSC.dtype, stages),
         plgpu.SMEM((stages, 2, TILE), jnp.float32) if int8 else None,
         # The inboxes are in use only while no consumer has weights there.
         plgpu.RefUnion(
-            tiled(row_block, TILE, dtype, consumers, columns=depth), tiled(CHUNK, row_block, jnp.float32, consumers)
+            swizzled_smem(row_block, TILE, dtype, consumers, columns=depth),
+            swizzled_smem(CHUNK, row_block, jnp.float32, consumers),
         ),
         plgpu.SMEM((consumers, 2, row_block), jnp.float32),
-        plgpu.SMEM((consumers, SCRATCH), jnp.float32),
+        plgpu.SMEM((consumers, REDUCE_SCRATCH), jnp.float32),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=1, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=q_slots),

@@ -32,9 +32,9 @@ from latent_attention.decode_layer.producer import (
 )
 from latent_attention.decode_layer.smem_layout import VALUES, Board, parts_of_values
 from latent_attention.decode_layer.split_kv import Attention
-from latent_attention.hopper import grid_sync as meeting
-from latent_attention.hopper import registers as mv
-from latent_attention.hopper.smem_tiles import read
+from latent_attention.hopper import cta_sync, grid_barrier, mailbox
+from latent_attention.hopper import registers as regs
+from latent_attention.hopper.smem_tiles import load_as
 
 
 def _nothing() -> None: ...
@@ -46,7 +46,7 @@ class Consumer:
     def __init__(self, shape: LayerShape, blocks: int, dtype, eps: float, scale: float, block, wg, refs, smem):
         self.shape, self.blocks, self.dtype, self.eps, self.block, self.wg = shape, blocks, dtype, eps, block, wg
         self.refs, self.smem, self.scratch = refs, smem, smem.scratch.at[wg]
-        self.per_head = shape.C // mv.COLUMNS
+        self.per_head = shape.C // regs.VECMAT_COLUMNS
         """Units of the absorption."""
         self.units = shape.H * self.per_head
         self.value_units = shape.H * shape.V // (CONSUMERS * VALUES)
@@ -58,7 +58,7 @@ class Consumer:
         q_a, kv_a = self.todo.pop("q_a"), self.todo.pop("kv_a")
         self.todo["a"] = Share(q_a.reading, q_a.first, q_a.count + kv_a.count, q_a.number)
         self.board = Board.of(shape, refs.board)
-        meetings = lax.div(meeting.counted(self.board.counter), blocks)
+        meetings = lax.div(grid_barrier.load_counter(self.board.counter), blocks)
         self.counted = meetings * blocks
         """What the counter was at when all blocks had met last."""
         self.tag = (meetings + 1) & 0xFFFF  # not that of the layer before, nor 0 before there is one
@@ -72,7 +72,7 @@ class Consumer:
         self.multiply("a", x, self.posted(board.a))
         unit = jnp.minimum(self.block, self.units - 1)
         k, v = self.keys(unit), self.value_rows(jnp.minimum(self.block, self.value_units - 1))
-        cos, sin = (mv.load(ref, mv.angles(R)) for ref in (refs.cos, refs.sin))
+        cos, sin = (regs.load_f32(ref, regs.rope_angles_layout(R)) for ref in (refs.cos, refs.sin))
         x = self.collected(board.a.at[pl.ds(0, Q)], smem.vector)
         self.multiply("q_b", self.normalised(x, self.q_gain), self.posted(board.q))
         self.absorb(unit, k)
@@ -94,12 +94,12 @@ class Consumer:
         self.multiply("gate_up", self.normalised(x, gain), self.gated(self.posted(board.inner)), 2, ahead)
         x, ahead = self.meet_for(board.inner, smem.vector, lambda: self.ahead("down"))
         self.multiply(
-            "down", x, self.added(lambda rows, y: mv.scatter(refs.out, rows, y.astype(self.dtype))), ahead=ahead
+            "down", x, self.added(lambda rows, y: regs.scatter(refs.out, rows, y.astype(self.dtype))), ahead=ahead
         )
 
     def meet_in_block(self) -> None:
         """Both consumers are here, and see what either has written to shared memory."""
-        meeting.meet_warpgroups(CONSUMERS)
+        cta_sync.named_barrier(CONSUMERS)
 
     def meet(
         self, then: Callable[[], None] = _nothing, meanwhile: Callable[[], Any] = _nothing, fence: bool = True
@@ -113,17 +113,17 @@ class Consumer:
 
         @pl.when(self.wg == 0)
         def _():
-            meeting.meet_warpgroup()
-            meeting.count_up(self.board.counter, fence=fence)
+            cta_sync.warpgroup_barrier()
+            grid_barrier.barrier_arrive(self.board.counter, release=fence)
 
         self.counted += self.blocks
         result = meanwhile()
 
         @pl.when(self.wg == 0)
         def _():
-            meeting.wait_until(self.board.counter, self.counted, fence=fence)
+            grid_barrier.barrier_wait(self.board.counter, self.counted, acquire=fence)
             if then is not _nothing:
-                meeting.written_is_seen_by_copies()
+                cta_sync.fence_proxy_async()
                 then()
 
         self.meet_in_block()
@@ -137,7 +137,7 @@ class Consumer:
     def collected(self, words, place) -> Any:
         """The vector that all blocks have posted, by way of a place in shared memory, as `operand`."""
         place = place.at[pl.ds(0, words.shape[0])]
-        meeting.collect(words, place, self.tag, 128 * CONSUMERS)
+        mailbox.receive(words, place, self.tag, 128 * CONSUMERS)
         self.meet_in_block()
         return self.vector(place, words.shape[0])
 
@@ -188,7 +188,7 @@ class Consumer:
 
         def some(i, _):
             """128 rows; beyond the last one, that again."""
-            n = jnp.minimum(mv.numbers() + i * 128, count * rows - 1)
+            n = jnp.minimum(regs.element_indices() + i * 128, count * rows - 1)
             tile = lax.div(n, rows)
             row = n - tile * rows
             sums = [products.summed(parts, tile * it.rows + matrix * rows + row, it.parts) for matrix in range(of_each)]
@@ -198,21 +198,21 @@ class Consumer:
 
     def vector(self, ref, width: int):
         """[width], as `operand`."""
-        return read(ref, products.operand(width))
+        return load_as(ref, products.operand(width))
 
     def normalised(self, x, gain):
         """RMSNorm."""
         x = x.astype(jnp.float32)
-        factor = lax.rsqrt(mv.total(x * x, products.operand(x.size), self.scratch) / x.size + self.eps)
+        factor = lax.rsqrt(regs.reduce_sum(x * x, products.operand(x.size), self.scratch) / x.size + self.eps)
         return (x * factor * gain).astype(self.dtype)
 
     def posted(self, words) -> Callable[..., None]:
         """What hands products to all blocks."""
-        return lambda rows, y: meeting.post(words, rows, y.astype(self.dtype), self.tag)
+        return lambda rows, y: mailbox.publish(words, rows, y.astype(self.dtype), self.tag)
 
     def added(self, write: Callable[..., None]) -> Callable[..., None]:
         """What writes products added to the residual."""
-        return lambda rows, y: write(rows, y + mv.gathered(self.smem.residual, rows))
+        return lambda rows, y: write(rows, y + regs.gather(self.smem.residual, rows))
 
     def gated(self, write: Callable[..., None]) -> Callable[..., None]:
         """What writes SwiGLU of the products of two matrices."""
@@ -225,20 +225,20 @@ class Consumer:
     def keys(self, unit):
         """The part of the up-projection of keys that makes a unit of the absorption, of a head and some columns."""
         _, _, _, _, N, V, _, _ = self.shape
-        row, column = lax.div(unit, self.per_head) * (N + V), lax.rem(unit, self.per_head) * mv.COLUMNS
-        return read(self.refs.kv_b.at[pl.ds(row, N), pl.ds(column, mv.COLUMNS)], mv.TILE)
+        row, column = lax.div(unit, self.per_head) * (N + V), lax.rem(unit, self.per_head) * regs.VECMAT_COLUMNS
+        return load_as(self.refs.kv_b.at[pl.ds(row, N), pl.ds(column, regs.VECMAT_COLUMNS)], regs.VECMAT_TILE)
 
     def absorb(self, unit, k) -> None:
         """The up-projection of keys moves to the query; of the block's first unit, if it has one, `keys` are given."""
         block, blocks, (C, R, N) = self.block, self.blocks, self.shape[2:5]
 
         def one(unit, k):
-            head, column = lax.div(unit, self.per_head), lax.rem(unit, self.per_head) * mv.COLUMNS
+            head, column = lax.div(unit, self.per_head), lax.rem(unit, self.per_head) * regs.VECMAT_COLUMNS
             words = self.board.q.at[pl.ds(head * (N + R), N)]
-            q = mv.load(self._own_part(words), mv.TILE.reduce((1,)))
-            y = mv.over_rows(k.astype(jnp.float32), q, self.scratch)
-            result = self.smem.latent.at[self.wg, pl.ds(0, mv.COLUMNS)]
-            mv.store(result, y, mv.TILE.reduce((0,)))
+            q = regs.load_f32(self._own_part(words), regs.VECMAT_TILE.reduce((1,)))
+            y = regs.vecmat(q, k.astype(jnp.float32), self.scratch)
+            result = self.smem.latent.at[self.wg, pl.ds(0, regs.VECMAT_COLUMNS)]
+            regs.store(result, y, regs.VECMAT_TILE.reduce((0,)))
             self._post_vector(self.board.absorbed, head * (C + R) + column, result)
 
         @pl.when((self.wg == 0) & (block < self.units))
@@ -250,32 +250,32 @@ class Consumer:
 
     def turn(self, cos, sin) -> None:
         """Posts the rotary parts of the queries, turned by angles of these cosines and sines."""
-        (C, R, N), H = self.shape[2:5], self.shape.H
+        (C, R, N), H, pairs = self.shape[2:5], self.shape.H, regs.rope_pairs_layout(self.shape.R)
 
         @pl.when((self.wg == 1) & (self.block < H))
         def _():
             words = self.board.q.at[pl.ds(self.block * (N + R) + N, R)]
             result = self.smem.latent.at[self.wg, pl.ds(0, R)]
-            mv.store(result, mv.turned(mv.load(self._own_part(words), mv.pairs(R)), cos, sin), mv.pairs(R))
+            regs.store(result, regs.apply_rope(regs.load_f32(self._own_part(words), pairs), cos, sin), pairs)
             self._post_vector(self.board.absorbed, self.block * (C + R) + C, result)
 
     def remember(self, cos, sin) -> None:
         """The last block posts the new token's latent and rotary key, and writes them to the cache."""
         Q, C, R = self.shape[1:4]
-        refs, at, pairs = self.refs, self.refs.length[0], mv.pairs(R)
+        refs, at, pairs = self.refs, self.refs.length[0], regs.rope_pairs_layout(R)
         before, after = (self.smem.of_new.at[self.wg, i, pl.ds(0, C + R)] for i in range(2))
         latent, rotary = pl.ds(0, C), pl.ds(C, R)
 
         @pl.when((self.wg == 1) & (self.block == self.blocks - 1))
         def _():
-            meeting.collect(self.board.a.at[pl.ds(Q, C + R)], before, self.tag, 128)
-            meeting.meet_warpgroup()
+            mailbox.receive(self.board.a.at[pl.ds(Q, C + R)], before, self.tag, 128)
+            cta_sync.warpgroup_barrier()
             c = self.normalised(self.vector(before.at[latent], C), self.kv_gain)
-            k_rope = mv.turned(mv.load(before.at[rotary], pairs), cos, sin).astype(self.dtype)
+            k_rope = regs.apply_rope(regs.load_f32(before.at[rotary], pairs), cos, sin).astype(self.dtype)
 
             def write(to_latent, to_rotary):
-                mv.store(to_latent, c, products.operand(C))
-                mv.store(to_rotary, k_rope, pairs)
+                regs.store(to_latent, c, products.operand(C))
+                regs.store(to_rotary, k_rope, pairs)
 
             write(after.at[latent], after.at[rotary])
             self._post_vector(self.board.new, 0, after)
@@ -283,20 +283,20 @@ class Consumer:
 
     def _post_vector(self, words, first, ref) -> None:
         """Hands to all blocks, as words from `first` on, a vector that this consumer has just written."""
-        meeting.meet_warpgroup()
+        cta_sync.warpgroup_barrier()
         (width,) = ref.shape
         for start in range(0, width, 128):
-            n = jnp.minimum(mv.numbers() + start, width - 1)
-            self.posted(words)(n + first, mv.gathered(ref, n))
-        meeting.meet_warpgroup()
+            n = jnp.minimum(regs.element_indices() + start, width - 1)
+            self.posted(words)(n + first, regs.gather(ref, n))
+        cta_sync.warpgroup_barrier()
 
     def _own_part(self, words) -> Any:
         """Of one consumer: where in shared memory a part of a vector is then that blocks have posted."""
         most, (width,) = self.shape.N + self.shape.R, words.shape
         place = self.smem.vector.at[pl.ds(self.wg * most, width)]
-        meeting.meet_warpgroup()  # what is there has been read
-        meeting.collect(words, place, self.tag, 128)
-        meeting.meet_warpgroup()
+        cta_sync.warpgroup_barrier()  # what is there has been read
+        mailbox.receive(words, place, self.tag, 128)
+        cta_sync.warpgroup_barrier()
         return place
 
     def value_rows(self, unit) -> Any:
@@ -304,7 +304,7 @@ class Consumer:
         N, V, C = self.shape.N, self.shape.V, self.shape.C
         row = unit * CONSUMERS * VALUES
         row += (lax.div(row, V) + 1) * N + self.wg * VALUES  # rows of values lie behind those of keys in each head
-        return read(self.refs.kv_b.at[pl.ds(row, VALUES)], products.layout_of_rows(C))
+        return load_as(self.refs.kv_b.at[pl.ds(row, VALUES)], products.layout_of_rows(C))
 
     def fetch_values(self, i) -> None:
         """Starts to fetch what the block's i-th unit of values is made of, if there is one."""
@@ -327,7 +327,7 @@ class Consumer:
 
             @pl.when(self.wg == 0)
             def _():
-                n = jnp.minimum(mv.numbers(), rows - 1)
+                n = jnp.minimum(regs.element_indices(), rows - 1)
                 self.posted(self.board.value)(unit * rows + n, products.summed(parts, n, per_row))
 
         @pl.when(self.block < self.value_units)

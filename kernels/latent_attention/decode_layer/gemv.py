@@ -12,9 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from latent_attention.hopper.mlir import constant, i32, thread
-from latent_attention.hopper.registers import ONE_BY_ONE, along, each, row_tile, vec_of
-from latent_attention.hopper.smem_tiles import layout_of
+from latent_attention.hopper.mlir import constant, i32, thread_index
+from latent_attention.hopper.registers import ONE_PER_THREAD, map_elements, rows_layout, vector_layout, vector_length
+from latent_attention.hopper.smem_tiles import tiled_layout
 
 
 def is_narrow(width: int) -> bool:
@@ -22,12 +22,12 @@ def is_narrow(width: int) -> bool:
     return width % 256 == 0 and width <= 1024
 
 
-_NARROW = layout_of((4, 256), (1, 256), (1, 8), warps=(-6,), lanes=(-3,))
+_NARROW = tiled_layout((4, 256), (1, 256), (1, 8), warps=(-6,), lanes=(-3,))
 
 
 def operand(width: int) -> Any:
     """The layout of a vector that `dots` multiplies rows of this width with."""
-    return _NARROW.reduce((0,)) if is_narrow(width) else along(width)
+    return _NARROW.reduce((0,)) if is_narrow(width) else vector_layout(width)
 
 
 _CHAIN = 5
@@ -36,7 +36,7 @@ _CHAIN = 5
 
 def layout_of_rows(width: int) -> Any:
     """The layout of rows [rows, width] that `dots` multiplies."""
-    return _NARROW if is_narrow(width) else row_tile(vec_of(width))
+    return _NARROW if is_narrow(width) else rows_layout(vector_length(width))
 
 
 _ADDED_UP, _OF_ONE_WARP, _OF_ALL_WARPS = 4, 8 + 4, 4 * 8 + 4
@@ -77,7 +77,7 @@ def dots(x, w, parts_ref, per_row: int) -> None:
     """
     rows, width = w.shape
     narrow, added_up = is_narrow(width), per_row == _ADDED_UP
-    vec = 8 if narrow else vec_of(width)
+    vec = 8 if narrow else vector_length(width)
 
     @plgpu.inline_mgpu(arg_types=(operand(width), layout_of_rows(width), plgpu.RefType()))
     def multiply(_, x, w, parts):
@@ -87,7 +87,7 @@ def dots(x, w, parts_ref, per_row: int) -> None:
             unpacked = [vector.extract(r, [], [i]) for r in packed for i in range(vec // 2)]
             return unpacked + [constant(0)] * (len(unpacked) % 2)
 
-        own_thread = thread()
+        own_thread = thread_index()
         lane, warp = arith.remui(own_thread, constant(32)), arith.divui(own_thread, constant(32))
         # Thread (row, pair) of an 8 x 8 result has numbers 2 pair and 2 pair + 1 of a row.
         row, pair = arith.divui(lane, constant(4)), arith.remui(lane, constant(4))
@@ -144,11 +144,11 @@ def _mma(kind: str, a: list, b: list, c: list) -> list:
 
 
 def summed(parts_ref, rows, per_row: int) -> Any:
-    """The sums [128] of rows [128], as `ONE_BY_ONE`, of which `dots` has written the parts."""
+    """The sums [128] of rows [128], as `ONE_PER_THREAD`, of which `dots` has written the parts."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), ONE_BY_ONE),
-        return_type=plgpu.ShapeDtypeStruct(rows.shape, jnp.float32, layout=ONE_BY_ONE),
+        arg_types=(plgpu.RefType(), ONE_PER_THREAD),
+        return_type=plgpu.ShapeDtypeStruct(rows.shape, jnp.float32, layout=ONE_PER_THREAD),
     )
     def add(_, parts, rows):
         number = ir.F32Type.get()
@@ -165,6 +165,6 @@ def summed(parts_ref, rows, per_row: int) -> Any:
             total: Any = functools.reduce(arith.addf, fours)
             return vector.broadcast(one, vector.reduction(number, vector.CombiningKind.ADD, total))
 
-        return each(rows, of)
+        return map_elements(rows, of)
 
     return add(parts_ref, rows)  # pyright: ignore[reportCallIssue]

@@ -52,12 +52,12 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
     return None
 
 
-def init_board(shape: LayerShape) -> jax.Array:
+def init_workspace(shape: LayerShape) -> jax.Array:
     """What the blocks of the kernel meet at: passed from each layer to the next, for four million layers at most."""
     return jnp.zeros(sum(Board.widths(shape)), jnp.int32)
 
 
-def layer(
+def decode_layer(
     shape: LayerShape, weights: Mapping[str, Any], h_D: jax.Array, cos: jax.Array, sin: jax.Array, length: jax.Array,
     cache: tuple[jax.Array, jax.Array], board: jax.Array, *, eps: float, scale: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:  # fmt: skip
@@ -73,7 +73,7 @@ def layer(
         length: int32 [1], how many tokens the cache holds; where it is full, nothing is written and it is attended to
             without the new token.
         cache: c [1, S, C] and k_rope [1, S, R]; updated in place where it is donated, else XLA copies it before.
-        board: see `init_board`.
+        board: see `init_workspace`.
         eps: of the norms.
         scale: of the scores.
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer import gemv as products
-from latent_attention.hopper.grid_sync import written_is_seen_by_copies
+from latent_attention.hopper.cta_sync import fence_proxy_async
 
 SLOT = 10240
 """16-bit numbers of a slot, 20 KiB."""
@@ -241,7 +241,7 @@ def produce(shape: LayerShape, blocks: int, block, refs, smem) -> None:
     end_before = before[-1].number + before[-1].count
     landed = copy(before, end_before, jnp.int32(0))
     plgpu.griddepcontrol_wait()
-    written_is_seen_by_copies()
+    fence_proxy_async()
     plgpu.copy_gmem_to_smem(refs.h, smem.residual, smem.residual_full, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
     _, others = parted(tokens_held(refs))
     copy(others, others[1].number, landed)

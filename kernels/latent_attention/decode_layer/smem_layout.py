@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer import gemv as products
 from latent_attention.decode_layer.producer import CONSUMERS, SLOT, SLOTS, TOKENS, parts_of_rows
-from latent_attention.hopper.smem_tiles import SCRATCH, tiled
+from latent_attention.hopper.smem_tiles import REDUCE_SCRATCH, swizzled_smem
 
 AT_ONCE = 8
 """Results of the attention that come in one copy."""
@@ -149,17 +149,17 @@ def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
     pair = 2 * SLOT
     return {
         "ring": plgpu.RefUnion(
-            plgpu.SMEM((SLOTS, SLOT), dtype), tiled(pair // C, C, dtype, SLOTS // 2),
-            tiled(pair // R, R, dtype, SLOTS // 2),
+            plgpu.SMEM((SLOTS, SLOT), dtype), swizzled_smem(pair // C, C, dtype, SLOTS // 2),
+            swizzled_smem(pair // R, R, dtype, SLOTS // 2),
         ),
         # What a consumer exchanges when it reduces scores, 128 H bytes, ends where the other's weights start.
         "weights": plgpu.RefUnion(
-            tiled(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, SCRATCH), jnp.float32),
-            plgpu.SMEM((CONSUMERS, 2, SCRATCH), dtype),
+            swizzled_smem(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, REDUCE_SCRATCH), jnp.float32),
+            plgpu.SMEM((CONSUMERS, 2, REDUCE_SCRATCH), dtype),
         ),
         # In turn: vectors of the queries, what the attention takes and then its partials, vectors of what follows.
         "exchange": plgpu.RefUnion(
-            (tiled(H, C, dtype), tiled(H, R, dtype), tiled(H, C, dtype)),
+            (swizzled_smem(H, C, dtype), swizzled_smem(H, R, dtype), swizzled_smem(H, C, dtype)),
             plgpu.SMEM((CONSUMERS * AHEAD, AT_ONCE, C), dtype), plgpu.SMEM((longest_vector(shape),), dtype),
         ),
         "parts": plgpu.SMEM(

@@ -15,22 +15,22 @@ from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer import gemv as products
 from latent_attention.decode_layer.producer import CONSUMERS, TOKENS, Share, slot_of, token_tile, tokens_held, turns
 from latent_attention.decode_layer.smem_layout import AHEAD, AT_ONCE, partial_slots
-from latent_attention.hopper import grid_sync as meeting
-from latent_attention.hopper import registers as mv
+from latent_attention.hopper import cta_sync, mailbox
+from latent_attention.hopper import registers as regs
 from latent_attention.hopper.smem_tiles import (
-    COLUMNS_OF_TILE,
     MASKED,
+    PER_COLUMN,
+    broadcast_per_column,
     iota,
-    over_columns,
-    read,
+    load_as,
     reduce_columns,
     wgmma_zeros,
 )
 from latent_attention.hopper.swizzled_tiles import (
     clear_rows,
-    collect_rows,
     copy_rows,
     load_accumulator,
+    receive_rows,
     store_accumulator,
 )
 
@@ -58,19 +58,19 @@ class Attention:
         def _():
             of_head = q_words.at[pl.ds(head * (C + R), C + R)]
             for i, words in enumerate((of_head, new_words)):
-                meeting.collect(words, new.at[i, pl.ds(0, C + R)], tag, 128)
-            meeting.meet_warpgroup()
+                mailbox.receive(words, new.at[i, pl.ds(0, C + R)], tag, 128)
+            cta_sync.warpgroup_barrier()
 
             def product(columns, layout):
-                q, k = (mv.load(new.at[i, columns], layout) for i in range(2))
-                return mv.total(q * k, layout, self.scratch), k
+                q, k = (regs.load_f32(new.at[i, columns], layout) for i in range(2))
+                return regs.reduce_sum(q * k, layout, self.scratch), k
 
             score, c = product(pl.ds(0, C), products.operand(C))
-            score = (score + product(pl.ds(C, R), mv.pairs(R))[0]) * self.log2_scale
+            score = (score + product(pl.ds(C, R), regs.rope_pairs_layout(R))[0]) * self.log2_scale
             there = refs.length[0] < self.capacity
-            mv.store(refs.partial.at[0, head], c.astype(self.dtype), products.operand(C))
+            regs.store(refs.partial.at[0, head], c.astype(self.dtype), products.operand(C))
             refs.log2_sums[head, 0] = jnp.where(there, score, MASKED)
-            meeting.meet_warpgroup()  # all have read what lies in the place of weights
+            cta_sync.warpgroup_barrier()  # all have read what lies in the place of weights
 
     def collect_queries(self, words, tag, share: Share) -> None:
         """To shared memory, if the block has tokens."""
@@ -78,7 +78,7 @@ class Attention:
 
         @pl.when(share.count > 0)
         def _():
-            collect_rows(words, (smem.q_c, smem.q_rope), tag, 128 * CONSUMERS)
+            receive_rows(words, (smem.q_c, smem.q_rope), tag, 128 * CONSUMERS)
             plgpu.commit_smem()
 
         self.meet_in_block()
@@ -99,11 +99,11 @@ class Attention:
 
         @pl.when(steps > 0)
         def _():
-            lowest = plgpu.layout_cast(jnp.full((H,), MASKED, jnp.float32), COLUMNS_OF_TILE)
+            lowest = plgpu.layout_cast(jnp.full((H,), MASKED, jnp.float32), PER_COLUMN)
             carry = wgmma_zeros((C, H)), lowest, wgmma_zeros((TOKENS, H))
             acc, peak, sums = lax.fori_loop(0, steps, step, carry)
             total = reduce_columns("add", sums, self.scratch)
-            result = acc * over_columns(1 / total, acc.shape), peak + jnp.log2(total)
+            result = acc * broadcast_per_column(1 / total, acc.shape), peak + jnp.log2(total)
             pl.when(skipped == 1)(lambda: self._give(*result))
 
             @pl.when(skipped == 0)
@@ -129,7 +129,7 @@ class Attention:
         scores = jnp.where(iota((TOKENS, H), 0) < self.held - base, scores, MASKED)
         new_peak = jnp.maximum(peak, reduce_columns("max", scores, self.scratch) - self.headroom)
         shrink = jnp.exp2(peak - new_peak)
-        weights = jnp.exp2(scores - over_columns(new_peak, scores.shape))
+        weights = jnp.exp2(scores - broadcast_per_column(new_peak, scores.shape))
         own = smem.weights.at[self.wg]
         store_accumulator(own, weights.astype(self.dtype))
         plgpu.commit_smem()
@@ -137,15 +137,15 @@ class Attention:
         def add_values(acc_ref):
             plgpu.wgmma(acc_ref, c.transpose((1, 0)), own.transpose((1, 0)))
 
-        acc = acc * over_columns(shrink, acc.shape)
+        acc = acc * broadcast_per_column(shrink, acc.shape)
         acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
-        return acc, new_peak, sums * over_columns(shrink, sums.shape) + weights
+        return acc, new_peak, sums * broadcast_per_column(shrink, sums.shape) + weights
 
     def _keep(self, slot, mean, log2_sum) -> None:
         """Writes a result, [C, H], by way of the place of the queries, which both consumers are done with."""
         store_accumulator(self.smem.q_c, mean.astype(self.dtype))
-        mv.store_apart(self.refs.log2_sums.at[:, slot], log2_sum, COLUMNS_OF_TILE)
-        meeting.meet_warpgroup()
+        regs.store_strided(self.refs.log2_sums.at[:, slot], log2_sum, PER_COLUMN)
+        cta_sync.warpgroup_barrier()
         copy_rows(self.smem.q_c, self.refs.partial.at[slot])
 
     def _give(self, mean, log2_sum) -> None:
@@ -158,11 +158,13 @@ class Attention:
         """The block's result."""
         self.meet_in_block()
         theirs = load_accumulator(self.smem.given, self.dtype).astype(jnp.float32)
-        their_log2_sum = read(self.smem.log2_sum, COLUMNS_OF_TILE)
+        their_log2_sum = load_as(self.smem.log2_sum, PER_COLUMN)
         peak = jnp.maximum(log2_sum, their_log2_sum)
         own, other = jnp.exp2(log2_sum - peak), jnp.exp2(their_log2_sum - peak)
         total = own + other
-        mean = mean * over_columns(own / total, mean.shape) + theirs * over_columns(other / total, mean.shape)
+        mean = mean * broadcast_per_column(own / total, mean.shape) + theirs * broadcast_per_column(
+            other / total, mean.shape
+        )
         return mean, peak + jnp.log2(total)
 
     def fetch(self, head) -> None:
@@ -192,25 +194,31 @@ class Attention:
         """The attention of a head over latents: [C], as `operand`. Both consumers add the results that they fetched."""
         smem, C, wg = self.smem, self.shape.C, self.wg
         plgpu.barrier_wait(smem.of_head_full)
-        log2_sums, slot = read(smem.of_head, mv.ONE_BY_ONE), mv.numbers(partial_slots(self.blocks))
+        log2_sums, slot = (
+            load_as(smem.of_head, regs.ONE_PER_THREAD),
+            regs.element_indices(partial_slots(self.blocks)),
+        )
         log2_sums = jnp.where(slot < self.used, log2_sums, MASKED)
-        sums = jnp.exp2(log2_sums - mv.largest(log2_sums, mv.ONE_BY_ONE, self.scratch))
-        mv.store(smem.shares, sums, mv.ONE_BY_ONE)  # the same of both consumers
-        total = mv.total(sums, mv.ONE_BY_ONE, self.scratch)  # its barriers make the shares seen
+        sums = jnp.exp2(log2_sums - regs.reduce_max(log2_sums, regs.ONE_PER_THREAD, self.scratch))
+        regs.store(smem.shares, sums, regs.ONE_PER_THREAD)  # the same of both consumers
+        total = regs.reduce_sum(sums, regs.ONE_PER_THREAD, self.scratch)  # its barriers make the shares seen
 
         def some(i, acc):
             place, first = self._place(wg, i), self._first(wg, i)
             plgpu.barrier_wait(smem.partials_full.at[place])
             for j in range(AT_ONCE):
-                share, part = smem.shares[first + j], mv.load(smem.partials.at[place, j], mv.along(C))
+                share, part = (
+                    smem.shares[first + j],
+                    regs.load_f32(smem.partials.at[place, j], regs.vector_layout(C)),
+                )
                 acc += share * jnp.where(share > 0, part, 0.0)
-            meeting.meet_warpgroup()
+            cta_sync.warpgroup_barrier()
             self._fetch(head, wg, i + AHEAD)
             return acc
 
-        nothing = plgpu.layout_cast(jnp.zeros((C,), jnp.float32), mv.along(C))
+        nothing = plgpu.layout_cast(jnp.zeros((C,), jnp.float32), regs.vector_layout(C))
         rounds = lax.div(self.used + (CONSUMERS - wg) * AT_ONCE - 1, CONSUMERS * AT_ONCE)
-        mv.store(smem.latent.at[wg], lax.fori_loop(0, rounds, some, nothing), mv.along(C))
+        regs.store(smem.latent.at[wg], lax.fori_loop(0, rounds, some, nothing), regs.vector_layout(C))
         self.meet_in_block()
-        one, other = (mv.load(smem.latent.at[i], products.operand(C)) for i in range(CONSUMERS))
+        one, other = (regs.load_f32(smem.latent.at[i], products.operand(C)) for i in range(CONSUMERS))
         return ((one + other) / total).astype(self.dtype)

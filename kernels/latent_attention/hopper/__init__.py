@@ -1,1 +1,1 @@
-"""What the Mosaic GPU kernels for Hopper share: MLIR helpers, register layouts, shared memory, grid-wide barriers."""
+"""Building blocks of the Mosaic GPU kernels for Hopper: MLIR helpers, layouts, shared-memory tiles, synchronisation."""

@@ -1,4 +1,4 @@
-"""Words for integers, threads and PTX in what the Hopper kernels say to Mosaic GPU itself."""
+"""MLIR helpers: 32-bit integer arithmetic, thread indices and inline PTX, for code inside `plgpu.inline_mgpu`."""
 
 from typing import Any
 
@@ -8,42 +8,42 @@ from jaxlib.mlir.dialects import arith, llvm
 
 
 def i8() -> ir.Type:
-    """The type of a byte."""
+    """The 8-bit integer type; with it, `getelementptr` counts in bytes."""
     return ir.IntegerType.get_signless(8)
 
 
 def i32() -> ir.Type:
-    """The type of a word."""
+    """The 32-bit integer type."""
     return ir.IntegerType.get_signless(32)
 
 
 def constant(n: int) -> Any:
-    """A word."""
+    """A 32-bit constant."""
     return arith.constant(i32(), n)
 
 
-def thread(threads: int = 128) -> Any:
-    """The number of the thread among so many: those of a warpgroup, or of several."""
-    return arith.remui(mgpu.utils.thread_idx(), constant(threads))
+def thread_index(num_threads: int = 128) -> Any:
+    """The index of this thread among `num_threads`: those of its warpgroup, or of several neighbouring ones."""
+    return arith.remui(mgpu.utils.thread_idx(), constant(num_threads))
 
 
-def split(x: Any, n: int) -> tuple[Any, Any]:
-    """Quotient and remainder of x and n, without a sign."""
+def divmod_unsigned(x: Any, n: int) -> tuple[Any, Any]:
+    """Quotient and remainder of x / n, unsigned."""
     return arith.divui(x, constant(n)), arith.remui(x, constant(n))
 
 
-def times(x: Any, n: int) -> Any:
-    """The product."""
+def mul(x: Any, n: int) -> Any:
+    """x * n."""
     return arith.muli(x, constant(n))
 
 
-def plus(x: Any, *others) -> Any:
-    """The sum."""
+def add(x: Any, *others) -> Any:
+    """The sum of all arguments."""
     for other in others:
         x = arith.addi(x, other)
     return x
 
 
-def run(code: str, constraints: str, *operands) -> None:
-    """PTX that returns nothing and has effects."""
+def inline_ptx(code: str, constraints: str, *operands) -> None:
+    """Inline PTX with side effects and no result."""
     llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, constraints, has_side_effects=True)

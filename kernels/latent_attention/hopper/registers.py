@@ -1,6 +1,7 @@
-"""Vectors and rows of matrices in the registers of a warpgroup; in Mosaic GPU itself where Pallas has no words.
+"""Vectors and rows of matrices in the registers of a warpgroup: layouts, loads and stores, reductions, RoPE.
 
-A vector [width] lies over the 128 threads of a warpgroup, `vec` neighbouring numbers each in turn.
+A vector [width] is distributed over the 128 threads of a warpgroup, `vec` contiguous elements per thread, round after
+round. What Pallas cannot express is written in Mosaic GPU (`plgpu.inline_mgpu`).
 """
 
 from typing import Any
@@ -13,57 +14,57 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-from latent_attention.hopper.smem_tiles import layout_of, read
+from latent_attention.hopper.smem_tiles import load_as, tiled_layout
 
-COLUMNS = 64
-"""Of a tile that `over_rows` sums."""
+VECMAT_COLUMNS = 64
+"""Columns of a matrix tile in `vecmat`."""
 SPLAT = plgpu.Layout.WG_SPLAT
 
 
-def row_tile(vec: int) -> Any:
-    """[rows, width]; every thread has a part of each row."""
-    return layout_of((1, 128 * vec), (1, 32 * vec), (1, vec), warps=(-5,), lanes=(-3,))
+def rows_layout(vec: int) -> Any:
+    """The layout of [rows, width] in which each row is distributed over all threads, `vec` elements at a time."""
+    return tiled_layout((1, 128 * vec), (1, 32 * vec), (1, vec), warps=(-5,), lanes=(-3,))
 
 
-TILE = layout_of((8, COLUMNS), (2, COLUMNS), (1, 4), warps=(-6,), lanes=(-4, -3))
-"""[a multiple of 8, COLUMNS]."""
-ONE_BY_ONE = row_tile(1).reduce((0,))
-"""A vector [a multiple of 128], a number a thread in turn."""
+VECMAT_TILE = tiled_layout((8, VECMAT_COLUMNS), (2, VECMAT_COLUMNS), (1, 4), warps=(-6,), lanes=(-4, -3))
+"""The layout of a matrix tile [a multiple of 8, VECMAT_COLUMNS] in `vecmat`."""
+ONE_PER_THREAD = rows_layout(1).reduce((0,))
+"""The layout of a vector [a multiple of 128] whose element i is in thread i mod 128."""
 
 
-def vec_of(width: int) -> int:
-    """Neighbouring numbers of a row, a multiple of 256, that a thread reads at a time."""
+def vector_length(width: int) -> int:
+    """Contiguous elements of a row that a thread loads at a time; the width is a multiple of 256."""
     return next(vec for vec in (8, 4, 2) if width % (128 * vec) == 0)
 
 
-def along(width: int) -> Any:
-    """The layout of a vector."""
-    return row_tile(vec_of(width)).reduce((0,))
+def vector_layout(width: int) -> Any:
+    """The layout of a vector [width] over all threads."""
+    return rows_layout(vector_length(width)).reduce((0,))
 
 
-def _each_warp(width: int, vec: int) -> Any:
+def _replicated_in_warps(width: int, vec: int) -> Any:
     lanes = width // vec
     copies = (plgpu.Replicated(32 // lanes),) if lanes < 32 else ()
-    return layout_of((width,), (vec,), warps=(plgpu.Replicated(4),), lanes=(*copies, -2))
+    return tiled_layout((width,), (vec,), warps=(plgpu.Replicated(4),), lanes=(*copies, -2))
 
 
-def pairs(width: int) -> Any:
-    """[width], 64 at most, a pair a thread, in every warp."""
-    return _each_warp(width, 2)
+def rope_pairs_layout(width: int) -> Any:
+    """The layout of [width], 64 at most: a pair of elements per thread, the same in every warp."""
+    return _replicated_in_warps(width, 2)
 
 
-def angles(width: int) -> Any:
-    """[width / 2], a number for each of `pairs`."""
-    return _each_warp(width // 2, 1)
+def rope_angles_layout(width: int) -> Any:
+    """The layout of [width / 2] that gives each thread the element of its pair in `rope_pairs_layout`."""
+    return _replicated_in_warps(width // 2, 1)
 
 
-def load(ref, layout) -> Any:
-    """float32 numbers at a reference."""
-    return read(ref, layout).astype(jnp.float32)
+def load_f32(ref, layout) -> Any:
+    """Loads into this layout, as float32."""
+    return load_as(ref, layout).astype(jnp.float32)
 
 
 def store(ref, x, layout) -> None:
-    """Writes x, which has this layout, to memory."""
+    """Writes x, which has this layout, to contiguous memory."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def write(_, ref, x):
@@ -72,12 +73,12 @@ def store(ref, x, layout) -> None:
     write(ref, x)  # pyright: ignore[reportCallIssue]
 
 
-def store_apart(ref, x, layout) -> None:
-    """Writes x, which has this layout, to memory where its numbers do not lie side by side."""
+def store_strided(ref, x, layout) -> None:
+    """Writes x, which has this layout, to a reference with any strides, an element at a time."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def write(_, ref, x):
-        x.foreach(lambda number, at: memref.store(number, ref, at))
+        x.foreach(lambda element, index: memref.store(element, ref, index))
 
     write(ref, x)  # pyright: ignore[reportCallIssue]
 
@@ -94,76 +95,79 @@ def _reduce(op: str, x, axis: int, layout, to, scratch_ref) -> Any:
     return reduce(x, scratch_ref)  # pyright: ignore[reportCallIssue]
 
 
-def total(x, layout, scratch_ref) -> Any:
-    """The sum of a vector, a scalar."""
+def reduce_sum(x, layout, scratch_ref) -> Any:
+    """The sum of a vector, in every thread."""
     return _reduce("add", x, 0, layout, SPLAT, scratch_ref)
 
 
-def largest(x, layout, scratch_ref) -> Any:
-    """The largest number of a vector."""
+def reduce_max(x, layout, scratch_ref) -> Any:
+    """The maximum of a vector, in every thread."""
     return _reduce("max", x, 0, layout, SPLAT, scratch_ref)
 
 
-def over_rows(x, factors, scratch_ref) -> Any:
-    """[COLUMNS], as `TILE.reduce((0,))`: the sum of the rows of x [rows, COLUMNS], each times its factor."""
-    factors = plgpu.layout_cast(lax.broadcast_in_dim(factors, x.shape, [0]), TILE)
-    return _reduce("add", x * factors, 0, TILE, TILE.reduce((0,)), scratch_ref)
+def vecmat(x, matrix, scratch_ref) -> Any:
+    """x [rows] times a matrix [rows, VECMAT_COLUMNS]: [VECMAT_COLUMNS], in `VECMAT_TILE.reduce((0,))`."""
+    factors = plgpu.layout_cast(lax.broadcast_in_dim(x, matrix.shape, [0]), VECMAT_TILE)
+    return _reduce("add", matrix * factors, 0, VECMAT_TILE, VECMAT_TILE.reduce((0,)), scratch_ref)
 
 
-def numbers(count: int = 128) -> Any:
-    """0 to count - 1, as `ONE_BY_ONE`."""
-    return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ONE_BY_ONE)
+def element_indices(count: int = 128) -> Any:
+    """0 to count - 1, `ONE_PER_THREAD`."""
+    return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ONE_PER_THREAD)
 
 
-def gathered(ref, at) -> Any:
-    """float32 numbers of a vector in shared memory, at places [128] as `ONE_BY_ONE`."""
+def gather(ref, indices) -> Any:
+    """Elements `indices` [128] of a vector in shared memory, as float32; both `ONE_PER_THREAD`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), ONE_BY_ONE),
-        return_type=plgpu.ShapeDtypeStruct(at.shape, ref.dtype, layout=ONE_BY_ONE),
+        arg_types=(plgpu.RefType(), ONE_PER_THREAD),
+        return_type=plgpu.ShapeDtypeStruct(indices.shape, ref.dtype, layout=ONE_PER_THREAD),
     )
-    def gather(_, ref, at):
-        kind = ir.MemRefType(ref.type).element_type
+    def read(_, ref, indices):
+        dtype = ir.MemRefType(ref.type).element_type
 
-        def of(place):
-            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], kind)
-            return vector.broadcast(ir.VectorType.get((1,), kind), llvm.load(kind, pointer))
+        def load_element(index):
+            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], dtype)
+            return vector.broadcast(ir.VectorType.get((1,), dtype), llvm.load(dtype, pointer))
 
-        return each(at, of)
+        return map_elements(indices, load_element)
 
-    return gather(ref, at).astype(jnp.float32)  # pyright: ignore[reportCallIssue]
+    return read(ref, indices).astype(jnp.float32)  # pyright: ignore[reportCallIssue]
 
 
-def scatter(ref, at, x) -> None:
-    """Writes x [128] to places [128] of a vector in memory, both as `ONE_BY_ONE`."""
+def scatter(ref, indices, x) -> None:
+    """Writes x [128] to elements `indices` [128] of a vector in memory, both `ONE_PER_THREAD`."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ONE_BY_ONE, ONE_BY_ONE))
-    def write(_, ref, at, x):
-        kind = ir.MemRefType(ref.type).element_type
-        for place, register in zip(at.registers.flat, x.registers.flat, strict=True):
-            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [vector.extract(place, [], [0])], kind)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ONE_PER_THREAD, ONE_PER_THREAD))
+    def write(_, ref, indices, x):
+        dtype = ir.MemRefType(ref.type).element_type
+        for index, register in zip(indices.registers.flat, x.registers.flat, strict=True):
+            pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [vector.extract(index, [], [0])], dtype)
             llvm.store(vector.extract(register, [], [0]), pointer)
 
-    write(ref, at, x)  # pyright: ignore[reportCallIssue]
+    write(ref, indices, x)  # pyright: ignore[reportCallIssue]
 
 
-def each(x: Any, function) -> Any:
-    """function(number) of each of a thread's numbers, vectors of one."""
+def map_elements(x: Any, function) -> Any:
+    """Inside `inline_mgpu`: function(element) of each of a thread's registers, which are vectors of length 1."""
     registers = np.empty_like(x.registers)
     for i, register in enumerate(x.registers.flat):
         registers.flat[i] = function(vector.extract(register, [], [0]))
     return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
-def turned(x, cos, sin) -> Any:
-    """x [R], as `pairs`, each pair (x0, x1) turned by an angle: (x0 cos - x1 sin, x1 cos + x0 sin)."""
-    layout, of_angles = pairs(x.size), angles(x.size)
+def apply_rope(x, cos, sin) -> Any:
+    """RoPE of x [R] on interleaved pairs: (x0 cos - x1 sin, x1 cos + x0 sin), float32.
+
+    x is in `rope_pairs_layout`, cos and sin [R/2] are in `rope_angles_layout`.
+    """
+    layout, angles_layout = rope_pairs_layout(x.size), rope_angles_layout(x.size)
 
     @plgpu.inline_mgpu(
-        arg_types=(layout, of_angles, of_angles),
+        arg_types=(layout, angles_layout, angles_layout),
         return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
     )
-    def turn(_, x, cos, sin):
+    def rotate(_, x, cos, sin):
         (pair,), (c,), (s,) = (part.registers.flat for part in (x, cos, sin))
         (even, odd), c, s = (
             (vector.extract(pair, [], [i]) for i in (0, 1)),
@@ -175,4 +179,4 @@ def turned(x, cos, sin) -> Any:
         registers.flat[0] = vector.from_elements(pair.type, [first, second])
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
-    return turn(x, cos, sin)  # pyright: ignore[reportCallIssue]
+    return rotate(x, cos, sin)  # pyright: ignore[reportCallIssue]

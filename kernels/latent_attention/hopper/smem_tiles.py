@@ -1,4 +1,7 @@
-"""Tiles and the registers that hold them, for the Hopper kernels; in Mosaic GPU itself where Pallas has no words."""
+"""Tiles in shared memory and their register layouts for wgmma; in Mosaic GPU (`plgpu.inline_mgpu`) what Pallas cannot.
+
+In the attention kernels a tile of the cache lies on the M axis of wgmma and the query rows on N.
+"""
 
 import math
 from typing import Any
@@ -12,44 +15,46 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from latent_attention.hopper.mlir import constant, i8, i32, thread
+from latent_attention.hopper.mlir import constant, i8, i32, thread_index
 
 LOWEST = -1e30
-"""Stands for minus infinity where the difference of two of them must be 0, not NaN."""
+"""A finite stand-in for minus infinity: the difference of two of them is 0, not NaN."""
 MASKED = 2 * LOWEST
-"""Stands for the score of what is not seen: its weight is 0 beside any other."""
-SCRATCH = 1024
-"""float32 numbers of shared memory that a warpgroup needs to reduce over its warps."""
+"""The score of a masked token: exp2 of its difference from any other score is 0."""
+REDUCE_SCRATCH = 1024
+"""float32 elements of shared memory that a warpgroup needs for a reduction across its warps."""
 CHUNK = 64
-"""Columns of the latent that are worked on at one time: M of wgmma again, in the second product."""
-ROWS_OF_TILE = plgpu.Layout.WGMMA.reduce(1)
-COLUMNS_OF_TILE = plgpu.Layout.WGMMA.reduce(0)
+"""Columns of the latent per wgmma in the product with the values, where they are on the M axis."""
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+"""The layout of a vector [M] with one element per row of a wgmma accumulator [M, N]."""
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+"""The layout of a vector [N] with one element per column of a wgmma accumulator [M, N]."""
 _NO_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
 _SWIZZLE = 64
-"""Bytes of a row of an int8 tile in shared memory; 16-byte units of a row are exchanged among themselves."""
+"""Of int8 tiles in shared memory, bytes: rows of 64 bytes whose 16-byte units are permuted (swizzled)."""
 
 
-def layout_of(*tiles, warps, lanes) -> Any:
-    """The layout of these tiles, the last dimension of which is what a thread reads at a time."""
+def tiled_layout(*tiles, warps, lanes) -> Any:
+    """The register layout with these nested tiles; the last dimension is the vector that a thread loads at a time."""
     it = mgpu.TiledLayout(plgpu.Tiling(tiles), warps, lanes, vector_dim=-1, _check_canonical=False).canonicalize()
     return plgpu.Layout.TILED(it.tiling, it.warp_dims, it.lane_dims, it.vector_dim)
 
 
-def tiled(rows: int, width: int, dtype, *leading: int, columns: int = CHUNK):
-    """Scratch for [*leading, rows, width], in tiles of `columns` at most, swizzled as TMA and wgmma want it."""
+def swizzled_smem(rows: int, width: int, dtype, *leading: int, columns: int = CHUNK):
+    """Shared memory for [*leading, rows, width] in tiles of up to `columns`, swizzled as TMA and wgmma expect it."""
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = math.gcd(min(128, columns * bits // 8), width * bits // 8)
     transforms = plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM((*leading, rows, width), dtype, transforms=transforms)
 
 
-def read(ref, layout):
-    """What lies at a reference, in registers of this layout; also in layouts for which Mosaic has no fast path."""
+def load_as(ref, layout):
+    """Loads into registers of this layout, also if Mosaic has no fast path for it."""
     return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
 
 
 def wgmma_zeros(shape):
-    """Zeros in the layout of an accumulator."""
+    """Zeros in the layout of a wgmma accumulator."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
@@ -58,22 +63,22 @@ def iota(shape, dimension, layout: Any = plgpu.Layout.WGMMA):
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=layout)
 
 
-def over_rows(x, shape):
-    """[TILE] -> [TILE, rows]."""
+def broadcast_per_row(x, shape):
+    """Broadcasts x [M], one element per row, to [M, N]."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def over_columns(x, shape):
-    """[rows] -> [anything, rows]."""
+def broadcast_per_column(x, shape):
+    """Broadcasts x [N], one element per column, to [M, N]."""
     return lax.broadcast_in_dim(x, shape, [1])
 
 
 def reduce_columns(op: str, x, scratch_ref):
-    """Reduces [M, N] in the WGMMA layout over M. Pallas's own reduction shares its scratch among all warpgroups."""
+    """Reduces a wgmma accumulator [M, N] over M; Pallas's reduction would share one scratch among all warpgroups."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=COLUMNS_OF_TILE),
+        return_type=plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=PER_COLUMN),
     )
     def reduce(_, x, scratch):
         return x.reduce(op, 0, scratch)
@@ -82,7 +87,7 @@ def reduce_columns(op: str, x, scratch_ref):
 
 
 def _groups(width: int) -> list[tuple[int, int]]:
-    """Cuts a width into powers of two times 64, largest first: (first column, number of 64s)."""
+    """Splits a width into powers of two times 64, largest first: (first column, number of 64s)."""
     groups, first = [], 0
     for n in (8, 4, 2, 1):
         if width - first >= 64 * n:
@@ -92,7 +97,7 @@ def _groups(width: int) -> list[tuple[int, int]]:
 
 
 def restore_order(x):
-    """Puts the last axis, in the order of the rows of `load_transposed`, in the order of the tile's columns again."""
+    """Permutes the last axis from the row order of `load_transposed` back to the order of the tile's columns."""
     parts = []
     for first, n in _groups(x.shape[-1]):
         # Row (block, warp, half, lane) is column (8 warp + lane) 2n + 2 block + half.
@@ -104,8 +109,8 @@ def restore_order(x):
 def load_transposed(tile_ref, width: int, first: int, tokens: int):
     """Tokens [first, first + tokens) of an int8 tile in shared memory as [width, tokens] float16, for wgmma.
 
-    The hardware transposes 16-bit tiles only. Here each thread reads neighbouring columns of its tokens, as many bytes
-    as it has rows, and the rows come in an order of their own: see `restore_order`.
+    wgmma transposes 16-bit tiles only. Here each thread loads contiguous columns of its tokens, as many bytes as it has
+    rows of the result, which permutes the rows: `restore_order` undoes it.
     """
     transforms = plgpu.TilingTransform((8, _SWIZZLE)), plgpu.SwizzleTransform(_SWIZZLE)
 
@@ -122,15 +127,15 @@ def load_transposed(tile_ref, width: int, first: int, tokens: int):
 def _load_transposed(tile, width: int, first_token: int, tokens: int):
     two_float16 = ir.VectorType.get((2,), ir.F16Type.get())
     base = mgpu.utils.memref_ptr(tile)
-    own_thread = thread()
+    own_thread = thread_index()
     lane = arith.remui(own_thread, constant(32))
     warp, row, column = (
         arith.divui(own_thread, constant(32)),
         arith.divui(lane, constant(4)),
         arith.remui(lane, constant(4)),
     )
-    # Threads of odd columns read the later of their two tokens first, so that a warp reads all banks at once; the
-    # bytes are put in order when they are interleaved.
+    # Threads of odd columns load the later of their two tokens first, so that a warp has no bank conflicts; the bytes
+    # are put in order when they are interleaved.
     swapped = arith.remui(column, constant(2))
     is_swapped = arith.cmpi(arith.CmpIPredicate.ne, swapped, constant(0))
     selectors = [arith.select(is_swapped, constant(y), constant(x)) for x, y in ((0x5140, 0x1504), (0x7362, 0x3726))]
@@ -139,7 +144,7 @@ def _load_transposed(tile, width: int, first_token: int, tokens: int):
     for first, n in _groups(width):
         own = arith.muli(arith.addi(arith.muli(warp, constant(8)), row), constant(2 * n))
         # Byte of (token, column c): tile row token / 8, chunk c / 64, then row token % 8 of 64 bytes, in which the
-        # 16-byte unit is exchanged by (token % 8) / 2. That is `column` here, whose tokens are 2 column and the next.
+        # 16-byte unit is XORed with (token % 8) / 2: that is `column`, as the tokens are 2 column and the next one.
         chunk = arith.addi(arith.divui(own, constant(64)), constant(first // 64))
         inside = arith.remui(own, constant(64))
         unit = arith.xori(arith.divui(inside, constant(16)), column)
@@ -152,7 +157,7 @@ def _load_transposed(tile, width: int, first_token: int, tokens: int):
         ]
         for k in range(tokens // 8):
             one, other = (
-                _words(mgpu.utils.getelementptr(x, [(first_token + k * 8) * width], i8()), 2 * n)
+                _load_words(mgpu.utils.getelementptr(x, [(first_token + k * 8) * width], i8()), 2 * n)
                 for x in tokens_of_thread
             )
             values = [pair for x, y in zip(one, other, strict=True) for pair in _interleave(x, y, selectors)]
@@ -161,8 +166,8 @@ def _load_transposed(tile, width: int, first_token: int, tokens: int):
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def _words(pointer, size: int) -> list:
-    """`size` int8 of shared memory, plus 128 so as to be positive, as 32-bit words."""
+def _load_words(pointer, size: int) -> list:
+    """`size` int8 elements of shared memory, plus 128 so as to be unsigned, as 32-bit words."""
     if size == 2:
         words = [arith.extui(i32(), llvm.load(ir.IntegerType.get_signless(16), pointer, alignment=2))]
     else:
@@ -172,9 +177,9 @@ def _words(pointer, size: int) -> list:
 
 
 def _interleave(x: Any, y: Any, selectors: list[Any]) -> list[Any]:
-    """The pairs (x_j, y_j) of two words of four numbers, each pair two float16 in a word.
+    """The pairs (x_j, y_j) of two words of four 8-bit elements each, every pair as two float16 in a word.
 
-    The selectors of bytes tell which are the first two pairs and which the last two.
+    The byte selectors (of `prmt`) choose the first two pairs and the last two.
     """
     pairs = []
     for selector in selectors:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from decode_layer_weights import random_weights
 from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer import mosaic as mosaic_layer
 from latent_attention.gpu import make_gpu
-from one_token_layer import random_weights
 
 INFINITE_1B = LayerShape(D=2560, Q=768, C=256, R=64, N=64, V=128, H=32, F=7680)
 SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
@@ -34,8 +34,8 @@ def test_what_it_takes_lowers_for_cuda(shape, dtype, num_sms):
     weights = jax.eval_shape(lambda: random_weights(shape, dtype, jax.random.key(0)))
     of = jax.ShapeDtypeStruct
     angles, cache = of((shape.R // 2,), jnp.float32), (of((1, 1024, shape.C), dtype), of((1, 1024, shape.R), dtype))
-    board = jax.eval_shape(lambda: mosaic_layer.init_board(shape))
-    op = functools.partial(mosaic_layer.layer, shape, eps=1e-6, scale=0.1)
+    board = jax.eval_shape(lambda: mosaic_layer.init_workspace(shape))
+    op = functools.partial(mosaic_layer.decode_layer, shape, eps=1e-6, scale=0.1)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
         lowered = (
             jax.jit(op)

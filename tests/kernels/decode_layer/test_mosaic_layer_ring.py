@@ -113,7 +113,7 @@ def everything_produced(shape: LayerShape, held: int, block: int, monkeypatch, b
         patch.setattr(ring.plgpu, "copy_gmem_to_smem", copy)
         patch.setattr(ring.plgpu, "barrier_wait", lambda it: does.append(Step("wait", it.slot())))
         patch.setattr(ring.plgpu, "griddepcontrol_wait", lambda: does.append(KERNEL_BEFORE))
-        patch.setattr(ring, "written_is_seen_by_copies", lambda: None)
+        patch.setattr(ring, "fence_proxy_async", lambda: None)
         ring.produce(shape, blocks, jnp.int32(block), Places(held, does), Places())
     return does
 
@@ -289,7 +289,7 @@ def test_until_the_kernel_before_is_done_consumers_read_nothing_but_gains(monkey
     does = []
     monkeypatch.setattr(Consumer, "vector", lambda self, ref, width: does.append(ref.name))
     monkeypatch.setattr(consumer.plgpu, "griddepcontrol_wait", lambda: does.append(KERNEL_BEFORE))
-    monkeypatch.setattr(consumer.meeting, "counted", lambda ref: does.append("counter") or jnp.int32(0))
+    monkeypatch.setattr(consumer.grid_barrier, "load_counter", lambda ref: does.append("counter") or jnp.int32(0))
     Consumer(SMALL, BLOCKS, jnp.bfloat16, 1e-6, 0.1, jnp.int32(0), 0, Places(1000, does), Places())
     end = does.index(KERNEL_BEFORE)
     assert does[:end] == ["input_gain", "q_gain", "kv_gain"]

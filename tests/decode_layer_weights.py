@@ -1,4 +1,4 @@
-"""Weights of a layer for the kernels of one token."""
+"""Random weights of one layer for the batch-1 fused decode kernels."""
 
 import jax
 
@@ -7,7 +7,7 @@ from mla_jax.model.layers import InferenceWeight
 
 
 def random_weights(shape: LayerShape, dtype: str, key: jax.Array) -> dict:
-    """As in `decoder.inference_weights`, of one layer; norms are not all ones."""
+    """One layer of `decoder.inference_weights`, unit-variance outputs; RMSNorm weights that are not all ones."""
     D, Q, C, R, N, V, H, F = shape
     keys = iter(jax.random.split(key, 12))
 
