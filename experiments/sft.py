@@ -4,8 +4,10 @@ import sys
 
 from experiments.entry import run
 from mla_jax.config import SftConfig
+from mla_jax.data.pipeline import make_pipeline
 from mla_jax.distributed import join as distributed
 from mla_jax.distributed import preemption
+from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.training.loop import train
 from mla_jax.training.sweep import write_summary
 
@@ -16,7 +18,7 @@ def main(config: SftConfig) -> None:
     """Trains and says where the result is; a SLURM job that was told to stop goes back into the queue."""
     distributed.start()
     distributed.check_same_config(config)
-    result = train(config)
+    result = train(config, CrossEntropy(config.train.loss_chunk), make_pipeline)
     if not result.finished:
         if result.terminated:
             preemption.requeue()

@@ -13,6 +13,9 @@ from mla_jax.config import (
     TrackerConfig,
     TrainConfig,
 )
+from mla_jax.data import pipeline
+from mla_jax.losses.cross_entropy import CrossEntropy
+from mla_jax.training import loop
 
 MODEL = ModelConfig(
     vocab_size=512,
@@ -57,3 +60,8 @@ def make_config(run_dir: Path, stages: list[dict] | None = None, **changes) -> S
         ),
         **changes,
     )
+
+
+def train(config: SftConfig) -> loop.TrainResult:
+    """Trains as experiments.sft does."""
+    return loop.train(config, CrossEntropy(config.train.loss_chunk), pipeline.make_pipeline)

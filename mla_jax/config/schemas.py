@@ -337,7 +337,7 @@ class TrainConfig:
     keep_best: int = 1
     """The best checkpoints that are kept besides; 0 for none."""
     best_metric: str = "answer_accuracy"
-    """What is best over the last `log_every` steps, in the last stage reached: `answer_accuracy` or `loss`."""
+    """What is best over the last `log_every` steps, in the last stage reached: a metric of the loss, such as `loss`."""
     nonfinite: str = "stop"
     """At a step whose loss or gradient is not finite: `stop`, or `skip` it and leave parameters and moments alone."""
     profile: list[int] = field(default_factory=list)
@@ -355,7 +355,6 @@ class TrainConfig:
         for name in ("grad_accumulation", "loss_chunk", "log_every", "checkpoint_every", "keep_last"):
             require_at_least(1, **{f"train.{name}": getattr(self, name)})
         require_at_least(0, **{"train.keep_best": self.keep_best})
-        require_choice("train.best_metric", self.best_metric, ("answer_accuracy", "loss"))
         for stage in self.stages:
             require(
                 stage.batch_size % self.grad_accumulation == 0,
@@ -413,6 +412,7 @@ class SftConfig:
     train: TrainConfig = MISSING
 
     def __post_init__(self):
+        require_choice("train.best_metric", self.train.best_metric, ("answer_accuracy", "loss"))
         longest = max(stage.seq_len for stage in self.train.stages)
         require(
             longest <= self.model.max_position_embeddings,

@@ -5,6 +5,7 @@ for any number of workers, and a resumed run sees the batches it would have seen
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -71,6 +72,17 @@ class Pipeline:
         if self._processes is not None:
             self._processes.close()
         self._batches = self._processes = None
+
+
+class MakePipeline(Protocol):
+    """A function such as `make_pipeline`, from which the training loop gets the batches of a stage."""
+
+    def __call__(
+        self, data: Any, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
+        rows_of: Callable[[int], np.ndarray],
+    ) -> Pipeline:  # fmt: skip
+        """Batches of `stages[stage]`: arrays [b, T], with `tokens`; `rows_of` works in the caller's thread only."""
+        ...
 
 
 def make_pipeline(

@@ -1,1 +1,1 @@
-"""Losses: functions of the model's output and a batch that return sums over tokens."""
+"""Objectives of training: the interface (`loss`) and one file for each."""

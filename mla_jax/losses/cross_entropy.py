@@ -1,13 +1,50 @@
 """Chunked cross-entropy: the logits of a whole sequence never exist, and those of a chunk are computed once."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mla_jax import mesh
+from mla_jax.losses.loss import Arrays
 from mla_jax.model.layers import product, split_tokens
+from mla_jax.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Next-token cross-entropy, the `Loss` of supervised fine-tuning: a weighted mean over the batch, in nats.
+
+    Batches have `tokens`, `targets`, `weights`, `positions` and optionally `segments`; see `data.pipeline`.
+    """
+
+    chunk: int
+    """Tokens of a sequence whose logits exist at one time."""
+    accuracy_metric: ClassVar[str] = "answer_accuracy"
+
+    def sums(self, transformer: Transformer, rows: Arrays) -> dict[str, jax.Array]:
+        """The fields of `LossSums`."""
+        h_BTD = transformer(rows["tokens"], rows["positions"], rows.get("segments"))
+        head_DX = transformer.head()
+        return chunked_cross_entropy(head_DX, h_BTD, rows["targets"], rows["weights"], self.chunk)._asdict()
+
+    def normalizer(self, batch: Arrays) -> jax.Array:
+        """The loss weight of all targets."""
+        return jnp.maximum(batch["weights"].sum(), 1e-9)
+
+    def means(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Loss in nats per weighted token, and the share of answer tokens predicted right, teacher-forced."""
+        return {
+            "loss": sums.get("loss", 0.0) / max(sums.get("weight", 0.0), 1e-9),
+            "answer_accuracy": sums.get("correct", 0.0) / max(sums.get("answers", 0.0), 1.0),
+        }
+
+    def progress(self, means: Mapping[str, float]) -> str:
+        """Loss and answer accuracy."""
+        return f"loss {means['loss']:.3f}  answers {means['answer_accuracy']:.1%}"
 
 
 class LossSums(NamedTuple):

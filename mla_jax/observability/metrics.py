@@ -2,9 +2,11 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
+
+from mla_jax.losses.loss import Loss
 
 
 @dataclass
@@ -12,33 +14,35 @@ class Window:
     """Sums over the steps since the last report; saved with checkpoints, so resuming continues them exactly."""
 
     steps: int = 0
-    loss: float = 0.0
-    weight: float = 0.0
-    correct: float = 0.0
-    answers: float = 0.0
-    grad_norm: float = 0.0
-    skipped: float = 0.0
-    """Steps that changed nothing, their loss or gradient not being finite; in no other sum but `steps`."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """What the training step returns, added up by name: the sums of the loss, grad_norm and skipped."""
+
+    @property
+    def skipped(self) -> float:
+        """Steps that changed nothing, their loss or gradient not being finite; in no other sum but `steps`."""
+        return self.sums.get("skipped", 0.0)
 
     def add(self, step: dict[str, float]) -> None:
         """Adds one step's sums."""
         self.steps += 1
         for name, value in step.items():
-            setattr(self, name, getattr(self, name) + value)
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
-    @property
-    def accuracy(self) -> float:
-        """Share of answer tokens predicted right, teacher-forced."""
-        return self.correct / max(self.answers, 1.0)
-
-    def means(self) -> dict[str, float]:
-        """Loss in nats per weighted token, answer-token accuracy, gradient norm before clipping."""
-        return {
-            "loss": self.loss / max(self.weight, 1e-9),
-            "answer_accuracy": self.accuracy,
-            "grad_norm": self.grad_norm / max(self.steps - self.skipped, 1),
+    def means(self, loss: Loss) -> dict[str, float]:
+        """The metrics of `loss`, gradient norm before clipping (mean over steps not skipped), skipped steps."""
+        return loss.means(self.sums) | {
+            "grad_norm": self.sums.get("grad_norm", 0.0) / max(self.steps - self.skipped, 1),
             "skipped_steps": self.skipped,
         }
+
+    def to_json(self) -> dict[str, float]:
+        """`steps` and every sum by name, flat."""
+        return {"steps": self.steps, **self.sums}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, float]) -> "Window":
+        """The window that `to_json` gave."""
+        return cls(int(saved["steps"]), {name: value for name, value in saved.items() if name != "steps"})
 
 
 class ProgressDisplay:

@@ -1,4 +1,4 @@
-"""The training loop: supervised fine-tuning, from scratch or from given parameters.
+"""The training loop: a model, a loss and a pipeline, from scratch or from given parameters.
 
 What a run does at a step depends only on the config and the step, and every checkpoint holds the data position, so a
 run interrupted anywhere and resumed is bit for bit the run that was not interrupted.
@@ -15,12 +15,13 @@ import optax
 
 from mla_jax.checkpoint import run_folder as checkpoint
 from mla_jax.checkpoint.manager import Checkpoints
-from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig
-from mla_jax.data.pipeline import make_pipeline
+from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig, require_choice
+from mla_jax.data.pipeline import MakePipeline, Pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed import join as distributed
 from mla_jax.distributed.preemption import StopRequest
 from mla_jax.errors import InputError
+from mla_jax.losses.loss import Loss
 from mla_jax.mesh import check_batch, make_mesh, place_batch, rows_here
 from mla_jax.observability.metrics import ProgressDisplay, Window
 from mla_jax.observability.telemetry import Telemetry
@@ -29,15 +30,15 @@ from mla_jax.optim import learning_rate, make_optimizer
 from mla_jax.state import TrainState, abstract_state, init_state, with_params
 from mla_jax.training.step import make_train_step
 
-_AHEAD = 2
-"""Steps that are given to the device before the result of an earlier one is there."""
+MAX_STEPS_IN_FLIGHT = 2
+"""Steps dispatched to the device whose results are not there yet."""
 
 
 @dataclass
-class Position:
+class LoopState:
     """Where a run is: steps finished in all and in the current stage, and the open metrics window.
 
-    `reported` holds the means of the window before, and the stage that it was in.
+    `reported` holds the means of the window before, and the stage that it was in. A checkpoint keeps all of it.
     """
 
     step: int = 0
@@ -49,6 +50,16 @@ class Position:
     def planned(self, train: TrainConfig) -> int:
         """Finished steps as the schedule counts them: a stage that ended early counts in full."""
         return sum(stage.steps for stage in train.stages[: self.stage]) + self.stage_step
+
+    def to_json(self) -> dict:
+        """Every field by name."""
+        return {**vars(self), "window": self.window.to_json()}
+
+    @classmethod
+    def from_json(cls, saved: dict) -> "LoopState":
+        """The state that `to_json` gave; what else is in `saved` is left out."""
+        fields = {f.name: saved[f.name] for f in dataclasses.fields(cls) if f.name != "window"}
+        return cls(**fields, window=Window.from_json(saved["window"]))
 
 
 @dataclass(frozen=True)
@@ -63,44 +74,48 @@ class TrainResult:
     """Means of the last metrics window and its tokens_per_second; None if no window ended in this process."""
 
 
-def train(config: SftConfig) -> TrainResult:
+def train(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> TrainResult:
     """Trains until the last stage ends or Ctrl-C / SIGTERM, resuming what `config.run_dir` holds.
 
     Precedence: a checkpoint of this run, then `init_from`, then random initialisation.
+
+    Args:
+        config: of the run.
+        loss: what is minimised, and what is reported of it.
+        make_pipeline: makes the batches of a stage; called with `config.data` again for each.
 
     Raises:
         InputError: bad data, tokenizer or checkpoint, a failed save, or a loss that is no longer finite.
     """
     with jax.set_mesh(make_mesh(config.mesh)):
-        return _Trainer(config).run()
+        return _Trainer(config, loss, make_pipeline).run()
 
 
 class _Trainer:
-    def __init__(self, config: SftConfig):
-        self.config = config
+    def __init__(self, config: SftConfig, loss: Loss, make_pipeline: MakePipeline):
+        self.config, self.loss, self.make_pipeline = config, loss, make_pipeline
         check_installed(config.tracker)
+        require_choice("train.best_metric", config.train.best_metric, tuple(loss.means({})))
         tokenizer = load_tokenizer(config.data.tokenizer)
         checkpoint.check_tokenizer(tokenizer, config.model)
         self.tokenizer = tokenizer
         optimizer = make_optimizer(config.optim)
-        self.train_step = make_train_step(
-            config.model, optimizer, config.train.loss_chunk, config.train.nonfinite == "skip"
-        )
+        self.train_step = make_train_step(config.model, optimizer, loss, config.train.nonfinite == "skip")
         for stage in config.train.stages:
             check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation)
-        self.position = Position()
+        self.loop = LoopState()
         self.data = self._pipeline()  # bad data ends here, before the run folder exists
         self.run_dir = checkpoint.start_run(config, tokenizer)
         self.checkpoints = Checkpoints(self.run_dir, config.train)
         self.state = self._restore_or_init(optimizer)
         self.last_metrics: dict[str, float] | None = None
         self.pending: list[dict] = []  # metrics of steps that have not been read from the device
-        self.telemetry = Telemetry(config, self.run_dir, self.position.step)
+        self.telemetry = Telemetry(config, self.run_dir, self.loop.step)
 
-    def _pipeline(self):
+    def _pipeline(self) -> Pipeline:
         c = self.config
-        return make_pipeline(
-            c.data, self.tokenizer, c.train.stages, self.position.stage, c.seed,
+        return self.make_pipeline(
+            c.data, self.tokenizer, c.train.stages, self.loop.stage, c.seed,
             rows_of=lambda batch_size: rows_here(batch_size, c.train.grad_accumulation),
         )  # fmt: skip
 
@@ -112,10 +127,9 @@ class _Trainer:
             params = _params_of(self.config.init_from, self.config.model, self.tokenizer)
             return with_params(params, optimizer)
         state, saved = self.checkpoints.restore_state(step, abstract_state(self.config.model, optimizer))
-        fields = {f.name: saved[f.name] for f in dataclasses.fields(Position) if f.name != "window"}
-        self.position = Position(**fields, window=Window(**saved["window"]))
-        if self.position.stage >= len(self.config.train.stages):
-            raise InputError(f"{self.run_dir} is in stage {self.position.stage + 1}, but train.stages has fewer")
+        self.loop = LoopState.from_json(saved)
+        if self.loop.stage >= len(self.config.train.stages):
+            raise InputError(f"{self.run_dir} is in stage {self.loop.stage + 1}, but train.stages has fewer")
         self.data = self._pipeline()
         self.data.set_state(saved["data"])
         if self._stage_over() and not self._finished():  # the run had ended, and a stage was added since
@@ -124,22 +138,22 @@ class _Trainer:
         return state
 
     def run(self) -> TrainResult:
-        train, position = self.config.train, self.position
-        display = ProgressDisplay(sum(s.steps for s in train.stages), position.planned(train), distributed.is_main())
+        train, loop = self.config.train, self.loop
+        display = ProgressDisplay(sum(s.steps for s in train.stages), loop.planned(train), distributed.is_main())
         stop = StopRequest()
         try:
             with stop:
-                while not self._finished() and not stop.reached(position.step):
+                while not self._finished() and not stop.reached(loop.step):
                     self._step()
-                    if position.step % train.log_every == 0 or self._stage_over():
+                    if loop.step % train.log_every == 0 or self._stage_over():
                         self._read_pending()
                         reached = self._report(display)
                         if (reached or self._stage_over()) and not self._finished():
                             with self.telemetry.clock.spend("other"):
                                 self._next_stage()
-                    if position.step % train.checkpoint_every == 0:
+                    if loop.step % train.checkpoint_every == 0:
                         self._save()
-                if self.checkpoints.latest_step != position.step:
+                if self.checkpoints.latest_step != loop.step:
                     self._save()
                 with self.telemetry.clock.spend("checkpoint"):
                     self.checkpoints.wait()
@@ -148,47 +162,47 @@ class _Trainer:
             display.close()
             self.telemetry.close(self._finished())
             self.checkpoints.close()
-        return TrainResult(self.run_dir, position.step, self._finished(), stop.terminated, self.last_metrics)
+        return TrainResult(self.run_dir, loop.step, self._finished(), stop.terminated, self.last_metrics)
 
     def _stage_over(self) -> bool:
-        return self.position.stage_step >= self.config.train.stages[self.position.stage].steps
+        return self.loop.stage_step >= self.config.train.stages[self.loop.stage].steps
 
     def _finished(self) -> bool:
-        return self.position.stage == len(self.config.train.stages) - 1 and self._stage_over()
+        return self.loop.stage == len(self.config.train.stages) - 1 and self._stage_over()
 
     def _step(self) -> None:
         """One optimizer step."""
-        p, c = self.position, self.config
+        loop, c = self.loop, self.config
         with self.telemetry.clock.wait_for_data(self.pending):
             rows = next(self.data)
         batch = place_batch(rows, c.train.grad_accumulation)
-        rate = learning_rate(c.optim, c.train.stages, p.stage, p.stage_step)
+        rate = learning_rate(c.optim, c.train.stages, loop.stage, loop.stage_step)
         with self.telemetry.dispatch(batch["tokens"].shape, self.pending):
             self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate))
             self.pending.append(metrics)
-        # No further ahead: steps that are queued must run before a checkpoint can be saved.
-        jax.block_until_ready(self.pending[:-_AHEAD][-1:])
-        p.step += 1
-        p.stage_step += 1
+        # Steps that are queued must run before a checkpoint can be saved.
+        jax.block_until_ready(self.pending[:-MAX_STEPS_IN_FLIGHT][-1:])
+        loop.step += 1
+        loop.stage_step += 1
 
     def _next_stage(self) -> None:
-        self.position.stage += 1
-        self.position.stage_step = 0
+        self.loop.stage += 1
+        self.loop.stage_step = 0
         self.data.close()
         self.data = self._pipeline()
 
     def _read_pending(self) -> None:
         """Moves the metrics of finished steps into the window; a loss that is not finite ends the run."""
-        first = self.position.step - len(self.pending) + 1
+        first = self.loop.step - len(self.pending) + 1
         for step, metrics in enumerate(jax.device_get(self.pending), first):
             metrics = {name: float(value) for name, value in metrics.items()}
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
                 raise self._not_finite(
                     f"loss is {metrics['loss']} (gradient norm {metrics['grad_norm']}) at step {step}"
                 )
-            self.position.window.add(metrics)
+            self.loop.window.add(metrics)
         self.pending = []
-        window = self.position.window
+        window = self.loop.window
         if window.skipped == window.steps >= self.config.train.log_every:
             raise self._not_finite(
                 f"all of the last {window.steps} steps were skipped, their gradients not being finite"
@@ -207,32 +221,28 @@ class _Trainer:
 
     def _report(self, display: ProgressDisplay) -> bool:
         """Logs the window and starts a new one; returns whether it reached the stage's accuracy threshold."""
-        p, train = self.position, self.config.train
-        stage = train.stages[p.stage]
-        means = p.window.means()
-        reached = stage.accuracy is not None and p.window.answers > 0 and p.window.accuracy >= stage.accuracy
-        rate = learning_rate(self.config.optim, train.stages, p.stage, p.stage_step)
-        speed = self.telemetry.report(p.step, means | {"learning_rate": rate, "stage": p.stage})
+        loop, train = self.loop, self.config.train
+        stage = train.stages[loop.stage]
+        means = loop.window.means(self.loss)
+        reached = stage.accuracy is not None and means[self.loss.accuracy_metric] >= stage.accuracy
+        rate = learning_rate(self.config.optim, train.stages, loop.stage, loop.stage_step)
+        speed = self.telemetry.report(loop.step, means | {"learning_rate": rate, "stage": loop.stage})
         self.last_metrics = {**means, "tokens_per_second": self.telemetry.tokens_per_second}
-        p.window, p.reported = Window(), {"stage": p.stage, **means}
+        loop.window, loop.reported = Window(), {"stage": loop.stage, **means}
         display.show(
-            p.planned(train),
-            f"stage {p.stage + 1}/{len(train.stages)} ({stage.seq_len} tokens)  "
-            f"loss {means['loss']:.3f}  answers {means['answer_accuracy']:.1%}  {speed}",
+            loop.planned(train),
+            f"stage {loop.stage + 1}/{len(train.stages)} ({stage.seq_len} tokens)  "
+            f"{self.loss.progress(means)}  {speed}",
         )
         return reached
 
     def _save(self) -> None:
         self._read_pending()
-        p = self.position
-        position = {
-            **dataclasses.asdict(p),
-            "data": self.data.get_state(),
-            "tokenizer": self.tokenizer.fingerprint,
-        }
-        metrics = p.reported or {"stage": p.stage, **p.window.means()}
-        with self.telemetry.saving(p.step):
-            self.checkpoints.save(p.step, self.state, position, metrics)
+        loop = self.loop
+        saved = {**loop.to_json(), "data": self.data.get_state(), "tokenizer": self.tokenizer.fingerprint}
+        metrics = loop.reported or {"stage": loop.stage, **loop.window.means(self.loss)}
+        with self.telemetry.saving(loop.step):
+            self.checkpoints.save(loop.step, self.state, saved, metrics)
 
 
 def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:

@@ -8,48 +8,50 @@ import jax.numpy as jnp
 import optax
 
 from mla_jax.config import ModelConfig
-from mla_jax.losses.cross_entropy import LossSums, chunked_cross_entropy, no_sums
+from mla_jax.losses.loss import Loss
 from mla_jax.model.transformer import bind
 from mla_jax.optim import apply_updates
 from mla_jax.state import TrainState
 
 
 def make_train_step(
-    model: ModelConfig, optimizer: optax.GradientTransformation, loss_chunk: int, skip_nonfinite: bool = False
+    model: ModelConfig, optimizer: optax.GradientTransformation, loss: Loss, skip_nonfinite: bool = False
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
-    """The jitted step: (state, batch, learning_rate) -> (state, sums of LossSums' fields, grad_norm and skipped).
+    """The jitted step: (state, batch, learning_rate) -> (state, sums of the loss with grad_norm and skipped).
 
-    Batch arrays are [A, B / A, T] with A gradient accumulation steps. The loss is the weighted mean over the whole
-    batch, so A does not change it. The state is donated.
+    Batch arrays are [A, B / A, T] with A gradient accumulation steps. The loss is normalised over the whole batch, so A
+    does not change it. The state is donated.
     With `skip_nonfinite`, a step whose loss or gradient is not finite changes nothing but `step`: its sums are 0, and
     `skipped` is 1.
     """
 
-    def loss(params: dict, rows: dict, weight: jax.Array) -> tuple[jax.Array, LossSums]:
-        transformer = bind(model, params)
-        h_BTD = transformer(rows["tokens"], rows["positions"], rows.get("segments"))
-        sums = chunked_cross_entropy(transformer.head(), h_BTD, rows["targets"], rows["weights"], loss_chunk)
-        return sums.loss / weight, sums
+    def objective(params: dict, rows: dict, normalizer: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        sums = loss.sums(bind(model, params), rows)
+        return sums["loss"] / normalizer, sums
 
-    grad = jax.grad(loss, has_aux=True)
+    grad = jax.grad(objective, has_aux=True)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: dict, rate: jax.Array) -> tuple[TrainState, dict]:
-        weight = jnp.maximum(batch["weights"].sum(), 1e-9)
+        normalizer = loss.normalizer(batch)
+
+        def first() -> tuple[dict, dict[str, jax.Array]]:
+            return grad(state.params, jax.tree.map(lambda x: x[0], batch), normalizer)
 
         def accumulate(total, rows):
-            new = grad(state.params, rows, weight)
+            new = grad(state.params, rows, normalizer)
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
 
         if batch["tokens"].shape[0] == 1:
-            grads, sums = grad(state.params, jax.tree.map(lambda x: x[0], batch), weight)
+            grads, sums = first()
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
-            (grads, sums), _ = jax.lax.scan(accumulate, (zeros, no_sums()), batch)
+            no_sums = dict.fromkeys(jax.eval_shape(first)[1], jnp.zeros((), jnp.float32))
+            (grads, sums), _ = jax.lax.scan(accumulate, (zeros, no_sums), batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, rate)
         new = TrainState(state.step + 1, params, opt_state)
-        metrics = {**sums._asdict(), "grad_norm": optax.tree.norm(grads), "skipped": jnp.zeros(())}
+        metrics = {**sums, "grad_norm": optax.tree.norm(grads), "skipped": jnp.zeros(())}
         if skip_nonfinite:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             old = state._replace(step=new.step), jax.tree.map(jnp.zeros_like, metrics) | {"skipped": jnp.ones(())}

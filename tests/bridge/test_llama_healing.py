@@ -16,8 +16,7 @@ from mla_jax.bridge.llama.config import Ranks
 from mla_jax.bridge.llama.convert import convert, converted_perplexity
 from mla_jax.checkpoint.run_folder import load_run, save_imported
 from mla_jax.config import JsonlDataConfig, OptimConfig
-from mla_jax.training.loop import train
-from tiny import make_config
+from tiny import make_config, train
 from tiny_llama import SIZES, leave_positions_out, stories, stories_tokenizer, train_llama
 
 LENGTH, BATCH, HEALING = 128, 16, 100

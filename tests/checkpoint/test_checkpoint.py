@@ -21,9 +21,8 @@ from mla_jax.errors import InputError
 from mla_jax.mesh import make_mesh
 from mla_jax.model.transformer import init_params
 from mla_jax.state import TrainState
-from mla_jax.training import loop as train_module
-from mla_jax.training.loop import train
-from tiny import MODEL, make_config
+from mla_jax.training import loop
+from tiny import MODEL, make_config, train
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +231,7 @@ def train_in_parts(run_dir: Path, meshes: list[dict], monkeypatch, parts: list[i
     monkeypatch.setattr(Checkpoints, "restore_state", spied)
     for steps, sizes in zip(parts, meshes, strict=False):
         devices = jax.devices()[: sizes["data"] * sizes["fsdp"]]
-        monkeypatch.setattr(train_module, "make_mesh", lambda _, s=sizes, d=devices: make_mesh(MeshConfig(**s), d))
+        monkeypatch.setattr(loop, "make_mesh", lambda _, s=sizes, d=devices: make_mesh(MeshConfig(**s), d))
         before = jax.device_get(load_run(run_dir).params) if restored or steps > parts[0] else None
         train(make_config(run_dir, [{"seq_len": 96, "steps": steps}], **keep))
         if before is not None:

@@ -19,8 +19,7 @@ jax.distributed.initialize(address, 2, int(index))
 sys.path.insert(0, "tests")
 from pathlib import Path
 from mla_jax.errors import one_line_errors
-from mla_jax.training.loop import train
-from tiny import make_config
+from tiny import make_config, train
 with one_line_errors():
     stages = [{"seq_len": 96, "steps": int(steps)}]
     train(make_config(Path(run_dir), stages, checkpoint_every=2, log_every=1, keep_last=9))

@@ -17,8 +17,7 @@ from mla_jax.errors import InputError, UsageError
 from mla_jax.observability import trackers as trackers_module
 from mla_jax.observability.environment import environment
 from mla_jax.observability.trackers import Trackers, check_installed, mlflow_uri
-from mla_jax.training.loop import train
-from tiny import make_config
+from tiny import make_config, train
 
 ALL = TrackerConfig(names=["tensorboard", "wandb", "mlflow"], wandb_mode="offline")
 
@@ -263,7 +262,7 @@ def test_a_run_killed_and_resumed_is_one_run_everywhere(tmp_path, monkeypatch):
 
     def killed_at(number):
         def _step(self):
-            if self.position.step == number:
+            if self.loop.step == number:
                 raise Killed
             step(self)
 

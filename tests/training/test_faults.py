@@ -18,9 +18,8 @@ import pytest
 from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.errors import InputError
-from mla_jax.training import loop as train_module
-from mla_jax.training.loop import train
-from tiny import DATA, make_config
+from mla_jax.training import loop
+from tiny import DATA, make_config, train
 
 pytestmark = pytest.mark.integration  # whole runs in processes of their own
 
@@ -43,9 +42,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 import conftest
-from mla_jax import checkpoint_store
-from mla_jax.training.loop import train
-from tiny import make_config
+from mla_jax.checkpoint import manager
+from tiny import make_config, train
 
 def killing(function, is_eight):
     def call(*args):
@@ -59,10 +57,10 @@ def killing(function, is_eight):
 
 if sys.argv[2] == "named":
     at_eight = lambda folder: folder.name.startswith("8.")
-    checkpoint_store.write_manifest = killing(checkpoint_store.write_manifest, at_eight)
+    manager.write_manifest = killing(manager.write_manifest, at_eight)
 else:
     at_eight = lambda self, step, *rest: step == 8
-    checkpoint_store.Checkpoints.save = killing(checkpoint_store.Checkpoints.save, at_eight)
+    manager.Checkpoints.save = killing(manager.Checkpoints.save, at_eight)
 train(make_config(Path(sys.argv[1])))
 """
 
@@ -114,7 +112,7 @@ def test_a_disk_that_fills_up_during_a_save_costs_that_checkpoint_only(uninterru
 
 def test_a_dead_data_worker_ends_training_with_what_to_do(uninterrupted, tmp_path, monkeypatch):
     config = make_config(tmp_path / "run", data=dataclasses.replace(DATA, workers=1))
-    place_batch, steps = train_module.place_batch, iter(range(1, 100))
+    place_batch, steps = loop.place_batch, iter(range(1, 100))
 
     def killing(*args):
         if next(steps) == 6:
@@ -125,7 +123,7 @@ def test_a_dead_data_worker_ends_training_with_what_to_do(uninterrupted, tmp_pat
         return place_batch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "place_batch", killing)
+        patch.setattr(loop, "place_batch", killing)
         with pytest.raises(
             InputError, match=r"worker process died \(exit code -9\).*lower data\.workers; the same command"
         ):

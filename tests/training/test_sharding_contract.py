@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from experiments.entry import CONF
 from mla_jax.config import register_schemas
+from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.mesh import AXES, BATCH
 from mla_jax.optim import make_optimizer
 from mla_jax.state import init_state
@@ -30,7 +31,7 @@ def test_no_weight_or_moment_is_replicated_within_a_replica(data, fsdp, context,
     mesh = AbstractMesh((data, fsdp, context), AXES, axis_types=(AxisType.Explicit,) * 3)
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(config.model, optimizer, 0))
-        step = make_train_step(config.model, optimizer, config.train.loss_chunk)
+        step = make_train_step(config.model, optimizer, CrossEntropy(config.train.loss_chunk))
         types = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "weights": jnp.float32}
         sharding = NamedSharding(mesh, BATCH)
         rows = {

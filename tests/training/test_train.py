@@ -17,19 +17,19 @@ import pytest
 from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.config import OptimConfig
+from mla_jax.data import pipeline
 from mla_jax.errors import InputError, UsageError
+from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.optim import make_optimizer
 from mla_jax.state import init_state
-from mla_jax.training import loop as train_module
-from mla_jax.training.loop import train
 from mla_jax.training.step import make_train_step
-from tiny import DATA, MODEL, make_config
+from tiny import DATA, MODEL, make_config, train
 
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Delivers SIGINT while the batch of `step` (from 1) is being made."""
     served = 0
-    make_pipeline = train_module.make_pipeline
+    make_pipeline = pipeline.make_pipeline
 
     class Interrupting:
         def __init__(self, *args, **options):
@@ -44,7 +44,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
             return next(self.data)
 
-    monkeypatch.setattr(train_module, "make_pipeline", Interrupting)
+    monkeypatch.setattr(pipeline, "make_pipeline", Interrupting)
 
 
 def params_of(run_dir: Path) -> dict:
@@ -133,7 +133,7 @@ def test_training_starts_from_another_runs_parameters(tmp_path):
 def test_a_step_that_is_not_finite_is_skipped_if_asked():
     """Parameters and moments stay as they are; its sums are 0."""
     optimizer = make_optimizer(OptimConfig(name="adamw"))
-    step = make_train_step(MODEL, optimizer, 64, skip_nonfinite=True)
+    step = make_train_step(MODEL, optimizer, CrossEntropy(64), skip_nonfinite=True)
     rows = {name: np.ones((1, 2, 16), np.int32) for name in ("tokens", "targets", "positions")}
     good, bad = (rows | {"weights": np.full((1, 2, 16), weight, np.float32)} for weight in (1.0, np.nan))
     state, metrics = step(init_state(MODEL, optimizer, 0), good, jnp.float32(1e-2))
@@ -195,18 +195,18 @@ import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 import conftest
-from tiny import make_config
-from mla_jax import train as t
+from tiny import make_config, train
+from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.errors import one_line_errors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = t.Checkpoints.save
+save = Checkpoints.save
 def limited(self, step, *args):
     if step > 4:  # no file may grow beyond 1,000 bytes any more: what a full disk does to a write
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     save(self, step, *args)
-t.Checkpoints.save = limited
+Checkpoints.save = limited
 with one_line_errors():
-    t.train(make_config(Path(sys.argv[1])))
+    train(make_config(Path(sys.argv[1])))
 """
 
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from experiments.entry import CONF, as_usage_errors
 from mla_jax.config import ModelConfig, SftConfig, register_schemas
 from mla_jax.errors import UsageError
+from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.mesh import place_batch, rows_here
 from mla_jax.optim import make_optimizer
 from mla_jax.state import abstract_state
@@ -62,7 +63,7 @@ def random_batch(model: ModelConfig, shape: Shape, accumulation: int) -> dict[st
 def compile_step(config: SftConfig, shape: Shape) -> tuple[Any, tuple, dict[str, Any]]:
     """The step, its batch and rate, and what it takes: seconds to compile, bytes on a device, bytes on the host."""
     model, optimizer = config.model, make_optimizer(config.optim)
-    train_step = make_train_step(model, optimizer, config.train.loss_chunk)
+    train_step = make_train_step(model, optimizer, CrossEntropy(config.train.loss_chunk))
     arguments = random_batch(model, shape, config.train.grad_accumulation), jnp.float32(1e-4)
     start = time.perf_counter()
     compiled = train_step.lower(abstract_state(model, optimizer), *arguments).compile()

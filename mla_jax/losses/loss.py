@@ -1,0 +1,43 @@
+"""The interface between an objective and the training loop."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+import jax
+
+from mla_jax.model.transformer import Transformer
+
+Arrays = Mapping[str, jax.Array]
+
+
+class Loss(Protocol):
+    """An objective: what a training step minimises and what is reported of it.
+
+    A step computes `sums` for each micro-batch, minimises the sum named `loss` divided by `normalizer`, and adds up all
+    sums. The loop adds them up over a window of steps and reports their `means`. The names `steps`, `grad_norm` and
+    `skipped` belong to the loop.
+    """
+
+    accuracy_metric: ClassVar[str]
+    """The mean, between 0 and 1, at which `train.stages.accuracy` ends a stage."""
+
+    def sums(self, transformer: Transformer, rows: Arrays) -> dict[str, jax.Array]:
+        """Sums over one micro-batch, float32 scalars; `loss` is among them and the only one that has gradients.
+
+        Args:
+            transformer: the model bound to the parameters that are trained.
+            rows: arrays [B / A, T], as the pipeline makes them; A is `train.grad_accumulation`.
+        """
+        ...
+
+    def normalizer(self, batch: Arrays) -> jax.Array:
+        """The positive scalar that divides the sum `loss` of a whole batch, arrays [A, B / A, T]."""
+        ...
+
+    def means(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Metrics by name, `loss` first, of sums over several steps; a sum that is missing is 0."""
+        ...
+
+    def progress(self, means: Mapping[str, float]) -> str:
+        """The part of the progress line that tells of `means`."""
+        ...

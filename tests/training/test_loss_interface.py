@@ -1,0 +1,124 @@
+"""The training loop with another loss and another pipeline, and the loop state that earlier versions saved."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_jax.checkpoint.manifest import write_manifest
+from mla_jax.checkpoint.run_folder import load_run
+from mla_jax.config import OptimConfig
+from mla_jax.data import pipeline
+from mla_jax.errors import UsageError
+from mla_jax.losses.cross_entropy import CrossEntropy
+from mla_jax.observability.metrics import Window
+from mla_jax.training import loop
+from tiny import DATA, make_config, train
+
+
+class MeanSquare:
+    """Mean square of the model's output, which the last norm's scale decides; `small` is the share below 0.9."""
+
+    accuracy_metric = "small"
+
+    def sums(self, transformer, rows):
+        square_BT = jnp.mean(transformer(rows["tokens"], rows["positions"]) ** 2, axis=-1)
+        return {
+            "loss": jnp.sum(square_BT),
+            "tokens": jnp.float32(square_BT.size),
+            "small": jnp.sum(1.0 * (square_BT < 0.9)),
+        }
+
+    def normalizer(self, batch):
+        return jnp.float32(batch["tokens"].size)
+
+    def means(self, sums):
+        tokens = max(sums.get("tokens", 0.0), 1.0)
+        return {"loss": sums.get("loss", 0.0) / tokens, "small": sums.get("small", 0.0) / tokens}
+
+    def progress(self, means):
+        return f"squared {means['loss']:.3f}"
+
+
+def sevens(data, tokenizer, stages, stage, seed, rows_of):
+    """Batches whose tokens are all 7, without targets and weights."""
+    shape = len(rows_of(stages[stage].batch_size)), stages[stage].seq_len
+
+    class Sevens:
+        def __len__(self):
+            return pipeline.ENDLESS
+
+        def __getitem__(self, index):
+            positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+            return {"tokens": np.full(shape, 7, np.int32), "positions": positions}
+
+    return pipeline.Pipeline(Sevens(), workers=0)
+
+
+def test_a_run_may_have_a_loss_and_a_pipeline_of_its_own(tmp_path, capsys):
+    stages = [{"seq_len": 96, "steps": 30, "accuracy": 0.99}, {"seq_len": 128, "steps": 3}]
+    stages = [{"batch_size": 16} | stage for stage in stages]
+    results = {}
+    for parts in (1, 2):
+        config = make_config(tmp_path / f"by-{parts}", stages, data=DATA, grad_accumulation=parts, best_metric="loss")
+        results[parts] = loop.train(config, MeanSquare(), sevens)
+    one = results[1]
+    assert one.finished and 3 + 3 <= one.step < 30 + 3  # the first stage ended at its threshold
+    assert one.metrics is not None and list(one.metrics)[:4] == ["loss", "small", "grad_norm", "skipped_steps"]
+    assert one.metrics["small"] == 1 and one.metrics["loss"] < 0.9
+    assert results[2].metrics is not None and abs(results[2].metrics["loss"] - one.metrics["loss"]) < 1e-3
+    out = capsys.readouterr().out
+    assert "squared " in out and "answers" not in out
+
+
+def test_the_best_metric_must_be_one_of_the_loss(tmp_path):
+    with pytest.raises(UsageError, match=r"train\.best_metric must be one of loss, small; got 'answer_accuracy'"):
+        loop.train(make_config(tmp_path / "run"), MeanSquare(), sevens)
+    assert not (tmp_path / "run").exists()
+
+
+SAVED = json.loads(
+    '{"step": 4, "stage": 0, "stage_step": 4, "window": {"steps": 1, "loss": 123.5, "weight": 20.25, "correct": 1.0, '
+    '"answers": 16.0, "grad_norm": 3.25, "skipped": 0.0}, "reported": {"stage": 0, "loss": 5.5, "answer_accuracy": '
+    '0.0125, "grad_norm": 3.5, "skipped_steps": 0.0}, "data": {"next_batch": 4}, "tokenizer": "5805f2"}'
+)
+"""A file `position/metadata` as version b748e46 wrote it."""
+
+
+def test_the_loop_state_of_an_earlier_version_is_read():
+    state = loop.LoopState.from_json(SAVED)
+    assert (state.step, state.stage, state.stage_step) == (4, 0, 4) and state.reported == SAVED["reported"]
+    assert state.window.steps == 1 and state.window.sums["answers"] == 16.0
+    expected = {"loss": 123.5 / 20.25, "answer_accuracy": 1 / 16, "grad_norm": 3.25, "skipped_steps": 0.0}
+    assert state.window.means(CrossEntropy(64)) == expected
+    assert state.to_json() == {key: SAVED[key] for key in ("step", "stage", "stage_step", "window", "reported")}
+
+
+def test_a_window_without_steps_has_means():
+    zeros = dict.fromkeys(("loss", "weight", "correct", "answers", "grad_norm", "skipped"), 0.0)
+    for window in (Window(), Window.from_json({"steps": 0, **zeros}), Window.from_json(Window().to_json())):
+        assert set(window.means(CrossEntropy(64)).values()) == {0.0}
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Steps 1 to 4 of 6, with the state of step 4 rewritten as b748e46 wrote it, zero sums spelled out."""
+    optim = OptimConfig(name="adamw", schedule="constant")
+    whole, first, run = (
+        make_config(tmp_path / name, [{"seq_len": 96, "steps": steps}], optim=optim)
+        for name, steps in (("whole", 6), ("run", 4), ("run", 6))
+    )
+    train(whole)
+    train(first)
+    folder = tmp_path / "run" / "checkpoints" / "4"
+    saved = json.loads((folder / "position" / "metadata").read_text())
+    assert list(saved) == list(SAVED) and saved["window"].keys() <= SAVED["window"].keys()
+    zeros = {name: 0.0 for name in SAVED["window"]}
+    saved["window"] = zeros | saved["window"]
+    (folder / "position" / "metadata").write_text(json.dumps(saved))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    assert train(run).step == 6
+    params = (jax.device_get(load_run(tmp_path / name).params) for name in ("whole", "run"))
+    jax.tree.map(np.testing.assert_array_equal, *params)
