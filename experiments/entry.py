@@ -21,7 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from mla_jax.config import register_schemas
 from mla_jax.errors import InputError, UsageError, one_line_errors
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+_HERE = Path(__file__).resolve().parent
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+"""The Hydra configs: beside this file in an installed package (setup.py), beside `experiments/` in the repository."""
 
 
 def run(config_name: str, main: Callable[[Any], None]) -> None:

@@ -1,8 +1,12 @@
 """What gets installed: our packages under their names, and no shadow over Hugging Face's `kernels`."""
 
+import os
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,7 +52,17 @@ def test_transformers_imports_from_the_repository_root():
 def wheel(tmp_path_factory) -> Path:
     """A wheel built from a copy of the sources."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("mla_jax", "kernels", "experiments", "tools", "conf", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (
+        "mla_jax",
+        "kernels",
+        "experiments",
+        "tools",
+        "conf",
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+    ):
         (source / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -79,26 +93,100 @@ def test_vllm_finds_its_plugin_in_the_wheel(wheel, tmp_path):
 def sources(folder: str, package: str) -> set[str]:
     """Paths in a wheel of everything that belongs to `package`, kept in `folder` of the repository."""
     files = (ROOT / folder).rglob("*")
-    kept = {file.relative_to(ROOT / folder) for file in files if file.suffix in (".py", ".json", ".jinja")}
+    kept = {file.relative_to(ROOT / folder) for file in files if file.suffix in (".py", ".yaml")}
     return {f"{package}/{file.as_posix()}" for file in kept}
 
 
-@pytest.mark.parametrize(
-    ("folder", "package"),
-    [
-        ("mla_jax", "mla_jax"),
-        ("experiments", "experiments"),
-        ("tools", "tools"),
-        ("kernels/latent_attention", "latent_attention"),
-    ],
-)
+INSTALLED = [
+    ("mla_jax", "mla_jax"),
+    ("experiments", "experiments"),
+    ("tools", "tools"),
+    ("kernels/latent_attention", "latent_attention"),
+    ("conf", "experiments/conf"),
+]
+"""(folder of the repository, where it is in the wheel)."""
+
+
+@pytest.mark.parametrize(("folder", "package"), INSTALLED)
 def test_wheel_holds_every_source_file(wheel_files, folder, package):
     expected = sources(folder, package)
-    assert f"{package}/__init__.py" in expected
-    assert {name for name in wheel_files if name.startswith(f"{package}/")} == expected
+    assert f"{package}/__init__.py" in expected or f"{package}/sft.yaml" in expected
+    assert expected <= wheel_files
 
 
 def test_wheel_holds_nothing_else(wheel_files):
-    tops = {name.split("/")[0] for name in wheel_files if ".dist-info/" not in name}
-    assert tops == {"mla_jax", "experiments", "tools", "latent_attention"}
+    expected = set.union(*(sources(folder, package) for folder, package in INSTALLED))
+    assert {name for name in wheel_files if ".dist-info/" not in name} == expected
     assert any(name.endswith("/licenses/LICENSE") for name in wheel_files)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Callable[..., str]:
+    """Runs the Python of a new environment that has the wheel, in an empty folder; not the repository's packages."""
+    environment, folder = tmp_path_factory.mktemp("environment"), tmp_path_factory.mktemp("elsewhere")
+    subprocess.run(["git", "init", "-q", environment], check=True)  # as an environment in a project of its user
+    subprocess.run(
+        "git -c user.name=x -c user.email=x commit -q --allow-empty -m x".split(), cwd=environment, check=True
+    )
+    venv.create(environment)
+    python = environment / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    # Dependencies come from the environment that runs the tests. Of a folder that a .pth file adds, the .pth files do
+    # not count: not that of our editable install.
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(*arguments: str) -> str:
+        ran = subprocess.run([python, *arguments], cwd=folder, env=inherited, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    for package in ("mla_jax", "experiments", "tools", "latent_attention"):
+        assert Path(run("-c", f"import {package}; print({package}.__file__)").strip()).is_relative_to(site)
+    revision = "from mla_jax.observability.environment import git_revision; print(git_revision())"
+    assert run("-c", revision) == "None\n", "that of its user's project is not ours"
+    return run
+
+
+TINY = (
+    "model.hidden_size=32 model.num_attention_heads=2 model.qk_nope_head_dim=8 model.qk_rope_head_dim=8 "
+    "model.v_head_dim=8 model.kv_lora_rank=8 model.q_lora_rank=8 model.intermediate_size=32 tracker=none"
+).split()
+
+
+@pytest.mark.integration
+def test_an_installed_wheel_trains_evaluates_and_exports(installed):
+    stages = "train.stages=[{seq_len: 96, batch_size: 8, steps: 2, learning_rate: 0.01}]"
+    trained = installed("-m", "experiments.sft", "run_dir=run", *TINY, stages)
+    assert "Finished at step 2. Next: python -m experiments.evaluate run=run" in trained
+    table = installed("-m", "experiments.evaluate", "run=run", "eval.lengths=[128]", "eval.samples=1")
+    assert "128 tokens" in table
+    assert "wrote step 2 of run" in installed("-m", "tools.export_hf", "run", "export")
+    assert "wrote model.gguf" in installed("-m", "tools.export_gguf", "export", "model.gguf")
+    assert "imported" in installed("-m", "tools.import_hf", "export", "imported")
+    installed("-m", "tools.generate", "imported", "The pass key", "--max-new-tokens=4")
+    assert "| 8 | 8 |" in installed("-m", "tools.plan_memory", "model=nano", "gpu=8")
+    assert "all-reduce" in installed("-m", "tools.comm_volume", "model=nano", "--devices=2", "--shape=2x128")
+
+
+@pytest.mark.integration
+def test_hydra_finds_the_configs_of_an_installed_wheel(installed, tmp_path):
+    helped = installed("-m", "experiments.sft", "--help")
+    assert "model: infinite_1b, nano, schema, small" in helped and "tracker:" in helped
+    assert "passkey" in installed("-m", "experiments.evaluate", "--help")
+    assert "kv_lora_rank: 256" in installed("-m", "experiments.sft", "experiment=infinite_1b", "--cfg", "job")
+    (tmp_path / "own.yaml").write_text("defaults: [sft, _self_]\nname: own\n")
+    own = installed("-m", "experiments.sft", f"--config-dir={tmp_path}", "--config-name=own", "--cfg=job")
+    assert "name: own\n" in own and "kv_lora_rank: 64" in own
+    assert "name: sweep-lr" in installed("-m", "experiments.sft", "--cfg", "job", "experiment=sweep_lr")
+
+
+@pytest.mark.integration
+def test_every_tool_of_an_installed_wheel_has_help(installed):
+    files = [path.relative_to(ROOT) for path in (ROOT / "tools").rglob("*.py") if "__main__" in path.read_text()]
+    tools = [".".join(path.with_suffix("").parts) for path in sorted(files)]
+    assert {"tools.generate", "tools.bench.decode"} <= set(tools)
+    for tool in tools:
+        assert "usage: python -m" in installed("-m", tool, "--help"), tool

@@ -111,7 +111,9 @@ def _covered(kernels: Iterable[Kernel]) -> float:
 
 def main() -> None:
     """Reads the command line and prints the summary of every GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.trace_summary", description="What the GPUs did in a trace of training steps."
+    )
     parser.add_argument("trace", type=Path, help="a folder, of which the newest trace is read, or a .trace.json.gz")
     parser.add_argument("--top", type=int, default=15, help="how many kernels to list")
     args = parser.parse_args()

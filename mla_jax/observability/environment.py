@@ -18,13 +18,18 @@ PACKAGES = (
 
 
 def git_revision() -> str | None:
-    """The checked-out commit of this source, `-dirty` if it was changed since; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The checked-out commit of this source, `-dirty` if it was changed since; None outside a git checkout of it."""
+    source = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=source.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        git("ls-files", "--error-unmatch", source.name)  # an installed copy may lie in a checkout of something else
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def command_line() -> str:
