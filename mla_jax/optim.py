@@ -39,7 +39,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     else:
         rule = muon(
             1.0,
-            beta=config.muon_momentum,
+            beta=0.95,
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,

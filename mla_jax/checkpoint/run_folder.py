@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mla_jax.checkpoint.manager import CHECKPOINTS, Checkpoints
 from mla_jax.checkpoint.streaming import raised_when_saved
-from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig
+from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, TrainConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed.decisions import decide_together
 from mla_jax.errors import InputError, first_line
@@ -61,7 +61,7 @@ def _start_run(config: SftConfig, tokenizer: Tokenizer) -> None:
         if "train" not in existing:
             raise InputError(f"{run_dir} holds an imported model; train in a new run with init_from={run_dir} name=NEW")
         keys = [str(k) for k in wanted.model if existing.model.get(k) != wanted.model.get(k)]
-        differ = sorted(k for k in keys if k not in HOW_IT_IS_COMPUTED)
+        differ = sorted(k for k in keys if k not in NUMERICALLY_NEUTRAL_KEYS)
         if differ:
             raise InputError(f"{run_dir} holds another model ({', '.join(differ)} differ); choose another name=")
         if load_tokenizer(str(run_dir / TOKENIZER)).fingerprint != tokenizer.fingerprint:

@@ -1,65 +1,39 @@
-"""Typed configs: see `schemas`."""
+"""Typed dataclasses for everything that Hydra composes: values live in `conf/`, types and checks live here.
 
-from mla_jax.config.schemas import (
-    HOW_IT_IS_COMPUTED as HOW_IT_IS_COMPUTED,
-)
-from mla_jax.config.schemas import (
-    NAMES as NAMES,
-)
-from mla_jax.config.schemas import (
-    DataConfig as DataConfig,
-)
-from mla_jax.config.schemas import (
-    EvaluateConfig as EvaluateConfig,
-)
-from mla_jax.config.schemas import (
-    JsonlDataConfig as JsonlDataConfig,
-)
-from mla_jax.config.schemas import (
-    MeshConfig as MeshConfig,
-)
-from mla_jax.config.schemas import (
-    ModelConfig as ModelConfig,
-)
-from mla_jax.config.schemas import (
-    NeedleDataConfig as NeedleDataConfig,
-)
-from mla_jax.config.schemas import (
-    OptimConfig as OptimConfig,
-)
-from mla_jax.config.schemas import (
-    PasskeyConfig as PasskeyConfig,
-)
-from mla_jax.config.schemas import (
-    SftConfig as SftConfig,
-)
-from mla_jax.config.schemas import (
-    StageConfig as StageConfig,
-)
-from mla_jax.config.schemas import (
-    TrackerConfig as TrackerConfig,
-)
-from mla_jax.config.schemas import (
-    TrainConfig as TrainConfig,
-)
-from mla_jax.config.schemas import (
-    YarnConfig as YarnConfig,
-)
-from mla_jax.config.schemas import (
-    flatten as flatten,
-)
-from mla_jax.config.schemas import (
-    register_schemas as register_schemas,
-)
-from mla_jax.config.schemas import (
-    require as require,
-)
-from mla_jax.config.schemas import (
-    require_at_least as require_at_least,
-)
-from mla_jax.config.schemas import (
-    require_choice as require_choice,
-)
-from mla_jax.config.schemas import (
-    schema as schema,
-)
+Values that cannot work raise UsageError in `__post_init__`, so a bad configuration ends at composition.
+"""
+
+from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig
+from mla_jax.config.evaluate import EvaluateConfig, PasskeyConfig
+from mla_jax.config.mesh import MeshConfig
+from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, ModelConfig, YarnConfig
+from mla_jax.config.optim import OptimConfig
+from mla_jax.config.register import register_schemas
+from mla_jax.config.schema import flatten, require, require_at_least, require_choice, schema
+from mla_jax.config.sft import SftConfig
+from mla_jax.config.tracker import TrackerConfig
+from mla_jax.config.train import StageConfig, TrainConfig
+
+__all__ = [
+    "NUMERICALLY_NEUTRAL_KEYS",
+    "REMAT_NAMES",
+    "DataConfig",
+    "EvaluateConfig",
+    "JsonlDataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "NeedleDataConfig",
+    "OptimConfig",
+    "PasskeyConfig",
+    "SftConfig",
+    "StageConfig",
+    "TrackerConfig",
+    "TrainConfig",
+    "YarnConfig",
+    "flatten",
+    "register_schemas",
+    "require",
+    "require_at_least",
+    "require_choice",
+    "schema",
+]

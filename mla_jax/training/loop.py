@@ -15,7 +15,7 @@ import optax
 
 from mla_jax.checkpoint import run_folder as checkpoint
 from mla_jax.checkpoint.manager import Checkpoints
-from mla_jax.config import HOW_IT_IS_COMPUTED, ModelConfig, SftConfig, TrainConfig, require_choice
+from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, TrainConfig, require_choice
 from mla_jax.data.pipeline import MakePipeline, Pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed import join as distributed
@@ -248,7 +248,7 @@ class _Trainer:
 def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
     """Parameters of another run, to start from. Raises InputError if its shapes or its tokenizer are not ours."""
     run = checkpoint.load_run(run_dir)
-    shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in (*HOW_IT_IS_COMPUTED, "dtype")]
+    shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in (*NUMERICALLY_NEUTRAL_KEYS, "dtype")]
     differ = [key for key in shape_keys if getattr(run.model, key) != getattr(model, key)]
     if differ:
         raise InputError(f"init_from={run_dir} holds another model: {', '.join(differ)} differ")

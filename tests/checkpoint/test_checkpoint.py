@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from mla_jax.checkpoint import manager as checkpoint_store
 from mla_jax.checkpoint.manager import Checkpoints
@@ -292,6 +293,17 @@ def test_a_foreign_tokenizer_is_named(run_dir):
     load_tokenizer("bytes").save(run_dir / "tokenizer")
     with pytest.raises(InputError, match="not the tokenizer that checkpoint 2 was trained with"):
         load_run(run_dir)
+
+
+def test_a_config_with_a_key_of_an_earlier_version_loads_and_resumes(run_dir):
+    """Configs had `optim.muon_momentum` up to b748e46."""
+    path = run_dir / "config.yaml"
+    config = OmegaConf.load(path)
+    config.optim["muon_momentum"] = 0.95
+    OmegaConf.save(config, path)
+    assert load_run(run_dir).step == 2
+    assert train(make_config(run_dir, [{"seq_len": 96, "steps": 3}], checkpoint_every=1)).step == 3
+    assert "muon_momentum" not in OmegaConf.load(path).optim
 
 
 def test_a_broken_config_is_named(run_dir):

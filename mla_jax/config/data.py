@@ -1,0 +1,69 @@
+"""What the model is trained on."""
+
+from typing import Optional
+
+from omegaconf import MISSING
+
+from mla_jax.config.schema import require, require_at_least, require_choice, schema
+
+
+@schema
+class DataConfig:
+    """What every data set has in common. `seq_len` and batch size belong to the training stages."""
+
+    tokenizer: str = MISSING
+    """`bytes`, `needle-bpe` (built in, see `mla_jax.data.tokenizer`), or the path of a tokenizer.json / HF folder."""
+    workers: int = 0
+    """Processes that make batches; 0 makes them in a thread of the training process."""
+
+    def __post_init__(self):
+        require_at_least(0, **{"data.workers": self.workers})
+
+
+@schema
+class NeedleDataConfig(DataConfig):
+    """Synthetic needles in a haystack; weights are relative and need not sum to one."""
+
+    kind: str = "needle"
+    tasks: dict[str, float] = MISSING
+    """Weight of each task: passkey, single, multi_key, multi_value, multi_query, variable_tracking, absent_key."""
+    haystacks: dict[str, float] = MISSING
+    """Weight of each filler: noise (repeated sentences), words (random words), needles (only needles), text."""
+    text_folder: Optional[str] = None
+    """Folder of .txt / .md files for the `text` haystack."""
+    max_needles: int = 64
+    """Most needles in one sequence; as many as fit are drawn log-uniformly from 1 to this."""
+    near_duplicate_fraction: float = 0.5
+    """Share of multi_key sequences whose keys differ from another key by one word only."""
+    lm_loss_weight: float = 0.0
+    """Loss weight of tokens that are not answers (answers have weight 1)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        tasks = ("passkey", "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "absent_key")
+        for group, known in (("tasks", tasks), ("haystacks", ("noise", "words", "needles", "text"))):
+            weights = getattr(self, group)
+            for name in weights:
+                require_choice(f"data.{group} key", name, known)
+            require(
+                min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0,
+                f"data.{group} needs non-negative weights with a positive sum, got {weights}",
+            )
+        require(
+            not self.haystacks.get("text") or self.text_folder is not None,
+            "data.haystacks.text needs data.text_folder=FOLDER",
+        )
+        require_at_least(1, **{"data.max_needles": self.max_needles})
+        require(
+            0 <= self.near_duplicate_fraction <= 1,
+            f"data.near_duplicate_fraction must be in [0, 1], got {self.near_duplicate_fraction}",
+        )
+        require_at_least(0, **{"data.lm_loss_weight": self.lm_loss_weight})
+
+
+@schema
+class JsonlDataConfig(DataConfig):
+    """A JSONL file of chats ({"messages": [...]}) or completions ({"prompt": ..., "completion": ...})."""
+
+    kind: str = "jsonl"
+    path: str = MISSING

@@ -1,0 +1,50 @@
+"""`experiments.evaluate`: which run, and the evaluation."""
+
+from typing import Optional
+
+from omegaconf import MISSING
+
+from mla_jax.config.schema import require, require_at_least, require_choice, schema
+
+
+@schema
+class PasskeyConfig:
+    """The passkey grid: generation from prompts of each length, the key at each depth."""
+
+    lengths: list[int] = MISSING
+    """Prompt lengths in tokens."""
+    depths: list[float] = MISSING
+    """Where the key lies: 0 at the start, 1 at the end."""
+    samples: int = MISSING
+    """Prompts in each cell."""
+    batch_size: int = 8
+    max_new_tokens: int = 10
+    cache_dtype: Optional[str] = None
+    """`int8` for the 8-bit cache; None for the model's compute type."""
+    seed: int = 1_000_003
+    """Seed of the prompts; keep it apart from the training seed, so that prompts are held out."""
+
+    def __post_init__(self):
+        require(len(self.lengths) > 0, "eval.lengths needs at least one length")
+        require(len(self.depths) > 0, "eval.depths needs at least one depth")
+        require(all(0 <= d <= 1 for d in self.depths), f"eval.depths must be in [0, 1], got {self.depths}")
+        for name in ("samples", "batch_size", "max_new_tokens"):
+            require_at_least(1, **{f"eval.{name}": getattr(self, name)})
+        if self.cache_dtype is not None:
+            require_choice("eval.cache_dtype", self.cache_dtype, ("int8", "bfloat16", "float16", "float32"))
+
+
+@schema
+class EvaluateConfig:
+    """`python -m experiments.evaluate run=RUN_DIR`."""
+
+    run: str = MISSING
+    step: str = "latest"
+    """Which checkpoint: `latest`, `best` by the run's `train.best_metric`, or a step."""
+    eval: PasskeyConfig = MISSING
+
+    def __post_init__(self):
+        require(
+            self.step in ("latest", "best") or self.step.isdigit(),
+            f"step must be latest, best or a number, got {self.step!r}",
+        )

@@ -1,0 +1,31 @@
+"""Registration of the schemas in Hydra's ConfigStore."""
+
+from hydra.core.config_store import ConfigStore
+
+from mla_jax.config.data import JsonlDataConfig, NeedleDataConfig
+from mla_jax.config.evaluate import EvaluateConfig, PasskeyConfig
+from mla_jax.config.mesh import MeshConfig
+from mla_jax.config.model import ModelConfig, YarnConfig
+from mla_jax.config.optim import OptimConfig
+from mla_jax.config.sft import SftConfig
+from mla_jax.config.tracker import TrackerConfig
+from mla_jax.config.train import TrainConfig
+
+
+def register_schemas() -> None:
+    """Puts the schemas where the files in `conf/` name them (idempotent)."""
+    store = ConfigStore.instance()
+    store.store(name="sft_schema", node=SftConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    for group, name, node in (
+        ("model", "schema", ModelConfig),
+        ("model/rope_scaling", "schema", YarnConfig),
+        ("data", "needle_schema", NeedleDataConfig),
+        ("data", "jsonl_schema", JsonlDataConfig),
+        ("optim", "schema", OptimConfig),
+        ("mesh", "schema", MeshConfig),
+        ("tracker", "schema", TrackerConfig),
+        ("train", "schema", TrainConfig),
+        ("eval", "passkey_schema", PasskeyConfig),
+    ):
+        store.store(group=group, name=name, node=node)

@@ -1,0 +1,46 @@
+"""`experiments.sft`: everything that a training run is made of."""
+
+from typing import Optional
+
+from omegaconf import MISSING
+
+from mla_jax.config.data import DataConfig
+from mla_jax.config.mesh import MeshConfig
+from mla_jax.config.model import ModelConfig
+from mla_jax.config.optim import OptimConfig
+from mla_jax.config.schema import require, require_choice, schema
+from mla_jax.config.tracker import TrackerConfig
+from mla_jax.config.train import TrainConfig
+
+
+@schema
+class SftConfig:
+    """`python -m experiments.sft`."""
+
+    name: str = MISSING
+    run_dir: str = MISSING
+    """Where everything of this run is kept: config, tokenizer, checkpoints, metrics, evaluations."""
+    seed: int = 0
+    init_from: Optional[str] = None
+    """A run whose newest parameters to start from; a checkpoint of this run itself takes precedence."""
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    mesh: MeshConfig = MISSING
+    tracker: TrackerConfig = MISSING
+    train: TrainConfig = MISSING
+
+    def __post_init__(self):
+        require_choice("train.best_metric", self.train.best_metric, ("answer_accuracy", "loss"))
+        longest = max(stage.seq_len for stage in self.train.stages)
+        require(
+            longest <= self.model.max_position_embeddings,
+            f"train.stages has seq_len {longest}, beyond model.max_position_embeddings "
+            f"{self.model.max_position_embeddings}",
+        )
+        for stage in self.train.stages:
+            require(
+                stage.seq_len + stage.position_skip_max <= self.model.max_position_embeddings,
+                f"train.stages: seq_len {stage.seq_len} + position_skip_max {stage.position_skip_max} is beyond "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}",
+            )
