@@ -5,8 +5,8 @@ import sys
 from experiments.entry import run
 from mla_jax.config import SftConfig
 from mla_jax.data.pipeline import make_pipeline
-from mla_jax.distributed import join as distributed
-from mla_jax.distributed import preemption
+from mla_jax.distributed.join import check_same_config, is_main, join_job, print_on_main
+from mla_jax.distributed.preemption import requeue
 from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.training.loop import train
 from mla_jax.training.sweep import write_summary
@@ -15,18 +15,18 @@ INTERRUPTED = 130
 
 
 def main(config: SftConfig) -> None:
-    """Trains and says where the result is; a SLURM job that was told to stop goes back into the queue."""
-    distributed.start()
-    distributed.check_same_config(config)
+    """Trains and prints where the result is; a SLURM job that was told to stop goes back into the queue."""
+    join_job()
+    check_same_config(config)
     result = train(config, CrossEntropy(config.train.loss_chunk), make_pipeline)
     if not result.finished:
         if result.terminated:
-            preemption.requeue()
-        distributed.say(f"Interrupted: step {result.step} is saved in {result.run_dir}; the same command resumes it")
+            requeue()
+        print_on_main(f"Interrupted: step {result.step} is saved in {result.run_dir}; the same command resumes it")
         sys.exit(INTERRUPTED)
-    if distributed.is_main():
+    if is_main():
         write_summary(result)
-    distributed.say(f"Finished at step {result.step}. Next: python -m experiments.evaluate run={result.run_dir}")
+    print_on_main(f"Finished at step {result.step}. Next: python -m experiments.evaluate run={result.run_dir}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 RUN/checkpoints/STEP/params/         parameters, which is all that evaluation, export and another run's start read
 RUN/checkpoints/STEP/optimizer/      optimizer state
-RUN/checkpoints/STEP/position/       stage, data order, open metrics: where the loop goes on
-RUN/checkpoints/STEP/metrics/        what `train.best_metric` is compared by
+RUN/checkpoints/STEP/position/       loop state: step, stage, data position, open metrics
+RUN/checkpoints/STEP/metrics/        metrics of the last window, by which `best` is chosen
 RUN/checkpoints/STEP/manifest.json   sizes and checksums of all of these
-RUN/checkpoints/STEP.corrupt/        a checkpoint that was found damaged when training was resumed
+RUN/checkpoints/STEP.corrupt/        quarantined: found corrupt when training was resumed
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mla_jax.checkpoint.manifest import damage, write_manifest
+from mla_jax.checkpoint.manifest import find_corruption, write_manifest
 from mla_jax.checkpoint.streaming import open_params, params_save
 from mla_jax.config import ModelConfig, TrainConfig
-from mla_jax.distributed.decisions import decide_together
+from mla_jax.distributed.decisions import broadcast_decision
 from mla_jax.errors import InputError, first_line
 from mla_jax.mesh import placed
 from mla_jax.model.transformer import abstract_params
@@ -35,24 +35,24 @@ CHECKPOINTS = "checkpoints"
 class Checkpoints:
     """The checkpoints in RUN/checkpoints; a step's folder appears only when it is complete.
 
-    All processes of a job call each method at the same point. Each writes and reads its own shards; what is said of a
-    step (which to read, which is damaged, whether there is room for another) is decided by the first process.
+    All processes of a job call each method at the same point. Each writes and reads its own shards; the first process
+    decides for all which step to read, which is corrupt, and whether there is room for another.
     """
 
     def __init__(self, run_dir: Path, train: TrainConfig | None = None):
         """Opens the folder; with `train`, to train on from its newest checkpoint and keep what that config says.
 
-        Then the newest checkpoint is checked. If it is damaged, it is renamed to STEP.corrupt with a warning, and so
-        on until one is sound, which is then `latest_step`; what a killed save left is removed.
+        Then the newest checkpoint is checked. If it is corrupt, it is quarantined (renamed to STEP.corrupt) with a
+        warning, and so on until one is intact, which is then `latest_step`; what a killed save left is removed.
 
         Raises:
-            InputError: there are checkpoints, and all are damaged; nothing is renamed then.
+            InputError: there are checkpoints, and all are corrupt; nothing is renamed then.
         """
         self.folder = (run_dir / CHECKPOINTS).resolve()
         self._saving = 0
         policy, rank = None, None
         if train is not None:
-            decide_together(self._set_damaged_aside)
+            broadcast_decision(self._quarantine_corrupt)
             rank = _Rank(train.best_metric)
             policy = ocp.checkpoint_managers.AnyPreservationPolicy(
                 [
@@ -68,7 +68,7 @@ class Checkpoints:
                 preservation_policy=policy,
                 best_fn=rank,
                 cleanup_tmp_directories=train is not None,  # a reader may meet one that is being written
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._before_it_gets_its_name),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
         )
 
@@ -77,25 +77,25 @@ class Checkpoints:
         """The newest step that is saved or being saved, None without any."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, position: dict, metrics: dict[str, float] | None = None) -> None:
+    def save(self, step: int, state: TrainState, loop_state: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts saving; arrays may be donated right after.
 
         Args:
             step: the folder's name, more than that of every checkpoint before.
-            state: arrays, each process writing its shards; or parameters that are `Unwritten`, on one process.
-            position: JSON-able.
+            state: arrays, each process writing its shards; or parameters that are `LazyArray`, on one process.
+            loop_state: JSON-able.
             metrics: `stage` and the metrics of the last window of steps; without them no best checkpoint.
 
         Raises:
             InputError: this or the previous save failed, on a full disk for instance.
         """
         self.wait()
-        decide_together(lambda: self._check_space(state))
+        broadcast_decision(lambda: self._check_space(state))
         self._saving = step
         items: dict[str, Any] = {
             "params": params_save(state.params),
             "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            "position": ocp.args.JsonSave(position),
+            "position": ocp.args.JsonSave(loop_state),
         }
         with self._save_errors():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
@@ -106,21 +106,21 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def choose(self, which: str, best_metric: str) -> int:
-        """The step to read the parameters of.
+        """Returns the step whose parameters are to be read.
 
         Args:
-            which: `latest` or `best`, which pass over damaged checkpoints with a warning, or a step.
-            best_metric: what `best` goes by: `answer_accuracy` or `loss`.
+            which: `latest` or `best`, which pass over corrupt checkpoints with a warning, or a step.
+            best_metric: the metric that `best` compares; lower is better for `loss`, higher for all others.
 
         Raises:
             InputError: there is no such checkpoint, or none that can be used.
         """
-        step = decide_together(lambda: self._choose(which, best_metric))
+        step = broadcast_decision(lambda: self._choose(which, best_metric))
         assert step is not None
         return step
 
     def restore_state(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        """State and position of `step`, placed as `abstract` says. Raises InputError if they cannot be read."""
+        """State and loop state of `step`, placed as `abstract` says. Raises InputError if they cannot be read."""
         optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
         items: dict[str, Any] = {
             "params": ocp.args.StandardRestore(abstract.params),
@@ -131,8 +131,8 @@ class Checkpoints:
         optimizer = restored["optimizer"]
         return TrainState(optimizer["step"], restored["params"], optimizer["opt_state"]), restored["position"]
 
-    def restore_position(self, step: int) -> dict:
-        """The position of `step` alone. Raises InputError if it cannot be read."""
+    def restore_loop_state(self, step: int) -> dict:
+        """The loop state of `step` alone. Raises InputError if it cannot be read."""
         return self._restore(step, {"position": ocp.args.JsonRestore()})["position"]
 
     def restore_params(self, step: int, model: ModelConfig) -> dict:
@@ -155,37 +155,38 @@ class Checkpoints:
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
 
-    def _before_it_gets_its_name(self) -> None:
+    def _write_manifest(self) -> None:
         """Orbax calls this on the first process, in the background, when the files of all processes are written."""
         write_manifest(self.folder / f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}")
 
-    def _damage(self, step: int, items: tuple[str, ...] | None = None) -> str | None:
-        return damage(self.folder / str(step), items)
+    def _find_corruption(self, step: int, items: tuple[str, ...] | None = None) -> str | None:
+        return find_corruption(self.folder / str(step), items)
 
-    def _set_damaged_aside(self) -> None:
+    def _quarantine_corrupt(self) -> None:
         steps = self.complete_steps()[::-1]
-        damaged = {}
+        corrupt = {}
         for step in steps:
-            reason = self._damage(step)
+            reason = self._find_corruption(step)
             if reason is None:
                 break
-            damaged[step] = reason
+            corrupt[step] = reason
         if not steps:
             return
-        if len(damaged) == len(steps):
-            raise self._none_usable(damaged)
-        newest = steps[len(damaged)]
-        for step in steps[len(damaged) + 1 :]:  # only what Orbax reads of them at its start
-            if reason := self._damage(step, ("metrics",)):
-                damaged[step] = reason
-        for step, reason in damaged.items():
-            aside = self._set_aside(step)
-            _warn(f"checkpoint {self.folder / str(step)} is damaged ({reason}), now {aside.name}; using step {newest}")
+        if len(corrupt) == len(steps):
+            raise self._none_usable(corrupt)
+        newest = steps[len(corrupt)]
+        for step in steps[len(corrupt) + 1 :]:  # only what Orbax reads of them at its start
+            if reason := self._find_corruption(step, ("metrics",)):
+                corrupt[step] = reason
+        for step, reason in corrupt.items():
+            name = self._quarantine(step).name
+            _warn(f"checkpoint {self.folder / str(step)} is corrupt ({reason}), now {name}; using step {newest}")
 
-    def _set_aside(self, step: int) -> Path:
+    def _quarantine(self, step: int) -> Path:
+        """Renames the folder of `step` to one that no later save or reader takes for a checkpoint."""
         names = (f"{step}.corrupt" + (f".{i}" if i else "") for i in itertools.count())
-        aside = next(self.folder / name for name in names if not (self.folder / name).exists())
-        return (self.folder / str(step)).rename(aside)
+        free = next(self.folder / name for name in names if not (self.folder / name).exists())
+        return (self.folder / str(step)).rename(free)
 
     def _choose(self, which: str, best_metric: str) -> int:
         steps = self.complete_steps()
@@ -197,15 +198,15 @@ class Checkpoints:
             if which not in map(str, steps):
                 raise InputError(f"{self.folder} has no checkpoint {which}, but {', '.join(map(str, steps))}")
             steps = [int(which)]
-        damaged = {}
+        corrupt = {}
         for step in steps[::-1]:
-            reason = self._damage(step, ("params", "position", "metrics"))
+            reason = self._find_corruption(step, ("params", "position", "metrics"))
             if reason is None:
-                for bad, why in damaged.items():
-                    _warn(f"checkpoint {self.folder / str(bad)} is damaged ({why}); using step {step}")
+                for bad, why in corrupt.items():
+                    _warn(f"checkpoint {self.folder / str(bad)} is corrupt ({why}); using step {step}")
                 return step
-            damaged[step] = reason
-        raise self._none_usable(damaged)
+            corrupt[step] = reason
+        raise self._none_usable(corrupt)
 
     def _rank(self, step: int, best_metric: str) -> tuple[float, float]:
         """Higher is better; a checkpoint whose metrics cannot be read, or were not saved, comes last."""
@@ -214,15 +215,15 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError):
             return (-1.0, 0.0)
 
-    def _none_usable(self, damaged: dict[int, str]) -> InputError:
-        names = "; ".join(f"step {step}: {reason}" for step, reason in sorted(damaged.items()))
+    def _none_usable(self, corrupt: dict[int, str]) -> InputError:
+        names = "; ".join(f"step {step}: {reason}" for step, reason in sorted(corrupt.items()))
         return InputError(
-            f"damaged checkpoints in {self.folder} and none to use instead ({names}); put a copy of one back, "
+            f"corrupt checkpoints in {self.folder} and none to use instead ({names}); put a copy of one back, "
             "ask for another step, or train anew with another name="
         )
 
     def _check_space(self, state: Any) -> None:
-        """A disk that is too small is better noticed before anything is written to it."""
+        """Raises InputError if the disk is too small, before anything is written to it."""
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint on disk is what was saved: sizes and checksums of its files, kept beside them.
+"""Sizes and checksums of a checkpoint's files, kept beside them, to find corruption before it is read.
 
 The storage library notices a file that is missing or cut short only when it happens to read there, and a changed byte
 often not at all. So every checkpoint carries MANIFEST, written before its folder gets its name: a checkpoint without
@@ -28,8 +28,8 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(text)
 
 
-def damage(folder: Path, items: tuple[str, ...] | None = None) -> str | None:
-    """What is wrong with the checkpoint in `folder`, None if it is as it was saved.
+def find_corruption(folder: Path, items: tuple[str, ...] | None = None) -> str | None:
+    """Returns the first difference of the checkpoint in `folder` from its manifest, None if it is as it was saved.
 
     Args:
         folder: the folder of a step.

@@ -2,8 +2,8 @@
 
 RUN/config.yaml            everything that was configured
 RUN/tokenizer/             Hugging Face files
-RUN/conf/model/imported.yaml  of an imported model, for `experiments.sft --config-dir RUN/conf model=imported`
-RUN/checkpoints/STEP/      see checkpoint_store
+RUN/conf/model/imported.yaml  an imported model, for `experiments.sft --config-dir RUN/conf model=imported`
+RUN/checkpoints/STEP/      see `checkpoint.manager`
 RUN/trackers.json, goodput.json, tensorboard/, wandb/, profile/, eval/
 """
 
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from omegaconf import DictConfig, OmegaConf
 
 from mla_jax.checkpoint.manager import CHECKPOINTS, Checkpoints
-from mla_jax.checkpoint.streaming import raised_when_saved
+from mla_jax.checkpoint.streaming import deferred_write_errors
 from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, TrainConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mla_jax.distributed.decisions import decide_together
+from mla_jax.distributed.decisions import broadcast_decision
 from mla_jax.errors import InputError, first_line
 from mla_jax.state import TrainState
 
@@ -49,7 +49,7 @@ def start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
     Raises:
         InputError: the folder holds another model or tokenizer, or something that is no run at all.
     """
-    decide_together(lambda: _start_run(config, tokenizer))
+    broadcast_decision(lambda: _start_run(config, tokenizer))
     return Path(config.run_dir)
 
 
@@ -81,8 +81,8 @@ def load_run(run_dir: str | Path, step: str = "latest", *, on_disk: bool = False
     Args:
         run_dir: the folder.
         step: `latest`, `best` by the run's `train.best_metric`, or a number. The first two pass over checkpoints
-            that are damaged, with a warning.
-        on_disk: do not read the parameters but open them, for what needs a part at a time.
+            that are corrupt, with a warning.
+        on_disk: do not read the parameters but open them, for callers that read one slice at a time.
 
     Raises:
         InputError: not a run, no such checkpoint, none that can be read, or a tokenizer that does not fit it.
@@ -99,7 +99,7 @@ def load_run(run_dir: str | Path, step: str = "latest", *, on_disk: bool = False
     try:
         metric = OmegaConf.select(config, "train.best_metric", default=TrainConfig.best_metric)
         chosen = checkpoints.choose(step, metric)
-        trained_with = checkpoints.restore_position(chosen)["tokenizer"]
+        trained_with = checkpoints.restore_loop_state(chosen)["tokenizer"]
         if trained_with != tokenizer.fingerprint:
             raise InputError(f"{run_dir / TOKENIZER} is not the tokenizer that checkpoint {chosen} was trained with")
         params = (checkpoints.open_params if on_disk else checkpoints.restore_params)(chosen, model)
@@ -115,7 +115,7 @@ def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokeniz
     Args:
         run_dir: the folder to create.
         model: the config.
-        params: arrays, as `init_params` lays them out, or `Unwritten` leaves, which are in memory a part at a time.
+        params: arrays, as `init_params` lays them out, or `LazyArray` leaves, which are in memory one slice at a time.
         tokenizer: its tokenizer.
 
     Raises:
@@ -129,7 +129,7 @@ def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokeniz
     shutil.rmtree(partial, ignore_errors=True)
     try:
         tokenizer.save(partial / TOKENIZER)
-        with raised_when_saved(params) as params:
+        with deferred_write_errors(params) as params:
             checkpoints = Checkpoints(partial)
             try:
                 state = TrainState(jnp.zeros((), jnp.int32), params, ())

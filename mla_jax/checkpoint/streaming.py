@@ -1,7 +1,7 @@
-"""Parameters that stay on disk: read from and written to a checkpoint a part at a time.
+"""Parameters larger than memory: read from and written to a checkpoint slice by slice.
 
 Orbax reads and writes whole leaves, which are stacked over layers. Its files are arrays in chunks (zarr) in a database
-(OCDBT); TensorStore, which it uses for both, opens one of them and reads or writes any part of it.
+(OCDBT); TensorStore, which it uses for both, opens one of them and reads or writes any slice of it.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from mla_jax.errors import InputError, first_line
 
 CHUNK_BYTES = 1 << 20
 """The most bytes in a chunk, which is compressed as a whole."""
-PART_BYTES = 4 << 20
-"""The most bytes of chunks that are read or written together, if one does not have more."""
+SLICE_BYTES = 4 << 20
+"""The most bytes of chunks that are read or written together; at least one chunk is."""
 
 Leaf = np.ndarray | ts.TensorStore
 
@@ -36,19 +36,19 @@ _FEW_THREADS = {
     "cache_pool#ocdbt": {"total_bytes_limit": CHUNK_BYTES},
 }
 _NODE_BYTES = 1 << 16
-"""Of the database's index, of which each part that is written writes a node anew."""
+"""Size of a node of the OCDBT index: each slice that is written rewrites one."""
 
 
 @dataclass(frozen=True)
-class Unwritten:
-    """A leaf of a checkpoint that is to be written and nowhere in memory."""
+class LazyArray:
+    """An array to be saved that is computed slice by slice while it is written, and never whole in memory."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     stacked: bool
     """Whether the first axis is the layers."""
     fill: Callable[[Leaf], None]
-    """Sets all values of an array of this shape, one of `parts` after the other."""
+    """Sets all values of an array of this shape, one of `chunk_slices` after the other."""
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +57,7 @@ class Unwritten:
 
     @property
     def chunk(self) -> tuple[int, ...]:
-        """Whole rows of one layer."""
+        """Shape of a chunk on disk: whole rows of one layer."""
         *layers, rows, width = self.shape if len(self.shape) > 1 else (1, *self.shape)
         if self.stacked and not layers:
             return 1, width
@@ -66,10 +66,16 @@ class Unwritten:
 
 
 @contextlib.contextmanager
-def raised_when_saved(params: dict) -> Iterator[dict]:
-    """Parameters whose `fill` does not raise; what it raised, Ctrl-C too, comes when the body, which saves, has ended.
+def deferred_write_errors(params: dict) -> Iterator[dict]:
+    """Wraps every `LazyArray.fill` so that its error, Ctrl-C too, is raised only when the body, which saves, has ended.
 
     Orbax writes in several threads, and would go on in those while the folder is being removed.
+
+    Yields:
+        The parameters to save.
+
+    Raises:
+        InputError: the storage library could not write. Other errors of `fill` as they are.
     """
     failures: list[BaseException] = []
 
@@ -81,9 +87,9 @@ def raised_when_saved(params: dict) -> Iterator[dict]:
             except BaseException as e:
                 failures.append(e)
             if failures:
-                array[next(parts(array))] = 0  # Orbax complains at length of leaves without values
+                array[next(chunk_slices(array))] = 0  # Orbax complains at length of leaves without values
 
-        return dataclasses.replace(leaf, fill=fill) if isinstance(leaf, Unwritten) else leaf
+        return dataclasses.replace(leaf, fill=fill) if isinstance(leaf, LazyArray) else leaf
 
     yield jax.tree.map(guarded, params)
     match failures:
@@ -93,13 +99,13 @@ def raised_when_saved(params: dict) -> Iterator[dict]:
             raise failure
 
 
-def parts(array: Leaf) -> Iterator[tuple[slice, ...]]:
-    """Indices that cover an array, each some chunks of what is on disk, or all of what is in memory."""
+def chunk_slices(array: Leaf) -> Iterator[tuple[slice, ...]]:
+    """Indices that cover an array: of one on disk some chunks each, of one in memory all at once."""
     shape = list(array.shape)
     if isinstance(array, ts.TensorStore):
         shape = list(_chunk(array))
         most_cut = max(range(len(shape)), key=lambda axis: array.shape[axis] / shape[axis])
-        shape[most_cut] *= max(1, PART_BYTES // (math.prod(shape) * array.dtype.numpy_dtype.itemsize))
+        shape[most_cut] *= max(1, SLICE_BYTES // (math.prod(shape) * array.dtype.numpy_dtype.itemsize))
     slices = (
         [slice(start, min(start + step, length)) for start in range(0, length, step)]
         for length, step in zip(array.shape, shape, strict=True)
@@ -108,16 +114,17 @@ def parts(array: Leaf) -> Iterator[tuple[slice, ...]]:
 
 
 def open_params(folder: Path, abstract: dict) -> dict:
-    """The parameters in an item's folder as arrays that are on disk.
+    """Opens the parameters in an item's folder as arrays that stay on disk.
 
-    Leaves whose chunks go over several layers, as earlier versions wrote them, are read: each layer would cost as much.
+    Leaves whose chunks span several layers, as earlier versions wrote them, are read whole: reading one layer would
+    cost as much.
 
     Args:
         folder: RUN/checkpoints/STEP/params.
         abstract: their shapes and types.
 
     Raises:
-        ValueError: they are others, or cannot be read.
+        ValueError: shapes or types differ from `abstract`, or they cannot be read.
     """
     context = ts.Context(_FEW_THREADS)
 
@@ -142,10 +149,10 @@ def _chunk(array: ts.TensorStore) -> tuple[int, ...]:
 
 
 def params_save(params: dict) -> ocp.args.CheckpointArgs:
-    """What Orbax saves parameters by: arrays, or leaves that are all `Unwritten`."""
+    """Orbax's save arguments for parameters: arrays, or leaves that are all `LazyArray`."""
     leaves = jax.tree.leaves(params)
-    if any(isinstance(leaf, Unwritten) for leaf in leaves):
-        return _PartsSave(params)
+    if any(isinstance(leaf, LazyArray) for leaf in leaves):
+        return _LazySave(params)
     return ocp.args.StandardSave(params, save_args=jax.tree.map(_chunking, params))
 
 
@@ -159,8 +166,8 @@ def _chunking(array: jax.Array | np.ndarray) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES if divisible else None, shard_axes=layers)
 
 
-class _PartsWriter(ocp.type_handlers.NumpyHandler):
-    """Writes `Unwritten` leaves as NumpyHandler does arrays, but one after the other and in the caller's thread."""
+class _LazyWriter(ocp.type_handlers.NumpyHandler):
+    """Writes `LazyArray` leaves as NumpyHandler does arrays, but one after the other and in the caller's thread."""
 
     async def serialize(
         self, values: Sequence[Any], infos: Sequence[ocp.type_handlers.ParamInfo], args: Any = None
@@ -183,16 +190,16 @@ class _PartsWriter(ocp.type_handlers.NumpyHandler):
         return []
 
 
-class _PartsHandler(ocp.PyTreeCheckpointHandler):
+class _LazyHandler(ocp.PyTreeCheckpointHandler):
     def __init__(self, **kwargs):
         registry = ocp.type_handlers.create_type_handler_registry(
-            (Unwritten, _PartsWriter()), (jax.Array, ocp.type_handlers.ArrayHandler())
+            (LazyArray, _LazyWriter()), (jax.Array, ocp.type_handlers.ArrayHandler())
         )
         super().__init__(type_handler_registry=registry, **kwargs)
 
 
 # For restoring too only because Orbax asks for it: what is written is read as `StandardSave` writes it.
-@ocp.args.register_with_handler(_PartsHandler, for_save=True, for_restore=True)
+@ocp.args.register_with_handler(_LazyHandler, for_save=True, for_restore=True)
 @dataclass
-class _PartsSave(ocp.args.PyTreeSave):
+class _LazySave(ocp.args.PyTreeSave):
     pass

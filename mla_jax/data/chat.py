@@ -84,5 +84,5 @@ def assistant_spans(tokenizer: Tokenizer, messages: list[Message]) -> tuple[str,
             )
         spans.append((len(before), len(through)))
     if not spans:
-        raise InputError("the conversation has no assistant message, so there is nothing to learn")
+        raise InputError("the conversation has no assistant message, so there is nothing to train on")
     return text, spans

@@ -1,10 +1,10 @@
-"""JSONL data: one chat or completion a line, encoded at once, with the tokens to learn marked.
+"""JSONL data: one chat or completion a line, encoded at once, with a loss mask.
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"prompt": ..., "completion": ...}
 
-A chat is written by the tokenizer's chat template, and what the assistant says, end-of-turn token included, is
-learned. A completion is <bos>prompt completion<eos> as it stands; completion and <eos> are learned.
+A chat is written by the tokenizer's chat template; the loss is on what the assistant says, end-of-turn token included.
+A completion is <bos>prompt completion<eos> as it stands; the loss is on completion and <eos>.
 """
 
 import bisect
@@ -26,10 +26,10 @@ EXPECTED = 'expected {"messages": [{"role": ..., "content": ...}, ...]} or {"pro
 
 @dataclass(frozen=True)
 class Documents:
-    """Encoded documents one after the other: `ids` int32, `learned` bool; number i is bounds[i] to bounds[i+1]."""
+    """Encoded documents one after the other: `ids` int32, `loss_mask` bool; number i is bounds[i] to bounds[i+1]."""
 
     ids: np.ndarray
-    learned: np.ndarray
+    loss_mask: np.ndarray
     bounds: np.ndarray
 
     @property
@@ -38,9 +38,9 @@ class Documents:
         return np.diff(self.bounds)
 
     def __getitem__(self, document: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a document and which of them are learned."""
+        """Token ids and loss mask of a document."""
         here = slice(self.bounds[document], self.bounds[document + 1])
-        return self.ids[here], self.learned[here]
+        return self.ids[here], self.loss_mask[here]
 
 
 def load_documents(path: str, tokenizer: Tokenizer) -> Documents:
@@ -70,8 +70,8 @@ def _load(path: Path, changed: int, tokenizer: Tokenizer) -> Documents:
         raise InputError(f"{path} cannot be read as UTF-8 text ({e})") from e
     if not documents:
         raise InputError(f"{path} is empty; {EXPECTED} on each line")
-    ids, learned = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
-    return Documents(ids, learned, np.cumsum([0, *(len(document[0]) for document in documents)]))
+    ids, loss_mask = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
+    return Documents(ids, loss_mask, np.cumsum([0, *(len(document[0]) for document in documents)]))
 
 
 def _parse(line: str) -> dict[str, Any]:
@@ -94,23 +94,23 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 def _is_text(x: Any) -> bool:
-    """Whether `x` is a string that UTF-8 can write: JSON's escapes can spell half of a surrogate pair."""
+    """True for a string that UTF-8 can encode: JSON's escapes can spell half of a surrogate pair."""
     return isinstance(x, str) and x.encode(errors="ignore").decode() == x
 
 
 def _encode(record: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a document and which of them are learned."""
+    """Token ids and loss mask of a document."""
     if "messages" in record:
         text, spans = chat.assistant_spans(tokenizer, record["messages"])
         encoded = tokenizer.encode_with_words(text)
-        learned = np.zeros(len(encoded.ids), bool)
+        loss_mask = np.zeros(len(encoded.ids), bool)
         for start, end in spans:
-            learned |= (encoded.starts >= start) & (encoded.starts < end)
-        return encoded.ids, learned
+            loss_mask |= (encoded.starts >= start) & (encoded.starts < end)
+        return encoded.ids, loss_mask
     encoded = tokenizer.encode_with_words(record["prompt"] + record["completion"])
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    learned = np.concatenate([np.zeros(len(bos), bool), encoded.starts >= len(record["prompt"]), [True]])
-    return np.concatenate([bos, encoded.ids, [tokenizer.eos_id]]).astype(np.int32), learned
+    loss_mask = np.concatenate([np.zeros(len(bos), bool), encoded.starts >= len(record["prompt"]), [True]])
+    return np.concatenate([bos, encoded.ids, [tokenizer.eos_id]]).astype(np.int32), loss_mask
 
 
 def pack(documents: Documents, seq_len: int, path: str) -> list[list[int]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, StageConfig
 from mla_jax.data.jsonl import load_documents, pack
-from mla_jax.data.needle.generator import NeedleGenerator, Purpose, stream
+from mla_jax.data.needle.generator import NeedleGenerator, Purpose, make_rng
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.workers import Batch, BatchSource, WorkerProcesses
 from mla_jax.errors import UsageError
@@ -126,14 +126,14 @@ class NeedleBatches:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Batch:
-        rng = stream(self._seed, Purpose.BATCH, self._number, index)
+        rng = make_rng(self._seed, Purpose.BATCH, self._number, index)
         previous, skips = rng.random(2) < (self._stage.previous_fraction, self._stage.position_skip_fraction)
         shape = self._previous if previous else self._stage
         rows, length = self._rows[shape.batch_size], shape.seq_len
         tokens = np.empty((len(rows), length), np.int32)
         weights = np.empty((len(rows), length), np.float32)
         for i, row in enumerate(rows):
-            example = stream(self._seed, Purpose.EXAMPLE, self._number, index, row)
+            example = make_rng(self._seed, Purpose.EXAMPLE, self._number, index, row)
             tokens[i], weights[i] = self._generator.example(example, length)
         positions = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
         # The stage's longest position bounds the jumps of the previous stage's batches too.
@@ -141,7 +141,7 @@ class NeedleBatches:
         if skips and most > 0:
             for i, row in enumerate(rows):
                 positions[i] += position_skips(
-                    stream(self._seed, Purpose.SKIPS, self._number, index, row), length, most
+                    make_rng(self._seed, Purpose.SKIPS, self._number, index, row), length, most
                 )
         return {
             "tokens": tokens,
@@ -168,7 +168,7 @@ class JsonlBatches:
         self._pad_id = tokenizer.pad_id
 
     def _order(self, epoch: int) -> np.ndarray:
-        return stream(self._seed, Purpose.EPOCH, self._number, epoch).permutation(len(self._packed))
+        return make_rng(self._seed, Purpose.EPOCH, self._number, epoch).permutation(len(self._packed))
 
     def __len__(self) -> int:
         return ENDLESS
@@ -189,11 +189,11 @@ class JsonlBatches:
             epoch, place = divmod(first + int(row), len(self._packed))
             start = 0
             for segment, document in enumerate(self._packed[orders[epoch][place]], 1):
-                ids, learned = self._documents[document]
+                ids, loss_mask = self._documents[document]
                 here, end = slice(start, start + len(ids)), start + len(ids)
                 batch["tokens"][i, here] = ids
                 batch["targets"][i, start : end - 1] = ids[1:]
-                batch["weights"][i, start : end - 1] = learned[1:]
+                batch["weights"][i, start : end - 1] = loss_mask[1:]
                 batch["segments"][i, here] = segment
                 batch["positions"][i, here] = np.arange(len(ids))
                 start = end

@@ -1,4 +1,4 @@
-"""Decisions that all processes of a job must share: the first one decides, the others hear of it."""
+"""Decisions that all processes of a job must share: the first one decides and broadcasts."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from mla_jax.errors import InputError
 _NOTHING, _FAILED = -1, -2
 
 
-def decide_together(decide: Callable[[], int | None]) -> int | None:
-    """What `decide` returns on the first process, on all of them; all must call this at the same point.
+def broadcast_decision(decide: Callable[[], int | None]) -> int | None:
+    """Returns on every process what `decide` returns on the first; all must call this at the same point.
 
     Only the first process runs `decide`, so what it reads, writes and prints is read, written and printed once.
 

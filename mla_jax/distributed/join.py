@@ -1,7 +1,7 @@
-"""Jobs of several processes, one per GPU: joining them, agreeing on the config, and who may write and print.
+"""Jobs of several processes, one per GPU: joining them, comparing their configs, and which one writes and prints.
 
 How many there are comes from the environment: SLURM's inside `srun`, else JAX_COORDINATOR_ADDRESS (host:port of the
-first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. On one process every function here does nothing or says so.
+first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. With one process every function here does nothing.
 """
 
 import contextlib
@@ -44,10 +44,10 @@ class Process:
 
 
 def from_environment(environ: Mapping[str, str]) -> Process | None:
-    """What the environment says this process is, None if it is the only one.
+    """The process that the environment describes, None if it is the only one.
 
     Raises:
-        UsageError: variables that are missing or no numbers.
+        UsageError: variables are missing or no numbers.
     """
     if "SLURM_STEP_NODELIST" in environ:  # only srun sets it; a shell of salloc has just the job's variables
         tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
@@ -85,7 +85,7 @@ def first_node(nodes: str) -> str:
     return prefix + numbers + suffix
 
 
-def start(environ: Mapping[str, str] = os.environ) -> None:
+def join_job(environ: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes of the job. Must run before anything uses a device.
 
     If some never come, the process ends with one line and exit code 1.
@@ -177,11 +177,11 @@ def _wait_for(host: str, port: int, timeout: float) -> None:
 
 
 def is_main() -> bool:
-    """Whether this process prints, tracks metrics and writes files."""
+    """True on the process that prints, tracks metrics and writes files: the first one."""
     return jax.process_index() == 0
 
 
-def say(message: str) -> None:
+def print_on_main(message: str) -> None:
     """Prints on the main process."""
     if is_main():
         print(message, flush=True)

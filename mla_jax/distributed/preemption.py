@@ -1,4 +1,4 @@
-"""Stopping a run without loss: on Ctrl-C, on SIGTERM, and on SLURM's, which then starts the job again."""
+"""Stopping a run without loss on Ctrl-C and SIGTERM, and requeuing a SLURM job that was preempted or timed out."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 import jax
 from jax.experimental import multihost_utils
 
-from mla_jax.distributed import join as distributed
+from mla_jax.distributed.join import is_main, print_on_main
 
 SECONDS_TO_BE_KILLED = 300
 
@@ -22,7 +22,7 @@ class StopRequest:
 
     def __init__(self):
         self.terminated = False
-        """Whether it was SIGTERM: somebody needs the machine, as opposed to Ctrl-C."""
+        """True for SIGTERM (somebody needs the machine), False for Ctrl-C."""
         self._requested = False
         self._previous: dict = {}
 
@@ -39,10 +39,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop now, with `step` steps finished. Every process must ask after each step."""
+        """Returns True to stop now, with `step` steps finished. Every process must ask after each step."""
         if multihost_utils.reached_preemption_sync_point(step):  # False on one process
             self.terminated = True
-            distributed.say(f"\nAll processes stop at step {step}; the checkpoint is saved first")
+            print_on_main(f"\nAll processes stop at step {step}; the checkpoint is saved first")
             return True
         return self._requested
 
@@ -67,7 +67,7 @@ def requeue() -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
-    if distributed.is_main():
+    if is_main():
         try:
             state = _printed_by("squeue", "-h", "-j", job, "-o", "%T")
             if state == "RUNNING":

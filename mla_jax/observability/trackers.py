@@ -19,7 +19,7 @@ import jax
 import yaml
 
 from mla_jax.config import SftConfig, TrackerConfig, flatten
-from mla_jax.distributed.decisions import decide_together
+from mla_jax.distributed.decisions import broadcast_decision
 from mla_jax.errors import InputError, UsageError, first_line
 from mla_jax.observability.environment import environment
 
@@ -59,7 +59,7 @@ class Trackers:
         self._failed: set[str] = set()
         self._trackers: dict[str, Tracker] = {}
         if config.tracker.names:
-            decide_together(lambda: self._start(config, run_dir, step))
+            broadcast_decision(lambda: self._start(config, run_dir, step))
 
     def _start(self, config: SftConfig, run_dir: Path, step: int) -> None:
         if jax.process_index() != 0:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mla_jax.checkpoint import run_folder as checkpoint
 from mla_jax.checkpoint.manager import Checkpoints
+from mla_jax.checkpoint.run_folder import check_tokenizer, load_run, start_run
 from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, TrainConfig, require_choice
 from mla_jax.data.pipeline import MakePipeline, Pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mla_jax.distributed import join as distributed
+from mla_jax.distributed.join import is_main, print_on_main
 from mla_jax.distributed.preemption import StopRequest
 from mla_jax.errors import InputError
 from mla_jax.losses.loss import Loss
@@ -97,7 +97,7 @@ class _Trainer:
         check_installed(config.tracker)
         require_choice("train.best_metric", config.train.best_metric, tuple(loss.means({})))
         tokenizer = load_tokenizer(config.data.tokenizer)
-        checkpoint.check_tokenizer(tokenizer, config.model)
+        check_tokenizer(tokenizer, config.model)
         self.tokenizer = tokenizer
         optimizer = make_optimizer(config.optim)
         self.train_step = make_train_step(config.model, optimizer, loss, config.train.nonfinite == "skip")
@@ -105,7 +105,7 @@ class _Trainer:
             check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation)
         self.loop = LoopState()
         self.data = self._pipeline()  # bad data ends here, before the run folder exists
-        self.run_dir = checkpoint.start_run(config, tokenizer)
+        self.run_dir = start_run(config, tokenizer)
         self.checkpoints = Checkpoints(self.run_dir, config.train)
         self.state = self._restore_or_init(optimizer)
         self.last_metrics: dict[str, float] | None = None
@@ -134,12 +134,12 @@ class _Trainer:
         self.data.set_state(saved["data"])
         if self._stage_over() and not self._finished():  # the run had ended, and a stage was added since
             self._next_stage()
-        distributed.say(f"Resuming {self.run_dir} at step {step}")
+        print_on_main(f"Resuming {self.run_dir} at step {step}")
         return state
 
     def run(self) -> TrainResult:
         train, loop = self.config.train, self.loop
-        display = ProgressDisplay(sum(s.steps for s in train.stages), loop.planned(train), distributed.is_main())
+        display = ProgressDisplay(sum(s.steps for s in train.stages), loop.planned(train), is_main())
         stop = StopRequest()
         try:
             with stop:
@@ -247,7 +247,7 @@ class _Trainer:
 
 def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
     """Parameters of another run, to start from. Raises InputError if its shapes or its tokenizer are not ours."""
-    run = checkpoint.load_run(run_dir)
+    run = load_run(run_dir)
     shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in (*NUMERICALLY_NEUTRAL_KEYS, "dtype")]
     differ = [key for key in shape_keys if getattr(run.model, key) != getattr(model, key)]
     if differ:

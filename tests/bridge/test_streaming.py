@@ -15,10 +15,9 @@ import pytest
 
 from mla_jax.bridge.hf import reader as hf_import
 from mla_jax.bridge.hf.export import export
-from mla_jax.checkpoint import manager as checkpoint_store
-from mla_jax.checkpoint import streaming as checkpoint_parts
+from mla_jax.checkpoint import manager, streaming
 from mla_jax.checkpoint.run_folder import load_run, save_imported
-from mla_jax.checkpoint.streaming import parts
+from mla_jax.checkpoint.streaming import chunk_slices
 from mla_jax.config import MeshConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
@@ -140,8 +139,8 @@ def test_an_import_in_parts_is_that_of_the_whole(chunk_bytes, interleaved, expor
         (hf_dir / path.name).write_bytes(path.read_bytes())
     config = json.loads((hf_dir / "config.json").read_text())
     (hf_dir / "config.json").write_text(json.dumps({**config, "rope_interleave": interleaved}))
-    monkeypatch.setattr(checkpoint_parts, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(checkpoint_parts, "PART_BYTES", 3 * chunk_bytes)
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(streaming, "SLICE_BYTES", 3 * chunk_bytes)
     run = imported(hf_dir, tmp_path / "run")
     _, whole, _ = hf_import.load(hf_dir)
     assert equal(load_run(run).params, whole)
@@ -166,7 +165,7 @@ def saved_in_layers(run_dir, params, monkeypatch):
 
 def saved_whole(run_dir, params, monkeypatch):
     """As earlier versions did: a chunk for all layers."""
-    monkeypatch.setattr(checkpoint_store, "params_save", ocp.args.StandardSave)
+    monkeypatch.setattr(manager, "params_save", ocp.args.StandardSave)
     return save_imported(run_dir, CONFIG, params, TOKENIZER)
 
 
@@ -184,14 +183,14 @@ def test_runs_are_exported_from_disk_however_they_were_saved(saved, params, expo
 
 
 def test_layers_are_read_one_by_one(params, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_parts, "PART_BYTES", 1)
+    monkeypatch.setattr(streaming, "SLICE_BYTES", 1)
     leaf = load_run(saved_in_layers(tmp_path / "run", params, monkeypatch), on_disk=True).params["layers"]["mlp"]
-    assert list(parts(leaf["up_proj"])) == [(slice(i, i + 1), slice(0, 32), slice(0, 32)) for i in range(2)]
+    assert list(chunk_slices(leaf["up_proj"])) == [(slice(i, i + 1), slice(0, 32), slice(0, 32)) for i in range(2)]
 
 
 def test_values_that_do_not_fit_are_named_from_disk(params, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_parts, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(checkpoint_parts, "PART_BYTES", 600)
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(streaming, "SLICE_BYTES", 600)
     large = {**params, "lm_head": params["lm_head"].at[31, 500].set(1e5)}
     hf_dir = export(CONFIG, large, TOKENIZER, tmp_path / "hf")
     run = load_run(imported(hf_dir, tmp_path / "large"), on_disk=True)

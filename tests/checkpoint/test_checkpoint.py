@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from mla_jax.checkpoint import manager as checkpoint_store
+from mla_jax.checkpoint import manager
 from mla_jax.checkpoint.manager import Checkpoints
-from mla_jax.checkpoint.manifest import damage
+from mla_jax.checkpoint.manifest import find_corruption
 from mla_jax.checkpoint.run_folder import load_run, save_imported
 from mla_jax.config import MeshConfig, OptimConfig, StageConfig, TrainConfig
 from mla_jax.data.tokenizer import load_tokenizer
@@ -69,7 +69,7 @@ def flip(path: Path, at: int = 0) -> None:
     path.write_bytes(data)
 
 
-DAMAGE = {
+CORRUPTIONS = {
     "a flipped byte": (lambda path: flip(path, path.stat().st_size // 2), "is not what was written"),
     "half a file": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "bytes instead of"),
     "no file": (lambda path: path.unlink(), "is missing"),
@@ -80,25 +80,25 @@ def largest(step: Path, item: str) -> Path:
     return max((p for p in (step / item).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_reading_passes_over_a_damaged_checkpoint_and_leaves_it(run_dir, kind, capsys):
-    harm, reason = DAMAGE[kind]
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_reading_passes_over_a_corrupt_checkpoint_and_leaves_it(run_dir, kind, capsys):
+    harm, reason = CORRUPTIONS[kind]
     harm(largest(run_dir / "checkpoints" / "2", "params"))
     assert load_run(run_dir).step == 1
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and warnings[0].startswith("warning: checkpoint")
-    assert "checkpoints/2 is damaged" in warnings[0] and reason in warnings[0] and "using step 1" in warnings[0]
+    assert "checkpoints/2 is corrupt" in warnings[0] and reason in warnings[0] and "using step 1" in warnings[0]
     assert steps_in(run_dir) == ["1", "2"]
     with pytest.raises(InputError, match=r"none to use instead \(step 2: .* ask for another step"):
         load_run(run_dir, "2")
 
 
-def test_training_sets_damaged_checkpoints_aside_and_makes_them_again(run_dir, finished, capsys):
+def test_training_quarantines_corrupt_checkpoints_and_makes_them_again(run_dir, finished, capsys):
     config = make_config(run_dir, [{"seq_len": 96, "steps": 2}], checkpoint_every=1)
-    for aside in ("2.corrupt", "2.corrupt.1"):
+    for quarantined in ("2.corrupt", "2.corrupt.1"):
         flip(largest(run_dir / "checkpoints" / "2", "optimizer"))
         assert train(config).step == 2
-        assert f"now {aside}; using step 1" in capsys.readouterr().err
+        assert f"now {quarantined}; using step 1" in capsys.readouterr().err
         jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(load_run(r).params) for r in (run_dir, finished)))
     assert steps_in(run_dir) == ["1", "2", "2.corrupt", "2.corrupt.1"]
 
@@ -115,7 +115,7 @@ def test_no_usable_checkpoint_is_an_error_that_names_all_and_renames_none(run_di
 def test_an_older_checkpoint_with_broken_metrics_does_not_stop_training(run_dir, capsys):
     (run_dir / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
     assert train(make_config(run_dir, [{"seq_len": 96, "steps": 2}])).finished
-    assert "checkpoints/1 is damaged (metrics/metrics has 1 bytes" in capsys.readouterr().err
+    assert "checkpoints/1 is corrupt (metrics/metrics has 1 bytes" in capsys.readouterr().err
     assert steps_in(run_dir) == ["1.corrupt", "2"]
 
 
@@ -126,7 +126,7 @@ def test_nothing_of_the_optimizer_is_read_for_the_parameters(run_dir, finished):
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(r.params) for r in (run, load_run(finished))))
 
 
-def test_another_optimizer_is_not_taken_for_damage(run_dir):
+def test_another_optimizer_is_not_taken_for_corruption(run_dir):
     config = make_config(run_dir, [{"seq_len": 96, "steps": 3}], optim=OptimConfig(name="muon"))
     with pytest.raises(InputError, match=r"checkpoints/2 cannot be read .* use the model, the optim"):
         train(config)
@@ -184,7 +184,7 @@ def test_a_manifest_that_cannot_be_written_fails_the_save(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save_with_metrics(tmp_path, {1: MEASURED[1]})
-    monkeypatch.setattr(checkpoint_store, "write_manifest", full)
+    monkeypatch.setattr(manager, "write_manifest", full)
     with pytest.raises(InputError, match=r"No space left on device.*the last complete checkpoint is step 1"):
         save_with_metrics(tmp_path, {2: MEASURED[2]})
     monkeypatch.undo()
@@ -198,13 +198,13 @@ def test_the_best_survives_reopening_and_gives_way_to_a_later_stage(tmp_path):
     assert save_with_metrics(tmp_path, {6: (1, 0.3, 1.0), 7: (1, 0.1, 1.0)}, **keep) == ["6", "7"]
 
 
-def test_a_damaged_best_gives_way_to_the_next_best(tmp_path, capsys):
+def test_a_corrupt_best_gives_way_to_the_next_best(tmp_path, capsys):
     save_with_metrics(tmp_path, MEASURED, keep_last=4)
     flip(tmp_path / "checkpoints" / "1" / "position" / "metadata")
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.choose("best", "answer_accuracy") == 3
     checkpoints.close()
-    assert "checkpoints/1 is damaged" in capsys.readouterr().err
+    assert "checkpoints/1 is corrupt" in capsys.readouterr().err
 
 
 def test_other_meshes_go_on_with_equal_numbers_and_losses(tmp_path, monkeypatch):
@@ -249,18 +249,18 @@ def test_a_run_is_ranked_by_its_last_whole_window(run_dir):
     assert json.loads((steps / "2" / "position" / "metadata").read_bytes())["reported"] == two
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_to_any_file_of_a_checkpoint_is_noticed(finished, tmp_path, kind):
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_corruption_of_any_file_of_a_checkpoint_is_noticed(finished, tmp_path, kind):
     whole = finished / "checkpoints" / "2"
-    assert damage(whole) is None
+    assert find_corruption(whole) is None
     beside = ("_CHECKPOINT_METADATA", "commit_success.txt", "manifest.json")
     names = [p.relative_to(whole) for p in whole.rglob("*") if p.is_file() and p.name not in beside]
     assert len(names) > 10
-    harm, reason = DAMAGE[kind]
+    harm, reason = CORRUPTIONS[kind]
     for name in names:
         copy = shutil.copytree(whole, tmp_path / "2")
         harm(copy / name)
-        assert f"{name} " in (damage(copy) or "") and reason in (damage(copy) or ""), name
+        assert f"{name} " in (find_corruption(copy) or "") and reason in (find_corruption(copy) or ""), name
         shutil.rmtree(copy)
 
 
@@ -277,7 +277,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_noticed(finished, tmp_path, kind)
 def test_a_checkpoint_without_its_manifest_is_not_trusted(run_dir, content, reason):
     path = run_dir / "checkpoints" / "2" / "manifest.json"
     path.unlink() if content is None else path.write_bytes(content)
-    assert reason in (damage(path.parent) or "")
+    assert reason in (find_corruption(path.parent) or "")
 
 
 def test_what_orbax_keeps_beside_the_items_does_not_matter(run_dir, finished):

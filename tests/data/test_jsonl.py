@@ -52,10 +52,10 @@ def test_assistant_turns_are_learned_with_their_end(tmp_path, spec):
     documents = load_documents(_write(tmp_path / "a.jsonl", *({"messages": chat} for chat in CHATS)), tokenizer)
     text = "<|bos|><|user|>2 + 3?<|eos|><|assistant|>5<|eos|>"
     assert documents[0][0].tolist() == tokenizer.encode(text)
-    ids, learned = documents[0]
-    assert ids[learned].tolist() == tokenizer.encode("5<|eos|>")
-    ids, learned = documents[1]
-    assert ids[learned].tolist() == tokenizer.encode(" Grüß Gott \n<|eos|><|eos|>")
+    ids, loss_mask = documents[0]
+    assert ids[loss_mask].tolist() == tokenizer.encode("5<|eos|>")
+    ids, loss_mask = documents[1]
+    assert ids[loss_mask].tolist() == tokenizer.encode(" Grüß Gott \n<|eos|><|eos|>")
 
 
 @pytest.mark.parametrize("chat", CHATS, ids=["short", "long"])
@@ -64,16 +64,16 @@ def test_what_is_learned_is_what_transformers_marks(tmp_path, chat):
     tokenizer.save(tmp_path / "tokenizer")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     marked = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    ids, learned = load_documents(_write(tmp_path / "a.jsonl", {"messages": chat}), tokenizer)[0]
+    ids, loss_mask = load_documents(_write(tmp_path / "a.jsonl", {"messages": chat}), tokenizer)[0]
     assert ids.tolist() == marked["input_ids"]
-    assert learned.astype(int).tolist() == marked["assistant_masks"]
+    assert loss_mask.astype(int).tolist() == marked["assistant_masks"]
 
 
 def test_completions_are_learned_with_the_end(tmp_path):
     path = _write(tmp_path / "a.jsonl", {"prompt": "Q: é\nA:", "completion": " 42", "id": 7})
-    ids, learned = load_documents(path, BYTES)[0]
+    ids, loss_mask = load_documents(path, BYTES)[0]
     assert ids.tolist() == [BYTES.bos_id, *"Q: é\nA: 42".encode(), BYTES.eos_id]
-    assert ids[learned].tolist() == [*b" 42", BYTES.eos_id]
+    assert ids[loss_mask].tolist() == [*b" 42", BYTES.eos_id]
 
 
 def test_empty_lines_and_a_byte_order_mark_are_no_trouble(tmp_path):

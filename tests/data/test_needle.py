@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mla_jax.config import NeedleDataConfig
 from mla_jax.data.needle import vocabulary
-from mla_jax.data.needle.generator import NeedleGenerator, Purpose, passkey_prompt, stream
+from mla_jax.data.needle.generator import NeedleGenerator, Purpose, make_rng, passkey_prompt
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mla_jax.errors import InputError, UsageError
 
@@ -108,7 +108,7 @@ def test_every_example_has_its_length_and_answers_what_it_says(folder, name, tas
     generator = _generator(folder, name, [task], [haystack])
     shortest = _shortest(generator)
     for i, length in enumerate([shortest, shortest + 1, shortest + 2, shortest + 13, 2 * shortest, 1500]):
-        tokens, weights = generator.example(stream(0, Purpose.EXAMPLE, i), length)
+        tokens, weights = generator.example(make_rng(0, Purpose.EXAMPLE, i), length)
         assert tokens.shape == weights.shape == (length,)
         assert tokens.dtype == np.int32 and weights.dtype == np.float32
         assert tokens[-1] == tokenizer.eos_id and (tokens[0] == tokenizer.bos_id or tokenizer.bos_id is None)
@@ -130,15 +130,18 @@ def test_every_example_has_its_length_and_answers_what_it_says(folder, name, tas
 @pytest.mark.parametrize("task", TASKS)
 def test_examples_depend_on_nothing_but_their_stream(folder, task):
     first, again = (_generator(folder, tasks=[task], haystacks=HAYSTACKS) for _ in range(2))
-    examples = [first.example(stream(3, Purpose.EXAMPLE, i), 256)[0].tolist() for i in range(8)]
-    assert [again.example(stream(3, Purpose.EXAMPLE, i), 256)[0].tolist() for i in (7, 2)] == [examples[7], examples[2]]
+    examples = [first.example(make_rng(3, Purpose.EXAMPLE, i), 256)[0].tolist() for i in range(8)]
+    assert [again.example(make_rng(3, Purpose.EXAMPLE, i), 256)[0].tolist() for i in (7, 2)] == [
+        examples[7],
+        examples[2],
+    ]
     assert len({tuple(example) for example in examples}) == 8
-    assert first.example(stream(4, Purpose.EXAMPLE, 0), 256)[0].tolist() != examples[0]
+    assert first.example(make_rng(4, Purpose.EXAMPLE, 0), 256)[0].tolist() != examples[0]
 
 
 def test_streams_do_not_meet():
     draws = {
-        tuple(stream(seed, purpose, *index).integers(2**63, size=2))
+        tuple(make_rng(seed, purpose, *index).integers(2**63, size=2))
         for seed in (0, 1, -1)
         for purpose in Purpose
         for index in ((), (1,), (0, 1), (0, 0, 1), (1, 1, 1))
@@ -151,7 +154,7 @@ def test_as_many_questions_as_wanted_and_fit(folder):
     tokenizer = TOKENIZERS["needle-bpe"]
     counts = {}
     for length in (37, 100, 2000):
-        examples = [generator.example(stream(0, Purpose.EXAMPLE, i), length)[0] for i in range(60)]
+        examples = [generator.example(make_rng(0, Purpose.EXAMPLE, i), length)[0] for i in range(60)]
         counts[length] = [tokenizer.decode(tokens).count("\n") for tokens in examples]
     assert set(counts[37]) == {1} and set(counts[100]) == {1, 2}
     assert min(counts[2000]) == 1 and max(counts[2000]) >= 18
@@ -160,7 +163,7 @@ def test_as_many_questions_as_wanted_and_fit(folder):
 @pytest.mark.parametrize(("fraction", "near"), [(0.0, False), (1.0, True)])
 def test_near_duplicate_keys_differ_by_one_word(folder, fraction, near):
     generator = _generator(folder, tasks=["multi_key"], near_duplicate_fraction=fraction)
-    text = TOKENIZERS["needle-bpe"].decode(generator.example(stream(9, Purpose.EXAMPLE, 0), 200)[0])
+    text = TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(9, Purpose.EXAMPLE, 0), 200)[0])
     keys = [tuple(key.split()) for key in re.findall(r"magic number for ([a-z ]+) is", text)]
     assert len(keys) == len(set(keys)) > 2
     neighbours = [sum((a == c) + (b == d) == 1 for c, d in keys) for a, b in keys]
@@ -170,7 +173,7 @@ def test_near_duplicate_keys_differ_by_one_word(folder, fraction, near):
 def test_absent_keys_are_near_present_ones_and_not_everything_is_absent(folder):
     generator = _generator(folder, tasks=["absent_key"], haystacks=["needles"])
     answers = [
-        _answers(TOKENIZERS["needle-bpe"].decode(generator.example(stream(0, Purpose.EXAMPLE, i), 800)[0]))
+        _answers(TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 800)[0]))
         for i in range(20)
     ]
     flat = [answer for expected in answers for answer in expected.values()]
@@ -179,15 +182,17 @@ def test_absent_keys_are_near_present_ones_and_not_everything_is_absent(folder):
 
 def test_tasks_that_do_not_fit_are_left_out_and_too_short_is_an_error(folder):
     generator = _generator(folder, tasks=["passkey", "single"])
-    text = [TOKENIZERS["needle-bpe"].decode(generator.example(stream(0, Purpose.EXAMPLE, i), 40)[0]) for i in range(9)]
+    text = [
+        TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 40)[0]) for i in range(9)
+    ]
     assert not any("pass key" in t for t in text)
     with pytest.raises(UsageError, match=r"36 tokens are too short .* passkey, single: .* needle-bpe is 37"):
-        generator.example(stream(0, Purpose.EXAMPLE, 0), 36)
+        generator.example(make_rng(0, Purpose.EXAMPLE, 0), 36)
 
 
 def test_weight_of_the_language_model_loss(folder):
     generator = _generator(folder, lm_loss_weight=0.1)
-    _, weights = generator.example(stream(0, Purpose.EXAMPLE, 0), 128)
+    _, weights = generator.example(make_rng(0, Purpose.EXAMPLE, 0), 128)
     assert set(weights) == {np.float32(0.1), np.float32(1)}
 
 
@@ -195,7 +200,7 @@ def test_needles_lie_anywhere(folder):
     generator = _generator(folder, tasks=["single"], haystacks=["words"])
     places = []
     for i in range(200):
-        text = TOKENIZERS["needle-bpe"].decode(generator.example(stream(0, Purpose.EXAMPLE, i), 1000)[0])
+        text = TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 1000)[0])
         places.append(text.index(" One of") / text.index("\n"))
     assert np.histogram(places, bins=4, range=(0, 1))[0].min() > 25
 
@@ -203,7 +208,7 @@ def test_needles_lie_anywhere(folder):
 def test_text_windows_come_from_all_over(folder):
     generator = _generator(folder, tasks=["single"], haystacks=["text"])
     texts = [
-        TOKENIZERS["needle-bpe"].decode(generator.example(stream(0, Purpose.EXAMPLE, i), 120)[0]) for i in range(50)
+        TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 120)[0]) for i in range(50)
     ]
     for phrase in ("It was late.", "Nobody spoke!", "Was it over?", "日本語", "Second file."):
         assert any(phrase in text for text in texts), phrase
@@ -272,7 +277,7 @@ def test_passkey_prompts_differ_by_index_and_are_held_out():
     assert len(set(keys)) > 45
     assert keys[7] == passkey_prompt(tokenizer, 4000, 1.0, seed=1, index=7)[1]
     generator = _generator(None)
-    trained = [generator.example(stream(1, Purpose.EXAMPLE, i), 128)[0] for i in range(50)]
+    trained = [generator.example(make_rng(1, Purpose.EXAMPLE, i), 128)[0] for i in range(50)]
     assert not {tokenizer.decode(t).split()[-1].rstrip(".") for t in trained} & set(keys)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mla_jax.config import flatten
-from mla_jax.distributed import join as distributed
+from mla_jax.distributed import join
 from mla_jax.distributed.join import Process, first_node, from_environment
 from mla_jax.errors import InputError, UsageError
 
@@ -70,21 +70,21 @@ def test_an_environment_that_makes_no_sense_is_named(changes, message):
 
 def test_a_node_without_an_address_is_named_at_once():
     with pytest.raises(InputError, match=r"'no-such-node\.invalid' has no address here .*JAX_COORDINATOR_ADDRESS"):
-        distributed.start(JAX | {"JAX_COORDINATOR_ADDRESS": "no-such-node.invalid:1"})
+        join.join_job(JAX | {"JAX_COORDINATOR_ADDRESS": "no-such-node.invalid:1"})
 
 
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("", 0)) as server:
         address = f"localhost:{(port := server.getsockname()[1])}"
         with pytest.raises(InputError, match=f"port {port}, .* is taken on .*JAX_COORDINATOR_PORT"):
-            distributed.start(JAX | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": "0"})
+            join.join_job(JAX | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": "0"})
 
 
 def test_a_first_process_that_never_comes_is_named():
     port = free_port()
     address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "MLA_JOIN_TIMEOUT_S": "0"}
     with pytest.raises(InputError, match=f"did not answer at localhost:{port} within 0 s"):
-        distributed.start(JAX | address)
+        join.join_job(JAX | address)
 
 
 def test_flatten():

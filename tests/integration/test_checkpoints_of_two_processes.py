@@ -59,7 +59,7 @@ def test_each_writes_its_shards_and_both_pass_over_the_same_damage(tmp_path):
     shards_of(run_dir, 4, 1)[0].write_bytes(b"nothing")
     codes, errors = train_together(run_dir, 6)
     assert codes == [0, 0], errors
-    assert len(re.findall(r"^warning: .*/4 is damaged .* now 4\.corrupt; using step 2", "".join(errors), re.M)) == 1
+    assert len(re.findall(r"^warning: .*/4 is corrupt .* now 4\.corrupt; using step 2", "".join(errors), re.M)) == 1
     steps = {p.name for p in (run_dir / "checkpoints").iterdir()}
     assert steps == {"2", "4", "4.corrupt", "6"}
 

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mla_jax.observability import gpu_utilization as device_busy
-from mla_jax.observability import step_time
+from mla_jax.observability import gpu_utilization, step_time
 from mla_jax.observability.goodput import FILE, Goodput
 from mla_jax.observability.gpu_utilization import DeviceBusy
 from mla_jax.observability.profiling import StepProfiler
@@ -128,7 +127,7 @@ class Nvml:
 def sampled(nvml, monkeypatch, visible: str | None) -> float | None:
     """What two local GPUs, CUDA's second and first, are measured at."""
     gpus = [SimpleNamespace(platform="gpu", local_hardware_id=i) for i in (1, 0)]
-    monkeypatch.setattr(device_busy.jax, "local_devices", lambda: gpus)
+    monkeypatch.setattr(gpu_utilization.jax, "local_devices", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -152,7 +151,7 @@ def test_nvml_that_fails_or_is_missing_gives_no_samples(monkeypatch, capsys):
     assert "no longer measured: NVML says gone" in capsys.readouterr().out
     assert sampled(None, monkeypatch, None) is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert device_busy.find_nvml() is None
+    assert gpu_utilization.find_nvml() is None
 
 
 def test_a_trace_holds_the_steps_asked_for(monkeypatch, tmp_path):

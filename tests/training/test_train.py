@@ -231,9 +231,9 @@ def test_too_small_a_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     assert load_run(tmp_path / "run").step == 4
 
 
-def test_a_checkpoint_position_holds_the_data_order(tmp_path):
+def test_the_loop_state_of_a_checkpoint_holds_the_data_position(tmp_path):
     train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 3}]))
     checkpoints = Checkpoints(tmp_path / "run")
-    position = checkpoints.restore_position(3)
+    saved = checkpoints.restore_loop_state(3)
     checkpoints.close()
-    assert position["step"] == 3 and position["data"]
+    assert saved["step"] == 3 and saved["data"]

@@ -17,7 +17,7 @@ from mla_jax.bridge.hf.config import DTYPES, to_hf
 from mla_jax.bridge.hf.layout import HfTensor, tensors
 from mla_jax.bridge.hf.model_card import model_card
 from mla_jax.checkpoint.run_folder import check_tokenizer
-from mla_jax.checkpoint.streaming import parts
+from mla_jax.checkpoint.streaming import chunk_slices
 from mla_jax.config import ModelConfig, require_choice
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
@@ -151,7 +151,7 @@ def _convert(tensor: HfTensor, params: dict, dtype: str, converted: np.ndarray) 
     """
     array = tensor.take(params)
     assert array.shape == tensor.shape, (tensor, array.shape)
-    for part in parts(array):
+    for part in chunk_slices(array):
         values = np.asarray(array[part])
         with np.errstate(over="ignore"):
             converted[part] = values

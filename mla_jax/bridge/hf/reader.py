@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from mla_jax.bridge.hf.config import from_hf
 from mla_jax.bridge.hf.layout import EMBEDDING, HEAD, HfTensor, tensors
 from mla_jax.checkpoint.run_folder import check_tokenizer
-from mla_jax.checkpoint.streaming import CHUNK_BYTES, Leaf, Unwritten, parts
+from mla_jax.checkpoint.streaming import CHUNK_BYTES, LazyArray, Leaf, chunk_slices
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
@@ -44,9 +44,9 @@ def load(hf_dir: str | Path) -> tuple[ModelConfig, dict, Tokenizer]:
     """
     checkpoint = open_checkpoint(hf_dir)
 
-    def read(unwritten: Unwritten, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        whole = np.empty(unwritten.shape, unwritten.dtype)
-        unwritten.fill(whole)
+    def read(lazy: LazyArray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        whole = np.empty(lazy.shape, lazy.dtype)
+        lazy.fill(whole)
         return jax.device_put(whole, leaf.sharding)
 
     params = jax.tree.map(read, checkpoint.params(), placed(abstract_params(checkpoint.config)))
@@ -78,18 +78,18 @@ class HfCheckpoint:
         for tensor in self.tensors:
             by_path.setdefault(tensor.path, []).append(tensor)
 
-        def unwritten(path: tuple, leaf: jax.ShapeDtypeStruct) -> Unwritten:
+        def lazy_array(path: tuple, leaf: jax.ShapeDtypeStruct) -> LazyArray:
             lying_there = by_path[tuple(key.key for key in path)]
 
             def fill(whole: Leaf) -> None:
                 for tensor in lying_there:
                     view = tensor.view(whole)
-                    for part in parts(view):
+                    for part in chunk_slices(view):
                         view[part] = self.read(tensor, part).astype(leaf.dtype)
 
-            return Unwritten(leaf.shape, leaf.dtype, lying_there[0].layer is not None, fill)
+            return LazyArray(leaf.shape, leaf.dtype, lying_there[0].layer is not None, fill)
 
-        return jax.tree_util.tree_map_with_path(unwritten, abstract_params(self.config))
+        return jax.tree_util.tree_map_with_path(lazy_array, abstract_params(self.config))
 
 
 def open_checkpoint(hf_dir: str | Path) -> HfCheckpoint:

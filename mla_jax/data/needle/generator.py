@@ -3,8 +3,8 @@ r"""Synthetic retrieval data of an exact length: facts hidden in a haystack, the
     passkey     <bos>introduction \n filler \n needle \n filler \n question answer.<eos>
     all others  <bos>filler with needles between its sentences \n question answer. \n question answer. ...<eos>
 
-An example is a pure function of the config, the tokenizer and a random stream, and `stream` of a seed and indices.
-Evaluation prompts are held out: they come from streams that training never uses, whatever the seeds.
+An example is a pure function of the config, the tokenizer and a random generator, which `make_rng` makes from a seed
+and indices. Evaluation prompts are held out: they come from generators that training never uses, whatever the seeds.
 """
 
 import enum
@@ -23,7 +23,7 @@ from mla_jax.errors import UsageError
 
 
 class Purpose(enum.IntEnum):
-    """What random streams are for; those of different purposes are independent, whatever the seeds."""
+    """Uses of random numbers; generators of different purposes are independent, whatever the seeds."""
 
     EXAMPLE = 0
     BATCH = 1
@@ -32,8 +32,8 @@ class Purpose(enum.IntEnum):
     SKIPS = 4
 
 
-def stream(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:
-    """The random stream of a seed, a purpose and at most three non-negative numbers; each is independent."""
+def make_rng(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:
+    """The random generator of a seed, a purpose and at most three non-negative indices; all are independent."""
     counter = [0, *index, *[0] * (3 - len(index))]  # the first word counts what is drawn
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64), counter=counter))
 
@@ -89,7 +89,7 @@ class NeedleGenerator:
         haystack = self._haystacks[_draw(rng, self._weights)]
         if task == "passkey" and isinstance(haystack, NoiseHaystack):
             haystack = passkey_noise(self._tokenizer)
-        names = tasks.Random(rng, self._lexicon)
+        names = tasks.RandomNames(rng, self._lexicon)
         head = _head(self._tokenizer, self._lexicon, task)
         room = length - len(head) - 1
         units = tasks.draw_units(
@@ -125,8 +125,8 @@ def passkey_prompt(tokenizer: Tokenizer, length: int, depth: float, seed: int, i
             f"a passkey prompt of {length} tokens is too short: "
             f"the shortest possible with tokenizer {tokenizer.source} is {shortest}"
         )
-    rng = stream(seed, Purpose.EVALUATION, index)
-    unit = tasks.make_unit("passkey", 1, tasks.Random(rng, lexicon), lexicon)
+    rng = make_rng(seed, Purpose.EVALUATION, index)
+    unit = tasks.make_unit("passkey", 1, tasks.RandomNames(rng, lexicon), lexicon)
     head, needle, question = _head(tokenizer, lexicon, "passkey"), *lexicon.ids_of_each([*unit.needles, unit.question])
     filler = length - len(head) - len(needle) - len(question)
     ids = np.concatenate([head, *around(rng, passkey_noise(tokenizer), needle, filler, depth), question])
@@ -147,7 +147,7 @@ def _head(tokenizer: Tokenizer, lexicon: Lexicon, task: str) -> np.ndarray:
 
 def _shortest(tokenizer: Tokenizer, lexicon: Lexicon, task: str, *, with_answer: bool = True) -> int:
     """Tokens that hold the smallest unit of a task whatever its names are."""
-    unit = tasks.make_unit(task, tasks.SIZES[task][0], tasks.Longest(lexicon), lexicon)
+    unit = tasks.make_unit(task, tasks.SIZES[task][0], tasks.LongestNames(lexicon), lexicon)
     without = 0 if with_answer else lexicon.count(unit.answer) + 1
     return len(_head(tokenizer, lexicon, task)) + unit.count(lexicon) + 1 - without
 

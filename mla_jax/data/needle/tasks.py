@@ -69,8 +69,8 @@ class Names(Protocol):
         ...
 
 
-class Random:
-    """Names drawn from a random stream, none given twice. Raises NamesUsedUp."""
+class RandomNames:
+    """Names drawn from a random generator, none given twice. Raises NamesUsedUp."""
 
     def __init__(self, rng: np.random.Generator, lexicon: Lexicon):
         self._rng = rng
@@ -112,7 +112,7 @@ class Random:
         return int(self._rng.integers(1, v.PASSKEY_MAX + 1))
 
 
-class Longest:
+class LongestNames:
     """The names that take the most tokens, to find how long a unit can get."""
 
     def __init__(self, lexicon: Lexicon):
