@@ -280,7 +280,7 @@ def test_a_killed_export_leaves_nothing_that_looks_complete(tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import numpy as np
-from mla_jax.bridge import hf_export
+from mla_jax.bridge.hf import export as hf_export
 from mla_jax.data.tokenizer import load_tokenizer
 from tiny import MODEL
 
