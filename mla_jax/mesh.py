@@ -1,10 +1,10 @@
 """The device mesh and every PartitionSpec; no other file names a mesh axis.
 
-Axes: `data` (replicas of the weights), `fsdp` (a share of each weight a device), `context` (a share of each sequence
-a device; weights are shared out over it too). Devices are laid out process by process, so `context` and `fsdp` stay in
-a node as long as they fit, and `data` goes across nodes.
+Axes: `data` (replicas of the weights), `fsdp` (weights are sharded), `context` (sequences are sharded, and weights over
+it too). Devices are laid out process by process, so `context` and `fsdp` stay in a node as long as they fit, and
+`data` goes across nodes.
 
-The mesh is explicit: array types carry their sharding, and a weight that is shared out must be gathered before use.
+The mesh is explicit: array types carry their sharding, and a sharded weight must be all-gathered before use.
 Without a mesh (`jax.set_mesh` not called) every function here leaves its argument as it is, so the model runs on one
 device with no ceremony.
 
@@ -28,15 +28,15 @@ from mla_jax.errors import UsageError
 AXES = ("data", "fsdp", "context")
 
 ROWS = ("data", "fsdp")
-"""What rows of a training batch are spread over; their tokens are spread over `context`."""
+"""Mesh axes over which the rows of a training batch are sharded; their tokens are sharded over `context`."""
 BATCH = P(None, ROWS, "context")
-"""Micro-batches [A, B, T]."""
-SHARES = ("fsdp", "context")
-"""What weights are shared out over."""
-SHARD_IN = P(SHARES, None)
-"""A weight [in, out] whose input axis is the model width."""
-SHARD_OUT = P(None, SHARES)
-"""A weight [in, out] whose output axis is the model width; the embedding table too."""
+"""Sharding of micro-batches [A, B, T]."""
+SHARD_AXES = ("fsdp", "context")
+"""Mesh axes over which weights are sharded."""
+SHARD_IN = P(SHARD_AXES, None)
+"""Sharding of a weight [in, out] whose input axis is the model width."""
+SHARD_OUT = P(None, SHARD_AXES)
+"""Sharding of a weight [in, out] whose output axis is the model width; the embedding table too."""
 REPLICATED = P()
 
 
@@ -63,7 +63,7 @@ def has_mesh() -> bool:
 
 
 def size() -> int:
-    """Devices of the mesh; 1 without one. A sharded axis is a multiple of this."""
+    """Number of devices of the mesh; 1 without one. A sharded axis is a multiple of this."""
     return jax.sharding.get_abstract_mesh().size if has_mesh() else 1
 
 
@@ -77,25 +77,25 @@ def weight_sharding(spec: P, shape: tuple[int, ...]) -> P | None:
         return None
     sizes = jax.sharding.get_abstract_mesh().shape
     for axes, length in zip(spec, shape, strict=False):
-        shares = math.prod(sizes[axis] for axis in axes or ())
-        if length % shares:
+        shards = math.prod(sizes[axis] for axis in axes or ())
+        if length % shards:
             named = " x ".join(f"mesh.{axis}" for axis in axes)
-            raise UsageError(f"{named} = {shares} does not divide {length}, an axis of a weight {list(shape)}")
+            raise UsageError(f"{named} = {shards} does not divide {length}, an axis of a weight {list(shape)}")
     return spec
 
 
-def gather(w: jax.Array) -> jax.Array:
-    """The whole weight on every device; the backward pass scatters its gradient."""
+def all_gather(w: jax.Array) -> jax.Array:
+    """The whole weight on every device; the backward pass reduce-scatters its gradient."""
     return reshard(w, P(*(None,) * w.ndim)) if has_mesh() else w
 
 
 def sharding_of(x: jax.Array) -> P | None:
-    """The `out_sharding` of a result that shall be sharded as x is, None without a mesh."""
+    """The `out_sharding` for a result that is sharded as x is, None without a mesh."""
     return jax.typeof(x).sharding.spec if has_mesh() else None
 
 
 def shard_batch(x: jax.Array | np.ndarray, axis: int = 0) -> jax.Array:
-    """Spreads one axis of an array over the devices."""
+    """Shards one axis of an array over all devices."""
     return reshard(x, P(*(None,) * axis, AXES)) if has_mesh() else jnp.asarray(x)
 
 
@@ -117,35 +117,39 @@ def per_device(function: Callable, *arrays: Any, out_axes: Any = 0) -> Any:
     return jax.shard_map(function, out_specs=out_specs, check_vma=False)(*arrays)
 
 
-def sequence_shares(x_BTX: jax.Array) -> int:
-    """Over how many devices the tokens of each sequence are spread."""
+def num_sequence_shards(x_BTX: jax.Array) -> int:
+    """Number of devices over which the tokens of each sequence are sharded."""
     spec = jax.typeof(x_BTX).sharding.spec if has_mesh() else ()
     return jax.sharding.get_abstract_mesh().shape["context"] if len(spec) > 1 and spec[1] == "context" else 1
 
 
-def sequence_parts(arrays: Any, shares: int) -> list[tuple[jax.Array | int, Any]]:
-    """Inside `per_device`: (place of its first token in the sequence, arrays [B, t, ...]) of each run of tokens."""
-    if shares == 1:
+def local_sequence_chunks(arrays: Any, shards: int) -> list[tuple[jax.Array | int, Any]]:
+    """The contiguous chunks of a sequence that this device holds, inside `per_device`.
+
+    Returns:
+        (position of its first token in the sequence, arrays [B, t, ...]) of each chunk.
+    """
+    if shards == 1:
         return [(0, arrays)]
     index, length = jax.lax.axis_index("context"), jax.tree.leaves(arrays)[0].shape[1] // 2
-    starts = index * length, (2 * shares - 1 - index) * length
+    starts = index * length, (2 * shards - 1 - index) * length
     return [(start, jax.tree.map(lambda x, i=i: jnp.split(x, 2, axis=1)[i], arrays)) for i, start in enumerate(starts)]
 
 
-def whole_sequence(x_BTX: jax.Array, shares: int) -> jax.Array:
-    """Inside `per_device`: the tokens of all devices, in the order of the sequence.
+def all_gather_sequence(x_BTX: jax.Array, shards: int) -> jax.Array:
+    """All-gathers the tokens of all devices, in the order of the sequence, inside `per_device`.
 
-    The backward pass adds up what devices have found for each token and leaves it where the token is held.
+    The backward pass is a reduce-scatter: gradients end on the device that holds the token.
     """
-    if shares == 1:
+    if shards == 1:
         return x_BTX
     by_device = jax.lax.all_gather(x_BTX, "context", axis=1, tiled=True)
-    chunks = by_device.reshape(x_BTX.shape[0], shares, 2, -1, *x_BTX.shape[2:])
+    chunks = by_device.reshape(x_BTX.shape[0], shards, 2, -1, *x_BTX.shape[2:])
     in_order = jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1)
     return in_order.reshape(by_device.shape)
 
 
-def automatic(function: Callable, result_like: Any) -> Callable:
+def with_auto_sharding(function: Callable, result_like: Any) -> Callable:
     """`function` with the compiler choosing shardings inside; its results are sharded as the arrays of `result_like`.
 
     For code written without meshes in mind that multiplies sharded matrices, such as Muon.
@@ -160,26 +164,26 @@ def _default_device() -> Any:
     return jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def placed(abstract: Any) -> Any:
-    """ShapeDtypeStructs with the concrete sharding each array has, on the mesh or else on the default device."""
+def with_concrete_shardings(abstract: Any) -> Any:
+    """ShapeDtypeStructs with concrete shardings, on the mesh or else on the default device."""
 
-    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if has_mesh():
             sharding = NamedSharding(jax.sharding.get_mesh(), x.sharding.spec if x.sharding else REPLICATED)
         else:
             sharding = SingleDeviceSharding(_default_device())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(place, abstract)
+    return jax.tree.map(concrete, abstract)
 
 
 def check_batch(rows: int, tokens: int, accumulation: int) -> None:
     """Raises UsageError unless a batch [rows, tokens] of micro-batches spreads evenly over the mesh."""
     mesh = jax.sharding.get_mesh()
-    shares, micro = math.prod(mesh.shape[axis] for axis in ROWS), rows // accumulation
-    if micro % shares:
+    shards, micro = math.prod(mesh.shape[axis] for axis in ROWS), rows // accumulation
+    if micro % shards:
         raise UsageError(
-            f"{micro} sequences (batch_size / train.grad_accumulation) do not spread evenly over {shares} devices "
+            f"{micro} sequences (batch_size / train.grad_accumulation) do not spread evenly over {shards} devices "
             "(mesh.data x mesh.fsdp)"
         )
     parts = mesh.shape["context"]
@@ -188,7 +192,7 @@ def check_batch(rows: int, tokens: int, accumulation: int) -> None:
 
 
 def rows_here(rows: int, accumulation: int = 1) -> np.ndarray:
-    """Which rows of a batch of micro-batches, one after the other, the devices of this process hold; ascending."""
+    """Indices, ascending, of the rows of a batch (micro-batch after micro-batch) that this process's devices hold."""
     mesh, micro = jax.sharding.get_mesh(), rows // accumulation
     slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((micro,)).values()
     mine = np.unique(np.concatenate([np.arange(micro)[index] for index in slices]))
@@ -199,10 +203,10 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, ja
     """Puts the rows [b, T] that `rows_here` named on the mesh, as micro-batches [A, B / A, T]; see `check_batch`."""
     mesh = jax.sharding.get_mesh()
     held, length = next(iter(batch.values())).shape
-    parts, shares = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROWS)
+    parts, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROWS)
     order = _zig_zag(length, parts)
-    mine = rows_here(shares)
-    micro = held // accumulation * shares // len(mine)
+    mine = rows_here(shards)
+    micro = held // accumulation * shards // len(mine)
     mine = rows_here(micro)
     sharding = NamedSharding(mesh, BATCH)
 
@@ -220,7 +224,7 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, ja
 
 
 def _zig_zag(length: int, parts: int) -> np.ndarray:
-    """Places of the tokens in the order in which devices hold them; see the head of this file."""
+    """Positions of the tokens in the order in which devices hold them; see the head of this file."""
     if parts == 1:
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * parts, -1)

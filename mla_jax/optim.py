@@ -13,7 +13,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from mla_jax.config import OptimConfig, StageConfig
-from mla_jax.mesh import automatic
+from mla_jax.mesh import with_auto_sharding
 
 
 def _layer_matrices(params: Any) -> Any:
@@ -50,7 +50,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     rule = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        return automatic(rule.update, (updates, state))(updates, state, params)
+        return with_auto_sharding(rule.update, (updates, state))(updates, state, params)
 
     return optax.GradientTransformation(rule.init, update)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mla_jax.config import ModelConfig
-from mla_jax.mesh import placed
+from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.transformer import init_params
 
 
@@ -31,4 +31,4 @@ def with_params(params: dict, optimizer: optax.GradientTransformation) -> TrainS
 
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, types and placement of `init_state`'s result; nothing is allocated."""
-    return placed(jax.eval_shape(lambda: init_state(model, optimizer, 0)))
+    return with_concrete_shardings(jax.eval_shape(lambda: init_state(model, optimizer, 0)))

@@ -25,7 +25,7 @@ from mla_jax.checkpoint.streaming import open_params, params_save
 from mla_jax.config import ModelConfig, TrainConfig
 from mla_jax.distributed.decisions import broadcast_decision
 from mla_jax.errors import InputError, first_line
-from mla_jax.mesh import placed
+from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.transformer import abstract_params
 from mla_jax.state import TrainState
 
@@ -137,7 +137,9 @@ class Checkpoints:
 
     def restore_params(self, step: int, model: ModelConfig) -> dict:
         """The parameters of `step` alone, on the current mesh or the first device. Raises InputError as above."""
-        return self._restore(step, {"params": ocp.args.StandardRestore(placed(abstract_params(model)))})["params"]
+        return self._restore(
+            step, {"params": ocp.args.StandardRestore(with_concrete_shardings(abstract_params(model)))}
+        )["params"]
 
     def open_params(self, step: int, model: ModelConfig) -> dict:
         """The parameters of `step` as arrays that stay on disk, of TensorStore. Raises InputError as above."""

@@ -18,10 +18,9 @@ from mla_jax.errors import InputError, UsageError
 from mla_jax.inference.memory import GRANULE, MemoryPlan, device_limit, most_that_fits, room_for, round_up
 from mla_jax.inference.prompts import check_prompts, common_prefix, seen_tokens
 from mla_jax.inference.sampling import Sampling, SamplingPlan, choose, knobs
-from mla_jax.model import decoder
-from mla_jax.model import fused_decode as one_token
+from mla_jax.model import decoder, fused_decode
 from mla_jax.model.cache import LatentCache, LayerCache, init_layer, resized
-from mla_jax.model.rope import rotations
+from mla_jax.model.rope import rope_cos_sin
 
 PREFILL_CHUNK = 8192
 """Prompt tokens, of all rows together, that are processed at one time."""
@@ -47,7 +46,7 @@ def decode_block(
     `first` counts the tokens of earlier calls: the draws of a seed do not depend on how many tokens a call adds.
     `layers` and `seen_BX` are donated. Not for use inside another `jit`, as it has options for the compiler.
     """
-    loop = _kernels_decode if one_token.why_not(config, layers) is None else _decode
+    loop = _kernels_decode if fused_decode.why_not(config, layers) is None else _decode
     return loop(
         config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, plan=plan, steps=steps
     )
@@ -77,15 +76,15 @@ def _kernels_decode(config, weights, tokens_B, layers, lengths_B, done_B, seen_B
     """Of one row, which is not done."""
 
     def next_token(carry, step):
-        (tokens_B, layers, seen_BX, meeting), (number, turn, length_B) = carry, step
+        (tokens_B, layers, seen_BX, workspace), (number, cos_sin, length_B) = carry, step
         cache = LatentCache(layers, length_B)
-        scores_BX, cache, meeting = one_token.step(config, weights, tokens_B, turn, cache, meeting)
+        scores_BX, cache, workspace = fused_decode.step(config, weights, tokens_B, cos_sin, cache, workspace)
         tokens_B, seen_BX = _chosen(plan, values, scores_BX, seen_BX, key, number)
-        return (tokens_B, cache.layers, seen_BX, meeting), tokens_B
+        return (tokens_B, cache.layers, seen_BX, workspace), tokens_B
 
     coming = jnp.arange(steps)
-    start = tokens_B, layers, seen_BX, one_token.init_meeting(config, weights, layers)
-    each = first + coming, rotations(config, lengths_B[0] + coming), lengths_B + coming[:, None]
+    start = tokens_B, layers, seen_BX, fused_decode.init_workspace(config, weights, layers)
+    each = first + coming, rope_cos_sin(config, lengths_B[0] + coming), lengths_B + coming[:, None]
     (tokens_B, layers, seen_BX, _), new_NB = jax.lax.scan(next_token, start, each, unroll=_UNROLL)
     return new_NB, tokens_B, layers, lengths_B + steps, seen_BX
 

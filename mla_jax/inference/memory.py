@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import bytes_per_token
-from mla_jax.model.mla import CACHE_CHUNK, LEAST_CACHE_CHUNK
+from mla_jax.model.mla import CACHE_CHUNK, MIN_CACHE_CHUNK
 from mla_jax.model.transformer import abstract_params
 
 GIB = 2**30
@@ -87,7 +87,7 @@ def _weights(config: ModelConfig, int8: bool) -> int:
 def _workspace(config: ModelConfig, rows: int, tokens: int, int8_weights: bool) -> int:
     """Of `tokens` in all rows: inputs, outputs and what lies between, in the part of a layer that needs most."""
     size, heads = jnp.dtype(config.dtype).itemsize, config.num_attention_heads
-    cached = max(CACHE_CHUNK, rows * LEAST_CACHE_CHUNK)
+    cached = max(CACHE_CHUNK, rows * MIN_CACHE_CHUNK)
     queries, values = heads * config.qk_head_dim, heads * config.v_head_dim
     expanded = heads * (config.qk_nope_head_dim + config.v_head_dim) + queries + values
     attention = tokens * (size * (queries + values) + 2 * 4 * values) + size * max(tokens, cached) * expanded

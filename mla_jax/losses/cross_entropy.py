@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mla_jax import mesh
 from mla_jax.losses.loss import Arrays
-from mla_jax.model.layers import product, split_tokens
+from mla_jax.model.layers import matmul, split_tokens
 from mla_jax.model.transformer import Transformer
 
 
@@ -79,7 +79,7 @@ def chunked_cross_entropy(
         sums = _sums(head_DX, h_BTD, targets_BT, weights_BT, min(chunk, h_BTD.shape[1]))
         return jax.tree.map(lambda x: x[None, None], sums)
 
-    parts = mesh.per_device(of_device, h_BTD, targets_BT, weights_BT, mesh.gather(head_DX))
+    parts = mesh.per_device(of_device, h_BTD, targets_BT, weights_BT, mesh.all_gather(head_DX))
     return jax.tree.map(jnp.sum, parts)
 
 
@@ -102,7 +102,7 @@ def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, chunk: int):
         d_logits_BtX = (jnp.exp(logits_BtX - lse_Bt[..., None]) - target_BtX) * weights_Bt[..., None]
         d_logits_BtX = d_logits_BtX.astype(h_BtD.dtype)
         d_head_DX += jnp.einsum("btd,btx->dx", h_BtD, d_logits_BtX, preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, total, sums), d_head_DX), product(d_logits_BtX, head_DX.T)
+        return (jax.tree.map(jnp.add, total, sums), d_head_DX), matmul(d_logits_BtX, head_DX.T)
 
     start = no_sums(), jnp.zeros(head_DX.shape, jnp.float32)
     (total, d_head_DX), d_h_nBtD = jax.lax.scan(body, start, _chunks(chunk, h_BTD, targets_BT, weights_BT))
@@ -120,7 +120,7 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 def _of_chunk(head_DX, h_BtD, targets_Bt, weights_Bt) -> tuple[LossSums, jax.Array, jax.Array]:
     """Sums, logits and their log-sum-exp."""
-    logits_BtX = product(h_BtD, head_DX, jnp.float32)
+    logits_BtX = matmul(h_BtD, head_DX, jnp.float32)
     highest_Bt = jnp.max(logits_BtX, axis=-1)
     lse_Bt = highest_Bt + jnp.log(jnp.sum(jnp.exp(logits_BtX - highest_Bt[..., None]), axis=-1))
     target_logit_Bt = jnp.take_along_axis(logits_BtX, targets_Bt[..., None], axis=-1)[..., 0]

@@ -14,8 +14,8 @@ from flax import nnx
 from latent_attention import quantize
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import LatentCache, LayerCache
-from mla_jax.model.layers import InferenceWeight, product, rms_norm
-from mla_jax.model.rope import rotations
+from mla_jax.model.layers import InferenceWeight, matmul, rms_norm
+from mla_jax.model.rope import CosSin, rope_cos_sin
 from mla_jax.model.transformer import Layer, embed
 
 
@@ -77,13 +77,13 @@ def bind_layer(config: ModelConfig, weights: dict) -> Layer:
     return layer
 
 
-def _rotations(config: ModelConfig, lengths_B: jax.Array, queries: int) -> tuple[jax.Array, jax.Array]:
-    return rotations(config, lengths_B[:, None] + jnp.arange(queries))
+def _cos_sin(config: ModelConfig, lengths_B: jax.Array, queries: int) -> CosSin:
+    return rope_cos_sin(config, lengths_B[:, None] + jnp.arange(queries))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7))  # traced and lowered once for all layers
-def _extend_layer(config, weights, h_BTD, turns, cache: LayerCache, lengths_B, valid_B, absorbed: bool):
-    return bind_layer(config, weights).extend(h_BTD, turns, cache, lengths_B, valid_B, absorbed)
+def _extend_layer(config, weights, h_BTD, cos_sin, cache: LayerCache, lengths_B, valid_B, absorbed: bool):
+    return bind_layer(config, weights).extend(h_BTD, cos_sin, cache, lengths_B, valid_B, absorbed)
 
 
 def extend(
@@ -104,11 +104,11 @@ def extend(
         h_BTD after the final norm, and the cache with the tokens in it.
     """
     valid_B = jnp.full_like(cache.lengths_B, tokens_BT.shape[1]) if valid_B is None else valid_B
-    turns = _rotations(config, cache.lengths_B, tokens_BT.shape[1])
+    cos_sin = _cos_sin(config, cache.lengths_B, tokens_BT.shape[1])
     h_BTD, layers = embed(config, weights["embed_tokens"], tokens_BT), []
     for layer_weights, layer_cache in zip(weights["layers"], cache.layers, strict=True):
         h_BTD, layer_cache = _extend_layer(
-            config, layer_weights, h_BTD, turns, layer_cache, cache.lengths_B, valid_B, absorbed
+            config, layer_weights, h_BTD, cos_sin, layer_cache, cache.lengths_B, valid_B, absorbed
         )
         layers.append(layer_cache)
     h_BTD = rms_norm(h_BTD, weights["norm"], config.rms_norm_eps)
@@ -116,9 +116,9 @@ def extend(
 
 
 def logits(config: ModelConfig, weights: dict, h: jax.Array) -> jax.Array:
-    """float32 scores [..., X] of hidden states [..., D]."""
+    """float32 logits [..., X] of hidden states [..., D]."""
     head_DX = weights["embed_tokens"].T if config.tie_word_embeddings else weights["lm_head"]
-    return product(h, head_DX, jnp.float32)
+    return matmul(h, head_DX, jnp.float32)
 
 
 prefill_embed = jax.jit(embed, static_argnums=0)
@@ -129,7 +129,7 @@ def prefill_layer(
     config: ModelConfig, weights: dict, h_BTD: jax.Array, cache: LayerCache, lengths_B, valid_B, last: bool
 ) -> tuple[jax.Array, LayerCache]:
     """One layer of `extend` in the expanded form: its output and its cache; of the last layer only the cache counts."""
-    layer, turns = bind_layer(config, weights), _rotations(config, lengths_B, h_BTD.shape[1])
+    layer, cos_sin = bind_layer(config, weights), _cos_sin(config, lengths_B, h_BTD.shape[1])
     if last:
-        return h_BTD, layer.remember(h_BTD, turns, cache, lengths_B, valid_B)
-    return layer.extend(h_BTD, turns, cache, lengths_B, valid_B, absorbed=False)
+        return h_BTD, layer.append_to_cache(h_BTD, cos_sin, cache, lengths_B, valid_B)
+    return layer.extend(h_BTD, cos_sin, cache, lengths_B, valid_B, absorbed=False)

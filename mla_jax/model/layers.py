@@ -1,4 +1,4 @@
-"""What every layer is made of: weights, matrix products, RMSNorm."""
+"""Building blocks of every layer: weight initialisation, matrix multiplication, RMSNorm."""
 
 import dataclasses
 import functools
@@ -15,65 +15,68 @@ from mla_jax import mesh
 from mla_jax.config import ModelConfig
 
 
-def weight(config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, int], spec: PartitionSpec) -> nnx.Param:
+def init_matrix(config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, int], spec: PartitionSpec) -> nnx.Param:
     """A matrix [in, out], normal with `initializer_range`, sharded as `spec` where a mesh is set."""
     init = nnx.initializers.normal(config.initializer_range)
     sharding = mesh.weight_sharding(spec, shape)
     return nnx.Param(init(rngs.params(), shape, config.param_dtype, out_sharding=sharding))
 
 
-def norm_scale(config: ModelConfig, width: int) -> nnx.Param:
-    """The weight of an RMSNorm."""
+def init_norm_weight(config: ModelConfig, width: int) -> nnx.Param:
+    """The weight of an RMSNorm, all ones."""
     return nnx.Param(jnp.ones(width, config.param_dtype))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InferenceWeight:
-    """A matrix [in, out] for inference, kept as its rows, which kernels for one token read; stands where a weight does.
+    """A matrix [in, out] for inference, stored transposed as [out, in], the order in which the batch-1 kernels read it.
 
-    In 8 bits, each row has a scale.
+    It stands in a module where an `nnx.Param` does. In 8 bits, each row (output) has a scale.
     """
 
     rows: jax.Array
     """[out, in], in the compute type or int8."""
     scale_out: jax.Array | None
-    """float32 [out], of int8."""
+    """float32 [out] of int8 rows, else None."""
 
-    def __getitem__(self, everything: Any) -> "InferenceWeight":
+    def __getitem__(self, _: Any) -> "InferenceWeight":
         return self
 
     def astype(self, dtype: DTypeLike) -> jax.Array:
-        """The matrix it stands for."""
+        """The matrix [in, out], dequantised."""
         rows = self.rows if self.scale_out is None else dequantize(self.rows, self.scale_out, dtype)
         return rows.astype(dtype).T
 
 
-def gathered(w: nnx.Param | jax.Array | InferenceWeight, dtype: jnp.dtype) -> jax.Array:
-    """A whole weight in the compute type on every device; cast before it is sent."""
-    return mesh.gather(w[...].astype(dtype))
+def all_gather_weight(w: nnx.Param | jax.Array | InferenceWeight, dtype: jnp.dtype) -> jax.Array:
+    """The whole weight in the compute type on every device; cast before it is sent."""
+    return mesh.all_gather(w[...].astype(dtype))
 
 
-def product(x: jax.Array, w: nnx.Param | jax.Array | InferenceWeight, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """x [..., in] @ w [in, out] in `out_dtype`, by default the type of x, which multiplies in both directions."""
+def matmul(x: jax.Array, w: nnx.Param | jax.Array | InferenceWeight, out_dtype: DTypeLike | None = None) -> jax.Array:
+    """x [..., in] @ w [in, out] in `out_dtype`, by default the type of x.
+
+    The operands of forward and backward pass are in the type of x; the gradient of w is summed in the type of w.
+    """
     w, out_dtype = w[...], out_dtype or x.dtype
     if isinstance(w, InferenceWeight):
         if w.scale_out is not None:  # scaled afterwards, so that the matrix is read as it is
-            units = jnp.asarray(_product(x, w.rows.T.astype(x.dtype), jnp.float32))
-            return (units * mesh.gather(w.scale_out)).astype(out_dtype)
+            units = jnp.asarray(_matmul(x, w.rows.T.astype(x.dtype), jnp.float32))
+            return (units * mesh.all_gather(w.scale_out)).astype(out_dtype)
         w = w.rows.T
-    return _product(x, w, out_dtype)
+    return _matmul(x, w, out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, w: jax.Array, out_dtype: DTypeLike) -> jax.Array:
-    return jnp.matmul(x, gathered(w, x.dtype), preferred_element_type=out_dtype)
+def _matmul(x: jax.Array, w: jax.Array, out_dtype: DTypeLike) -> jax.Array:
+    return jnp.matmul(x, all_gather_weight(w, x.dtype), preferred_element_type=out_dtype)
 
 
-def _product_backward(
+def _matmul_backward(
     _: DTypeLike, residuals: tuple[jax.Array, jax.Array], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What JAX would derive, but for dw: summed in the type of w, left sharded as w is, and not computed transposed.
+    """The gradient that JAX derives, but with dw summed in the type of w, sharded as w is, and not computed transposed.
 
     The transpose that JAX derives makes XLA lay out d_out anew on CPUs, which costs a third of a training step there.
     """
@@ -83,10 +86,10 @@ def _product_backward(
     d_w = jax.lax.dot_general(
         x, d_out, ((leading, leading), ((), ())), preferred_element_type=w.dtype, out_sharding=mesh.sharding_of(w)
     )
-    return d_out @ gathered(w, x.dtype).T, d_w
+    return d_out @ all_gather_weight(w, x.dtype).T, d_w
 
 
-_product.defvjp(lambda x, w, out_dtype: (_product(x, w, out_dtype), (x, w)), _product_backward)
+_matmul.defvjp(lambda x, w, out_dtype: (_matmul(x, w, out_dtype), (x, w)), _matmul_backward)
 
 
 def split_tokens(x: jax.Array, chunk: int) -> jax.Array:
@@ -95,8 +98,8 @@ def split_tokens(x: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in float32 (arXiv 1910.07467)."""
+def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, in float32 (arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale[...]).astype(x.dtype)
+    return (x32 * weight[...]).astype(x.dtype)

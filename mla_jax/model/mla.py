@@ -21,15 +21,13 @@ from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError
 from mla_jax.model import cache as latent_cache
 from mla_jax.model.cache import LayerCache
-from mla_jax.model.layers import gathered, norm_scale, product, rms_norm, weight
-from mla_jax.model.rope import rotate, softmax_scale
+from mla_jax.model.layers import all_gather_weight, init_matrix, init_norm_weight, matmul, rms_norm
+from mla_jax.model.rope import CosSin, apply_rope, softmax_scale
 
 CACHE_CHUNK = 8192
 """Cached tokens, of all rows together, whose keys and values exist at one time during prefill."""
-LEAST_CACHE_CHUNK = 512
-"""Of each row."""
-
-Rotations = tuple[jax.Array, jax.Array]
+MIN_CACHE_CHUNK = 512
+"""The fewest tokens of a row in such a chunk."""
 
 
 class MLA(nnx.Module):
@@ -38,91 +36,92 @@ class MLA(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         d, heads, c = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-        new = functools.partial(weight, config, rngs)
+        new = functools.partial(init_matrix, config, rngs)
         if config.q_lora_rank is None:
             self.q_proj = new((d, heads * config.qk_head_dim), mesh.SHARD_IN)
         else:
             self.q_a_proj = new((d, config.q_lora_rank), mesh.SHARD_IN)
-            self.q_a_layernorm = norm_scale(config, config.q_lora_rank)
+            self.q_a_layernorm = init_norm_weight(config, config.q_lora_rank)
             self.q_b_proj = new((config.q_lora_rank, heads * config.qk_head_dim), mesh.SHARD_OUT)
         self.kv_a_proj_with_mqa = new((d, config.cache_width), mesh.SHARD_IN)
-        self.kv_a_layernorm = norm_scale(config, c)
+        self.kv_a_layernorm = init_norm_weight(config, c)
         self.kv_b_proj = new((c, heads * (config.qk_nope_head_dim + config.v_head_dim)), mesh.SHARD_OUT)
         self.o_proj = new((heads * config.v_head_dim, d), mesh.SHARD_OUT)
 
-    def __call__(self, x_BTD: jax.Array, rotations: Rotations, segments_BT: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, cos_sin: CosSin, segments_BT: jax.Array | None) -> jax.Array:
         """Expanded form over a whole sequence; no attention across segments."""
-        latents = self._latents(x_BTD, rotations)
-        q_BTHK = checkpoint_name(jnp.concatenate(self._queries(x_BTD, rotations), axis=-1), "queries")
-        shares = mesh.sequence_shares(x_BTD)
+        latents = self.latents(x_BTD, cos_sin)
+        q_BTHK = checkpoint_name(jnp.concatenate(self.queries(x_BTD, cos_sin), axis=-1), "queries")
+        shards = mesh.num_sequence_shards(x_BTD)
 
         def attend(q_BTHK, latents, segments_BT, kv_b_CX):
             # Devices that share a sequence send each other latents: 1/26 of the keys and values of `infinite_1b`.
             c_BSC, k_rope_BSR, segments_BS = jax.tree.map(
-                lambda x: mesh.whole_sequence(x, shares), (*latents, segments_BT)
+                lambda x: mesh.all_gather_sequence(x, shards), (*latents, segments_BT)
             )
-            k_BSHK, v_BSHV = self._heads(product(c_BSC, kv_b_CX), k_rope_BSR)
+            k_BSHK, v_BSHV = self.expand(matmul(c_BSC, kv_b_CX), k_rope_BSR)
             out = []
-            for start, (q, segments) in mesh.sequence_parts((q_BTHK, segments_BT), shares):
+            for start, (q, segments) in mesh.local_sequence_chunks((q_BTHK, segments_BT), shards):
                 out.append(self._op(
                     latent_attention.attention, q, k_BSHK, v_BSHV, q_offset=start, q_segments=segments,
                     kv_segments=segments_BS,
                 ))  # fmt: skip
             return jnp.concatenate(out, axis=1)
 
-        kv_b_CX = mesh.gather(self.kv_b_proj[...])
-        return self._output(mesh.per_device(attend, q_BTHK, latents, segments_BT, kv_b_CX))
+        kv_b_CX = mesh.all_gather(self.kv_b_proj[...])
+        return self.output(mesh.per_device(attend, q_BTHK, latents, segments_BT, kv_b_CX))
 
-    def remember(
-        self, x_BTD: jax.Array, rotations: Rotations, cache: LayerCache, lengths_B: jax.Array, valid_B: jax.Array
+    def append_to_cache(
+        self, x_BTD: jax.Array, cos_sin: CosSin, cache: LayerCache, lengths_B: jax.Array, valid_B: jax.Array
     ) -> tuple[LayerCache, jax.Array, jax.Array]:
         """Writes the first `valid_B` of T new tokens behind the `lengths_B` that are cached; their latents too."""
-        c_BTC, k_rope_BTR = self._latents(x_BTD, rotations)
+        c_BTC, k_rope_BTR = self.latents(x_BTD, cos_sin)
         return latent_cache.write(cache, lengths_B, c_BTC, k_rope_BTR, valid_B), c_BTC, k_rope_BTR
 
     def extend(
-        self, x_BTD: jax.Array, rotations: Rotations, cache: LayerCache, lengths_B: jax.Array, valid_B: jax.Array,
+        self, x_BTD: jax.Array, cos_sin: CosSin, cache: LayerCache, lengths_B: jax.Array, valid_B: jax.Array,
         absorbed: bool,
     ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
-        """Attends from T new tokens to the cache and to themselves, and remembers them."""
-        cache, c_BTC, k_rope_BTR = self.remember(x_BTD, rotations, cache, lengths_B, valid_B)
-        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rotations)
+        """Attends from T new tokens to the cache and to themselves, and appends them to the cache."""
+        cache, c_BTC, k_rope_BTR = self.append_to_cache(x_BTD, cos_sin, cache, lengths_B, valid_B)
+        q_nope_BTHN, q_rope_BTHR = self.queries(x_BTD, cos_sin)
         if absorbed:
             out_BTHV = self._absorbed(q_nope_BTHN, q_rope_BTHR, cache, lengths_B)
         else:
             q_BTHK = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
             out_BTHV = self._expanded(q_BTHK, c_BTC, k_rope_BTR, cache, lengths_B)
-        return self._output(out_BTHV), cache
+        return self.output(out_BTHV), cache
 
-    def _queries(self, x_BTD: jax.Array, rotations: Rotations) -> tuple[jax.Array, jax.Array]:
+    def queries(self, x_BTD: jax.Array, cos_sin: CosSin) -> tuple[jax.Array, jax.Array]:
         """q_BTHN and the rotated q_BTHR; equations 12 to 14."""
         config = self.config
         if config.q_lora_rank is None:
-            q = product(x_BTD, self.q_proj)
+            q = matmul(x_BTD, self.q_proj)
         else:
-            q = product(x_BTD, self.q_a_proj)
-            q = product(rms_norm(q, self.q_a_layernorm, config.rms_norm_eps), self.q_b_proj)
+            q = matmul(x_BTD, self.q_a_proj)
+            q = matmul(rms_norm(q, self.q_a_layernorm, config.rms_norm_eps), self.q_b_proj)
         q_BTHK = q.reshape(*q.shape[:2], config.num_attention_heads, config.qk_head_dim)
         q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTHK, [config.qk_nope_head_dim], axis=-1)
-        cos, sin = rotations
-        return q_nope_BTHN, rotate(q_rope_BTHR, cos[:, :, None], sin[:, :, None])
+        cos, sin = cos_sin
+        return q_nope_BTHN, apply_rope(q_rope_BTHR, cos[:, :, None], sin[:, :, None])
 
-    def _latents(self, x_BTD: jax.Array, rotations: Rotations) -> tuple[jax.Array, jax.Array]:
-        """What the cache holds: the normalised latent c_BTC and the rotated key k_rope_BTR; equations 9 and 15."""
+    def latents(self, x_BTD: jax.Array, cos_sin: CosSin) -> tuple[jax.Array, jax.Array]:
+        """The latent after its norm, c_BTC, and the rotated key k_rope_BTR, which are cached; equations 9 and 15."""
         config = self.config
-        kv_a_BTW = checkpoint_name(product(x_BTD, self.kv_a_proj_with_mqa), "latents")
+        kv_a_BTW = checkpoint_name(matmul(x_BTD, self.kv_a_proj_with_mqa), "latents")
         c_BTC, k_rope_BTR = jnp.split(kv_a_BTW, [config.kv_lora_rank], axis=-1)
-        return rms_norm(c_BTC, self.kv_a_layernorm, config.rms_norm_eps), rotate(k_rope_BTR, *rotations)
+        return rms_norm(c_BTC, self.kv_a_layernorm, config.rms_norm_eps), apply_rope(k_rope_BTR, *cos_sin)
 
-    def _heads(self, kv_BSX: jax.Array, k_rope_BSR: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """k_BSHK and v_BSHV of the up-projected latents, one rotary key serving all heads; equations 10, 11, 17."""
+    def expand(self, kv_BSX: jax.Array, k_rope_BSR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys k_BSHK and values v_BSHV from up-projected latents and the shared rotary key; equations 10, 11, 17."""
         kv_BSHX = kv_BSX.reshape(*kv_BSX.shape[:2], self.config.num_attention_heads, -1)
         k_nope_BSHN, v_BSHV = jnp.split(kv_BSHX, [self.config.qk_nope_head_dim], axis=-1)
         k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSHN.shape[:3], k_rope_BSR.shape[-1]))
         return jnp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1), v_BSHV
 
-    def _output(self, out_BTHV: jax.Array) -> jax.Array:
-        return product(out_BTHV.reshape(*out_BTHV.shape[:2], -1), self.o_proj)
+    def output(self, out_BTHV: jax.Array) -> jax.Array:
+        """x_BTD of the outputs of all heads; equation 19."""
+        return matmul(out_BTHV.reshape(*out_BTHV.shape[:2], -1), self.o_proj)
 
     def _op(self, op: Callable, *arrays: jax.Array, **options):
         """An op of `latent_attention` with this model's scale and choice of implementation."""
@@ -136,29 +135,29 @@ class MLA(nnx.Module):
         """New tokens over themselves, then over the cache chunk by chunk: memory does not grow with the cache."""
 
         def attend(q, c_new, k_rope_new, cache, lengths, kv_b_CX):
-            size = min(max(CACHE_CHUNK // len(q), LEAST_CACHE_CHUNK), cache.capacity)
+            size = min(max(CACHE_CHUNK // len(q), MIN_CACHE_CHUNK), cache.capacity)
 
             def chunk(i, carry):
                 start = i * size
                 c, k_rope = latent_cache.read(cache, start, size, q.dtype)
-                k, v = self._heads(c @ kv_b_CX, k_rope)
+                k, v = self.expand(c @ kv_b_CX, k_rope)
                 held = jnp.clip(lengths - start, 0, size)
                 # An offset of `size` lets every query see the whole chunk.
                 part = self._op(latent_attention.attention, q, k, v, q_offset=size, kv_lengths=held, return_lse=True)
                 return latent_attention.merge(*carry, *part)
 
-            k, v = self._heads(c_new @ kv_b_CX, k_rope_new)
+            k, v = self.expand(c_new @ kv_b_CX, k_rope_new)
             out, lse = self._op(latent_attention.attention, q, k, v, return_lse=True)
             chunks = (jnp.max(lengths) + size - 1) // size
             # Merged in float32: many chunks would add up many roundings.
             return jax.lax.fori_loop(0, chunks, chunk, (out.astype(jnp.float32), lse))[0].astype(q.dtype)
 
-        kv_b_CX = gathered(self.kv_b_proj, q_BTHK.dtype)
+        kv_b_CX = all_gather_weight(self.kv_b_proj, q_BTHK.dtype)
         return mesh.per_device(attend, q_BTHK, c_BTC, k_rope_BTR, cache, lengths_B, kv_b_CX)
 
     def _absorbed(self, q_nope_BTHN, q_rope_BTHR, cache: LayerCache, lengths_B: jax.Array) -> jax.Array:
         """New tokens, already in the cache, over all of it; end of section 2.1.2."""
-        kv_b_CX = gathered(self.kv_b_proj, q_nope_BTHN.dtype)
+        kv_b_CX = all_gather_weight(self.kv_b_proj, q_nope_BTHN.dtype)
         kv_b_CHX = kv_b_CX.reshape(kv_b_CX.shape[0], self.config.num_attention_heads, -1)
         k_b_CHN, v_b_CHV = jnp.split(kv_b_CHX, [self.config.qk_nope_head_dim], axis=-1)
 

@@ -15,9 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import LayerCache
-from mla_jax.model.layers import norm_scale, product, rms_norm, split_tokens, weight
-from mla_jax.model.mla import MLA, Rotations
-from mla_jax.model.rope import rotations
+from mla_jax.model.layers import init_matrix, init_norm_weight, matmul, rms_norm, split_tokens
+from mla_jax.model.mla import MLA
+from mla_jax.model.rope import CosSin, rope_cos_sin
 
 
 def _rematerialized(config: ModelConfig, body: Callable) -> Callable:
@@ -44,9 +44,9 @@ class SwiGLU(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.chunk = config.mlp_chunk
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = weight(config, rngs, (d, f), mesh.SHARD_IN)
-        self.up_proj = weight(config, rngs, (d, f), mesh.SHARD_IN)
-        self.down_proj = weight(config, rngs, (f, d), mesh.SHARD_OUT)
+        self.gate_proj = init_matrix(config, rngs, (d, f), mesh.SHARD_IN)
+        self.up_proj = init_matrix(config, rngs, (d, f), mesh.SHARD_IN)
+        self.down_proj = init_matrix(config, rngs, (f, d), mesh.SHARD_OUT)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
@@ -54,13 +54,13 @@ class SwiGLU(nnx.Module):
         if self.chunk is None:
             return self._feed_forward(x_BTD, *weights)
         in_chunks = functools.partial(self._chunk_by_chunk, self.chunk)
-        return mesh.per_device(in_chunks, x_BTD, *(mesh.gather(w) for w in weights))
+        return mesh.per_device(in_chunks, x_BTD, *(mesh.all_gather(w) for w in weights))
 
     @staticmethod
     def _feed_forward(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
-        gate_BTF = checkpoint_name(product(x_BTD, gate_DF), "gate")
-        up_BTF = checkpoint_name(product(x_BTD, up_DF), "up")
-        return product(jax.nn.silu(gate_BTF) * up_BTF, down_FD)
+        gate_BTF = checkpoint_name(matmul(x_BTD, gate_DF), "gate")
+        up_BTF = checkpoint_name(matmul(x_BTD, up_DF), "up")
+        return matmul(jax.nn.silu(gate_BTF) * up_BTF, down_FD)
 
     def _chunk_by_chunk(self, chunk: int, x_BTD: jax.Array, *weights: jax.Array) -> jax.Array:
         def body(_, x_BtD):
@@ -76,31 +76,33 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.input_layernorm = norm_scale(config, config.hidden_size)
+        self.input_layernorm = init_norm_weight(config, config.hidden_size)
         self.self_attn = MLA(config, rngs)
-        self.post_attention_layernorm = norm_scale(config, config.hidden_size)
+        self.post_attention_layernorm = init_norm_weight(config, config.hidden_size)
         self.mlp = SwiGLU(config, rngs)
 
-    def __call__(self, h_BTD: jax.Array, rotations: Rotations, segments_BT: jax.Array | None) -> jax.Array:
-        """Over a whole sequence."""
+    def __call__(self, h_BTD: jax.Array, cos_sin: CosSin, segments_BT: jax.Array | None) -> jax.Array:
+        """The layer over a whole sequence."""
         h_BTD = checkpoint_name(h_BTD, "layer_input")
-        h_BTD += self.self_attn(self._attention_input(h_BTD), rotations, segments_BT)
-        return self._feed_forward(checkpoint_name(h_BTD, "attention_residual"))
+        h_BTD += self.self_attn(self.attention_input(h_BTD), cos_sin, segments_BT)
+        return self.add_feed_forward(checkpoint_name(h_BTD, "attention_residual"))
 
-    def extend(self, h_BTD, rotations: Rotations, cache: LayerCache, lengths_B, valid_B, absorbed: bool):
-        """Over new tokens behind a cache; see `MLA.extend`."""
-        x_BTD = self._attention_input(h_BTD)
-        out_BTD, cache = self.self_attn.extend(x_BTD, rotations, cache, lengths_B, valid_B, absorbed)
-        return self._feed_forward(h_BTD + out_BTD), cache
+    def extend(self, h_BTD, cos_sin: CosSin, cache: LayerCache, lengths_B, valid_B, absorbed: bool):
+        """The layer over new tokens behind a cache; see `MLA.extend`."""
+        x_BTD = self.attention_input(h_BTD)
+        out_BTD, cache = self.self_attn.extend(x_BTD, cos_sin, cache, lengths_B, valid_B, absorbed)
+        return self.add_feed_forward(h_BTD + out_BTD), cache
 
-    def remember(self, h_BTD, rotations: Rotations, cache: LayerCache, lengths_B, valid_B) -> LayerCache:
-        """Only writes new tokens to the cache: all that prefill needs of the last layer."""
-        return self.self_attn.remember(self._attention_input(h_BTD), rotations, cache, lengths_B, valid_B)[0]
+    def append_to_cache(self, h_BTD, cos_sin: CosSin, cache: LayerCache, lengths_B, valid_B) -> LayerCache:
+        """Only appends new tokens to the cache: all that prefill needs of the last layer."""
+        return self.self_attn.append_to_cache(self.attention_input(h_BTD), cos_sin, cache, lengths_B, valid_B)[0]
 
-    def _attention_input(self, h_BTD: jax.Array) -> jax.Array:
+    def attention_input(self, h_BTD: jax.Array) -> jax.Array:
+        """Hidden states after the first norm."""
         return rms_norm(h_BTD, self.input_layernorm, self.config.rms_norm_eps)
 
-    def _feed_forward(self, h_BTD: jax.Array) -> jax.Array:
+    def add_feed_forward(self, h_BTD: jax.Array) -> jax.Array:
+        """Hidden states plus the feed-forward of their norm."""
         return h_BTD + self.mlp(rms_norm(h_BTD, self.post_attention_layernorm, self.config.rms_norm_eps))
 
 
@@ -109,11 +111,11 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = weight(config, rngs, (config.vocab_size, config.hidden_size), mesh.SHARD_OUT)
+        self.embed_tokens = init_matrix(config, rngs, (config.vocab_size, config.hidden_size), mesh.SHARD_OUT)
         self.layers = jax.vmap(lambda r: Layer(config, r))(rngs.split(config.num_hidden_layers))
-        self.norm = norm_scale(config, config.hidden_size)
+        self.norm = init_norm_weight(config, config.hidden_size)
         if not config.tie_word_embeddings:
-            self.lm_head = weight(config, rngs, (config.hidden_size, config.vocab_size), mesh.SHARD_IN)
+            self.lm_head = init_matrix(config, rngs, (config.hidden_size, config.vocab_size), mesh.SHARD_IN)
 
     def __call__(
         self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
@@ -126,16 +128,16 @@ class Transformer(nnx.Module):
             segments_BT: int32 document of each token, which sees only its own; None for one document a row.
 
         Returns:
-            h_BTD in the compute type; `logits` makes scores of it.
+            h_BTD in the compute type; see `logits`.
         """
         if positions_BT is None:
-            if mesh.sequence_shares(tokens_BT) > 1:
+            if mesh.num_sequence_shards(tokens_BT) > 1:
                 raise ValueError("positions_BT must be given where sequences are spread: tokens are in zig-zag order")
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        turns = rotations(self.config, positions_BT)
+        cos_sin = rope_cos_sin(self.config, positions_BT)
 
         def body(h_BTD, layer):
-            return layer(h_BTD, turns, segments_BT), None
+            return layer(h_BTD, cos_sin, segments_BT), None
 
         body = _rematerialized(self.config, body)
         unroll = self.config.num_hidden_layers if self.config.unroll == -1 else self.config.unroll
@@ -143,18 +145,18 @@ class Transformer(nnx.Module):
         return rms_norm(h_BTD, self.norm, self.config.rms_norm_eps)
 
     def logits(self, h: jax.Array) -> jax.Array:
-        """float32 scores [..., X] of hidden states [..., D]."""
-        return product(h, self.head(), jnp.float32)
+        """float32 logits [..., X] of hidden states [..., D]."""
+        return matmul(h, self.head(), jnp.float32)
 
     def head(self) -> jax.Array:
-        """The weight [D, X] that makes scores of hidden states."""
+        """The weight [D, X] of the output head."""
         return self.embed_tokens[...].T if self.config.tie_word_embeddings else self.lm_head[...]
 
 
 def embed(config: ModelConfig, table_XD: nnx.Param | jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """h_BTD in the compute type."""
     # Cast after the look-up: gradients of a row that occurs often are summed in the type of the parameters.
-    h_BTD = mesh.per_device(lambda tokens, table: table[tokens], tokens_BT, mesh.gather(table_XD[...]))
+    h_BTD = mesh.per_device(lambda tokens, table: table[tokens], tokens_BT, mesh.all_gather(table_XD[...]))
     return h_BTD.astype(config.dtype)
 
 

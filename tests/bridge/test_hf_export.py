@@ -111,7 +111,9 @@ def test_the_layout_covers_the_parameter_tree():
 def test_parameters_on_a_mesh(params, tmp_path):
     single = contents(export(MODEL, params, TOKENIZER, tmp_path / "single" / "out"))
     with jax.set_mesh(mesh.make_mesh(MeshConfig())):
-        sharded = jax.device_put(params, jax.tree.map(lambda x: x.sharding, mesh.placed(abstract_params(MODEL))))
+        sharded = jax.device_put(
+            params, jax.tree.map(lambda x: x.sharding, mesh.with_concrete_shardings(abstract_params(MODEL)))
+        )
         out = export(MODEL, sharded, TOKENIZER, tmp_path / "mesh" / "out")
         _, imported, _ = hf_import.load(out)
     assert contents(out) == single

@@ -16,7 +16,7 @@ from mla_jax.bridge.llama.convert import convert
 from mla_jax.bridge.llama.source import LlamaCheckpoint
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
-from mla_jax.model.rope import frequencies
+from mla_jax.model.rope import inv_freq
 from mla_jax.model.transformer import bind
 from tiny_llama import SIZES, leave_positions_out, save_llama, stories
 
@@ -142,7 +142,7 @@ def test_the_scaling_of_llama_3_is_near_a_yarn():
     source = read_config(hf)
     target = target_config(hf, source, Ranks(512), tied=True, dtype="bfloat16")
     assert (target.qk_nope_head_dim, target.qk_rope_head_dim, target.v_head_dim) == (64, 64, 64)
-    kept = frequencies(target)
+    kept = inv_freq(target)
     different = np.abs(kept / source.frequencies - 1) > 1e-6
     assert 0 < different.sum() <= 5
     assert frequency_error(source, target) < 0.9

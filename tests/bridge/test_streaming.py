@@ -21,7 +21,7 @@ from mla_jax.checkpoint.streaming import chunk_slices
 from mla_jax.config import MeshConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
-from mla_jax.mesh import make_mesh, placed
+from mla_jax.mesh import make_mesh, with_concrete_shardings
 from mla_jax.model.transformer import abstract_params, init_params
 from tiny import MODEL
 
@@ -171,7 +171,9 @@ def saved_whole(run_dir, params, monkeypatch):
 
 def saved_on_a_mesh(run_dir, params, monkeypatch):
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):
-        sharded = jax.device_put(params, jax.tree.map(lambda x: x.sharding, placed(abstract_params(CONFIG))))
+        sharded = jax.device_put(
+            params, jax.tree.map(lambda x: x.sharding, with_concrete_shardings(abstract_params(CONFIG)))
+        )
         return save_imported(run_dir, CONFIG, sharded, TOKENIZER)
 
 

@@ -15,10 +15,9 @@ from latent_attention import jax_triton_loader
 from latent_attention.gpu import local_gpu
 from mla_jax.config import ModelConfig
 from mla_jax.inference.generator import Generator
-from mla_jax.model import decoder
-from mla_jax.model import fused_decode as one_token
+from mla_jax.model import decoder, fused_decode
 from mla_jax.model.cache import LatentCache, init_layer
-from mla_jax.model.rope import rotations
+from mla_jax.model.rope import rope_cos_sin
 from mla_jax.model.transformer import init_params
 from tiny import MODEL
 
@@ -47,7 +46,7 @@ TOKENS, CAPACITY = 200, 256
 
 
 def require_kernels(config: ModelConfig, cache_dtype: str | None = None) -> None:
-    reason = one_token.why_not(config, (jax.eval_shape(lambda: init_layer(config, 1, 256, cache_dtype)),))
+    reason = fused_decode.why_not(config, (jax.eval_shape(lambda: init_layer(config, 1, 256, cache_dtype)),))
     gpu = local_gpu()
     if gpu is None or gpu.capability < (8, 0) or jax_triton_loader.why_not():
         pytest.skip(str(reason))
@@ -81,8 +80,13 @@ def test_one_token_is_as_close_to_float32_as_xla_is(config, dtype, int8, cache_d
         config, weights, tokens[:, :-1], empty, absorbed=True
     )[1]
     theirs, expected = jax.jit(xla, static_argnums=0)(config, weights, held)
-    turn, meeting = rotations(config, held.lengths_B[0]), one_token.init_meeting(config, weights, held.layers)
-    ours, cache, _ = jax.jit(one_token.step, static_argnums=0)(config, weights, tokens[:, -1], turn, held, meeting)
+    cos_sin, workspace = (
+        rope_cos_sin(config, held.lengths_B[0]),
+        fused_decode.init_workspace(config, weights, held.layers),
+    )
+    ours, cache, _ = jax.jit(fused_decode.step, static_argnums=0)(
+        config, weights, tokens[:, -1], cos_sin, held, workspace
+    )
     wide = dataclasses.replace(config, dtype="float32", decode="xla")
     up = lambda x: x.astype(jnp.float32) if x.dtype == dtype else x  # noqa: E731
     with jax.default_matmul_precision("highest"):
@@ -108,9 +112,9 @@ def test_a_full_cache_stays_as_it_is(config):
     weights = decoder.inference_weights(config, params_of(config))
     layers = tuple(jax.tree.map(jnp.ones_like, init_layer(config, 1, 64)) for _ in range(config.num_hidden_layers))
     cache = LatentCache(layers, jnp.full(1, 64, jnp.int32))
-    turn, meeting = rotations(config, jnp.int32(64)), one_token.init_meeting(config, weights, layers)
+    cos_sin, workspace = rope_cos_sin(config, jnp.int32(64)), fused_decode.init_workspace(config, weights, layers)
     tokens = jnp.zeros(1, jnp.int32)
-    _, after, _ = jax.jit(one_token.step, static_argnums=0)(config, weights, tokens, turn, cache, meeting)
+    _, after, _ = jax.jit(fused_decode.step, static_argnums=0)(config, weights, tokens, cos_sin, cache, workspace)
     assert all((x == 1).all() for x in jax.tree.leaves(after.layers))
 
 

@@ -21,10 +21,9 @@ from mla_jax.errors import InputError, UsageError
 from mla_jax.inference.generator import Context, Generator, generate
 from mla_jax.inference.memory import MemoryPlan
 from mla_jax.inference.sampling import Sampling
-from mla_jax.model import decoder
-from mla_jax.model import fused_decode as one_token
+from mla_jax.model import decoder, fused_decode
 from mla_jax.model.cache import init_cache, init_layer, resized
-from mla_jax.model.rope import rotations
+from mla_jax.model.rope import rope_cos_sin
 from mla_jax.model.transformer import bind, init_params
 from tiny import MODEL
 
@@ -216,15 +215,15 @@ def test_the_loop_over_kernels_for_one_token_adds_the_same_tokens(generator, mon
     monkeypatch.setattr("mla_jax.inference.generator.DECODE_BLOCK", 5)
     expected = continued(generator, PROMPTS[1:2], sampling=sampling)
 
-    def step(config, weights, tokens_1, turn, cache, meeting):
-        right = [(x == y).all() for x, y in zip(turn, rotations(config, cache.lengths_B[0]), strict=True)]
+    def step(config, weights, tokens_1, cos_sin, cache, workspace):
+        right = [(x == y).all() for x, y in zip(cos_sin, rope_cos_sin(config, cache.lengths_B[0]), strict=True)]
         h_B1D, cache = decoder.extend(config, weights, tokens_1[:, None], cache, jnp.ones(1, jnp.int32), absorbed=True)
         scores = decoder.logits(config, weights, h_B1D[:, 0])
-        return jnp.where(right[0] & right[1] & (meeting < 5), scores, jnp.nan), cache, meeting + 1
+        return jnp.where(right[0] & right[1] & (workspace < 5), scores, jnp.nan), cache, workspace + 1
 
-    monkeypatch.setattr(one_token, "why_not", lambda config, layers: None)
-    monkeypatch.setattr(one_token, "init_meeting", lambda config, weights, layers: jnp.int32(0))
-    monkeypatch.setattr(one_token, "step", step)
+    monkeypatch.setattr(fused_decode, "why_not", lambda config, layers: None)
+    monkeypatch.setattr(fused_decode, "init_workspace", lambda config, weights, layers: jnp.int32(0))
+    monkeypatch.setattr(fused_decode, "step", step)
     monkeypatch.setattr("mla_jax.inference.generator._decode", None)  # the other loop
     assert continued(generator, PROMPTS[1:2], sampling=sampling) == expected
 

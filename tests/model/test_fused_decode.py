@@ -11,7 +11,7 @@ from latent_attention import jax_triton_loader
 from latent_attention.gpu import make_gpu
 from mla_jax.config import MeshConfig
 from mla_jax.mesh import make_mesh
-from mla_jax.model import fused_decode as one_token
+from mla_jax.model import fused_decode
 from mla_jax.model.cache import init_layer
 from tiny import MODEL
 
@@ -29,13 +29,13 @@ def ampere(monkeypatch):
 
 
 def on(monkeypatch, capability):
-    for module in (latent_attention.dispatch, one_token):
+    for module in (latent_attention.dispatch, fused_decode):
         monkeypatch.setattr(module, "local_gpu", lambda: capability and make_gpu(capability, 108))
 
 
 def why_not(rows=1, cache_dtype=None, **changes):
     config = dataclasses.replace(CONFIG, **changes)
-    return one_token.why_not(config, (jax.eval_shape(lambda: init_layer(config, rows, 64, cache_dtype)),))
+    return fused_decode.why_not(config, (jax.eval_shape(lambda: init_layer(config, rows, 64, cache_dtype)),))
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
@@ -57,27 +57,27 @@ def test_what_goes_through_xla(monkeypatch):
         assert "xla" in why_not()
 
 
-def test_on_hopper_a_layer_is_one_kernel_where_it_fits(monkeypatch):
+def test_on_hopper_a_layer_is_fused_layer_where_it_fits(monkeypatch):
     fitting = dataclasses.replace(
         CONFIG, hidden_size=1280, num_attention_heads=16, qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=128,
         kv_lora_rank=256, q_lora_rank=512, intermediate_size=1536,
     )  # fmt: skip
 
-    def is_one_kernel(int8_weights=False, cache_dtype=None, **changes):
+    def is_fused_layer(int8_weights=False, cache_dtype=None, **changes):
         config = dataclasses.replace(fitting, **changes)
         cache = jax.eval_shape(lambda: init_layer(config, 1, 64, cache_dtype))
-        return one_token.is_one_kernel(config, cache, int8_weights)
+        return fused_decode.is_fused_layer(config, cache, int8_weights)
 
-    assert not is_one_kernel()  # on an A100
+    assert not is_fused_layer()  # on an A100
     on(monkeypatch, (9, 0))
-    assert is_one_kernel()
-    assert not is_one_kernel(int8_weights=True)
-    assert not is_one_kernel(cache_dtype="int8")
-    assert not is_one_kernel(decode="triton")
-    assert not is_one_kernel(kv_lora_rank=512)
+    assert is_fused_layer()
+    assert not is_fused_layer(int8_weights=True)
+    assert not is_fused_layer(cache_dtype="int8")
+    assert not is_fused_layer(decode="triton")
+    assert not is_fused_layer(kv_lora_rank=512)
     monkeypatch.setitem(sys.modules, "latent_attention.decode_layer.mosaic", None)  # as with a JAX that it cannot use
     monkeypatch.delattr(latent_attention.decode_layer, "mosaic", raising=False)
-    assert not is_one_kernel()
+    assert not is_fused_layer()
 
 
 def test_a_mesh_goes_through_xla_even_of_one_device():

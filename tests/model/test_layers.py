@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mla_jax.model.layers import product, rms_norm
+from mla_jax.model.layers import matmul, rms_norm
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6)])
-def test_product_and_its_gradients_are_those_of_a_matrix_product(shape):
+def test_matmul_and_its_gradients_are_those_of_jnp(shape):
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, (6, 4)))
     weights = rng.normal(size=(*shape[:-1], 4))
-    ours = jax.value_and_grad(lambda x, w: jnp.sum(weights * product(x, nnx.Param(w))), (0, 1))(x, w)
+    ours = jax.value_and_grad(lambda x, w: jnp.sum(weights * matmul(x, nnx.Param(w))), (0, 1))(x, w)
     plain = jax.value_and_grad(lambda x, w: jnp.sum(weights * (x @ w)), (0, 1))(x, w)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, plain)
 
 
-def test_product_in_bfloat16_gives_float32_gradients_of_float32_weights():
+def test_matmul_in_bfloat16_gives_float32_gradients_of_float32_weights():
     """Summed in float32, not in 8 bits of mantissa and cast."""
     x, w = jnp.ones((1000, 6), jnp.bfloat16), jnp.full((6, 4), 1 / 3)
-    out, vjp = jax.vjp(lambda x, w: product(x, nnx.Param(w)), x, w)
+    out, vjp = jax.vjp(lambda x, w: matmul(x, nnx.Param(w)), x, w)
     d_x, d_w = vjp(jnp.ones_like(out))
     assert (out.dtype, d_x.dtype, d_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     np.testing.assert_array_equal(d_w, 1000)

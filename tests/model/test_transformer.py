@@ -113,7 +113,7 @@ def test_any_chunks_in_any_form_equal_the_whole_forward(lengths, steps):
 def test_prefill_over_a_cache_of_several_chunks(monkeypatch):
     """The cache is decompressed in pieces that do not divide its capacity."""
     monkeypatch.setattr("mla_jax.model.mla.CACHE_CHUNK", 32)
-    monkeypatch.setattr("mla_jax.model.mla.LEAST_CACHE_CHUNK", 1)
+    monkeypatch.setattr("mla_jax.model.mla.MIN_CACHE_CHUNK", 1)
     config = dataclasses.replace(PEAKY, rope_theta=101.0)  # compiled for this test alone
     tokens, params = random_tokens(2, 41), PARAMS
     cache = init_cache(config, 2, 41)

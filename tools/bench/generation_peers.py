@@ -14,8 +14,8 @@ from mla_jax.bridge.hf.verify import import_transformers
 from mla_jax.config import ModelConfig
 from mla_jax.inference.generator import DECODE_BLOCK
 from mla_jax.model.decoder import bind_layer, logits
-from mla_jax.model.layers import product, rms_norm
-from mla_jax.model.rope import rotations, softmax_scale
+from mla_jax.model.layers import matmul, rms_norm
+from mla_jax.model.rope import rope_cos_sin, softmax_scale
 from mla_jax.model.transformer import embed
 
 STEPS = 16
@@ -86,22 +86,22 @@ def _expanded_steps(config: ModelConfig, weights: dict, tokens_B: jax.Array, cac
 
     def one_token(carry, _):
         tokens_B, caches, length = carry
-        turns = rotations(config, jnp.full((len(tokens_B), 1), length))
+        cos_sin = rope_cos_sin(config, jnp.full((len(tokens_B), 1), length))
         h, kept = embed(config, weights["embed_tokens"], tokens_B[:, None]), []
         for layer_weights, (k_BSHK, v_BSHV) in zip(weights["layers"], caches, strict=True):
             layer = bind_layer(config, layer_weights)
-            attention, x = layer.self_attn, layer._attention_input(h)
-            c, k_rope = attention._latents(x, turns)
-            k, v = attention._heads(product(c, attention.kv_b_proj), k_rope)
+            attention, x = layer.self_attn, layer.attention_input(h)
+            c, k_rope = attention.latents(x, cos_sin)
+            k, v = attention.expand(matmul(c, attention.kv_b_proj), k_rope)
             k_BSHK = jax.lax.dynamic_update_slice_in_dim(k_BSHK, k, length, 1)
             v_BSHV = jax.lax.dynamic_update_slice_in_dim(v_BSHV, v, length, 1)
-            q = jnp.concatenate(attention._queries(x, turns), axis=-1)
+            q = jnp.concatenate(attention.queries(x, cos_sin), axis=-1)
             lengths = jnp.full(len(tokens_B), length + 1, jnp.int32)
             out = jax.nn.dot_product_attention(
                 q, k_BSHK, v_BSHV, scale=softmax_scale(config), key_value_seq_lengths=lengths,
                 implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
             )  # fmt: skip
-            h = layer._feed_forward(h + attention._output(out))
+            h = layer.add_feed_forward(h + attention.output(out))
             kept.append((k_BSHK, v_BSHV))
         h = rms_norm(h, weights["norm"], config.rms_norm_eps)
         tokens_B = jnp.argmax(logits(config, weights, h[:, 0]), axis=-1).astype(jnp.int32)

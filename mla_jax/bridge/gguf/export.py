@@ -20,7 +20,7 @@ from mla_jax.bridge.hf.layout import HfTensor
 from mla_jax.bridge.hf.reader import HfCheckpoint, open_checkpoint
 from mla_jax.config import ModelConfig, require_choice
 from mla_jax.errors import InputError, UsageError
-from mla_jax.model.rope import amplitude, softmax_scale
+from mla_jax.model.rope import attention_factor, softmax_scale
 
 TYPES = ("f16", "bf16", "q8_0")
 
@@ -133,7 +133,7 @@ def _add_yarn(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_scaling_type(import_gguf().RopeScalingType.YARN)
     writer.add_rope_scaling_factor(yarn.factor)
     writer.add_rope_scaling_orig_ctx_len(yarn.original_max_position_embeddings)
-    rotary = amplitude(yarn)
+    rotary = attention_factor(yarn)
     temperature = math.sqrt(softmax_scale(config) * config.qk_head_dim**0.5)
     multiplier = (temperature / rotary - 1) / math.log(yarn.factor) if yarn.factor > 1 else 0.0
     if multiplier:

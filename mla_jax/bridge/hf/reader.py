@@ -18,7 +18,7 @@ from mla_jax.checkpoint.streaming import CHUNK_BYTES, LazyArray, Leaf, chunk_sli
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
-from mla_jax.mesh import placed
+from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.transformer import abstract_params
 
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -49,7 +49,7 @@ def load(hf_dir: str | Path) -> tuple[ModelConfig, dict, Tokenizer]:
         lazy.fill(whole)
         return jax.device_put(whole, leaf.sharding)
 
-    params = jax.tree.map(read, checkpoint.params(), placed(abstract_params(checkpoint.config)))
+    params = jax.tree.map(read, checkpoint.params(), with_concrete_shardings(abstract_params(checkpoint.config)))
     return checkpoint.config, params, checkpoint.tokenizer
 
 

@@ -117,7 +117,7 @@ def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied
 def frequency_error(source: LlamaConfig, target: ModelConfig) -> float:
     """Largest relative difference between a frequency that is kept and the one it gets; 0 but for scaled positions."""
     kept = source.frequencies[:: source.head_dim // target.qk_rope_head_dim]
-    return float(np.abs(rope.frequencies(target) / kept - 1).max())
+    return float(np.abs(rope.inv_freq(target) / kept - 1).max())
 
 
 def _integer(hf: dict, key: str) -> int:
@@ -199,4 +199,4 @@ def _rotation(hf: dict, head_dim: int) -> tuple[np.ndarray, float]:
         "rope_scaling": None, "rope_parameters": settings,
     }  # fmt: skip
     config = from_hf(as_ours, tied=False, dtype="float32")
-    return rope.frequencies(config), rope.amplitude(config.rope_scaling)
+    return rope.inv_freq(config), rope.attention_factor(config.rope_scaling)

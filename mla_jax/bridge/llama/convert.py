@@ -20,8 +20,8 @@ from mla_jax.bridge.llama.source import FINAL_NORM, LlamaCheckpoint
 from mla_jax.checkpoint.run_folder import check_tokenizer
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import Tokenizer
-from mla_jax.mesh import placed
-from mla_jax.model.rope import frequencies
+from mla_jax.mesh import with_concrete_shardings
+from mla_jax.model.rope import inv_freq
 from mla_jax.model.transformer import abstract_params, bind
 
 
@@ -60,7 +60,7 @@ class _Conversion:
         self.how = {"eps": source.config.rms_norm_eps, "scale": source.config.score_scale}
         length = calibration.tokens_BT.shape[1]
         self.turns = turns(source.config.frequencies, length)
-        self.target_turns = turns(frequencies(target), length)
+        self.target_turns = turns(inv_freq(target), length)
         self.params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(target))
 
     def run(self) -> tuple[dict, Report]:
@@ -81,7 +81,7 @@ class _Conversion:
         self.params["norm"][:] = final_norm_D / (self.scale if self.source.tied else 1)
         if not self.source.tied:
             self.params["lm_head"][:] = head_XD.T
-        leaves = placed(abstract_params(self.target))
+        leaves = with_concrete_shardings(abstract_params(self.target))
         params = jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), self.params, leaves)
 
         def of(h_BTD: np.ndarray) -> float:

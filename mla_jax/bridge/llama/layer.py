@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import latent_attention
-from mla_jax.model.rope import rotate
+from mla_jax.model.rope import apply_rope
 
 Turns = tuple[np.ndarray, np.ndarray]
 """cos and sin, float32 [T, pairs]."""
@@ -75,7 +75,7 @@ def _project(x_BTD: jax.Array, w_HND: jax.Array | np.ndarray) -> jax.Array:
 
 def _turned(x_BTHN: jax.Array, positions: Turns) -> jax.Array:
     cos, sin = (jnp.asarray(x)[:, None] for x in positions)
-    return rotate(x_BTHN, cos, sin)
+    return apply_rope(x_BTHN, cos, sin)
 
 
 def _rest(h_BTD, layer: LlamaLayer, q_BTHK, k_BTGK, v_BTGN, eps: float, scale: float) -> jax.Array:
