@@ -9,7 +9,7 @@ from mla_jax.distributed.join import check_same_config, is_main, join_job, print
 from mla_jax.distributed.preemption import requeue
 from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.training.loop import train
-from mla_jax.training.sweep import write_summary
+from mla_jax.training.summary import write_summary
 
 INTERRUPTED = 130
 

@@ -1,16 +1,15 @@
 """Writes a run as a Hugging Face folder: `python -m tools.export_hf RUN OUT [--verify]`."""
 
 import argparse
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from mla_jax.bridge.hf import verify
 from mla_jax.bridge.hf.config import DTYPES
 from mla_jax.bridge.hf.export import export
 from mla_jax.checkpoint.run_folder import Run, load_run
 from mla_jax.errors import InputError, one_line_errors
+from mla_jax.evals.results import Results, results_of_run
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -26,20 +25,16 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _results(run: Run) -> dict[str, Any] | None:
-    """What was measured of the step that is exported; None if nothing was."""
-    path = run.path / "eval" / "passkey.json"
-    if not path.exists():
-        return None
-    try:
-        results = json.loads(path.read_bytes())
-        step = results["model"]["step"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path} cannot be read ({e!r}); evaluate the run again or remove the file") from e
-    if step != run.step:
-        print(f"{path} is of step {step}, not {run.step}: the model card will say that it was not evaluated")
-        return None
-    return results
+def _results(run: Run) -> list[Results]:
+    """The results of the step that is exported."""
+    of_step = []
+    for results in results_of_run(run.path):
+        step = results.model["step"]
+        if step == run.step:
+            of_step.append(results)
+        else:
+            print(f"the {results.task} results are of step {step}, not {run.step}: the model card leaves them out")
+    return of_step
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Table and plot of a sweep's results: `python -m tools.sweep_report runs/SWEEP`."""
+"""Table and plot of the results of a sweep: `python -m tools.sweep_report runs/SWEEP`."""
 
 import argparse
 from pathlib import Path
 
 from mla_jax.errors import InputError, one_line_errors
 from mla_jax.evals.report import replacing
-from mla_jax.training.sweep import markdown_table, plot_sweep, read_sweep
+from mla_jax.evals.sweep import markdown_table, plot_sweep, read_sweep
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""How results over a length x depth grid are kept and shown: JSON, a terminal table, a heatmap."""
+"""Results over a grid of lengths and one more param, depth for instance: a table in text and a heatmap."""
 
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,52 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from mla_jax.errors import InputError
-from mla_jax.evals.stats import wilson_interval
+from mla_jax.evals.results import Cell, totals_by_length
 
 COLORS = "YlGnBu"
 """Pale yellow (0) to dark blue (1): one hue after the other, so that lightness alone tells the order."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """How many of `n` prompts of `length` tokens, with the needle at `depth`, were answered correctly."""
-
-    length: int
-    depth: float | None
-    """Between 0 (start) and 1 (end); None counts all depths."""
-    n: int
-    correct: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of correct answers."""
-        return self.correct / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson 95 % interval of the accuracy."""
-        return wilson_interval(self.correct, self.n)
-
-    def to_json(self) -> dict:
-        """The counts with accuracy and interval spelled out."""
-        low, high = self.interval
-        return {
-            "length": self.length,
-            "depth": self.depth,
-            "n": self.n,
-            "correct": self.correct,
-            "accuracy": round(self.accuracy, 6),
-            "interval": [round(low, 6), round(high, 6)],
-        }
-
-
-def over_depths(cells: Sequence[Cell]) -> list[Cell]:
-    """One cell (depth None) for each length, shortest first, that counts all its depths."""
-    totals = []
-    for length in sorted({cell.length for cell in cells}):
-        row = [cell for cell in cells if cell.length == length]
-        totals.append(Cell(length, None, sum(cell.n for cell in row), sum(cell.correct for cell in row)))
-    return totals
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -94,8 +52,8 @@ def format_length(tokens: int) -> str:
     return str(tokens)
 
 
-def _format_depth(depth: float | None) -> str:
-    return "all" if depth is None else f"{100 * depth:g}%"
+def _format_row(name: str, value: Any) -> str:
+    return "all" if value is None else f"{100 * value:g}%" if name == "depth" else str(value)
 
 
 def _percent_range(cell: Cell) -> str:
@@ -103,20 +61,22 @@ def _percent_range(cell: Cell) -> str:
     return f"{100 * low:.0f}-{100 * high:.0f}"
 
 
-def _rows(cells: Sequence[Cell]) -> tuple[list[int], list[float | None], dict[tuple[int, float | None], Cell]]:
-    """Lengths, depths (the last one is None, all of them) and every cell by both."""
+def _grid(cells: Sequence[Cell]) -> tuple[list[int], str, list[Any], dict[tuple[int, Any], Cell]]:
+    """Lengths, name and values of the other param (the last one is None, all of them), and every cell by both."""
+    (name,) = cells[0].params.keys() - {"length"}
     lengths = sorted({cell.length for cell in cells})
-    depths = sorted({cell.depth for cell in cells if cell.depth is not None})
-    return lengths, [*depths, None], {(cell.length, cell.depth): cell for cell in [*cells, *over_depths(cells)]}
+    values = sorted({cell.params[name] for cell in cells})
+    by_place = {(cell.length, cell.params[name]): cell for cell in [*cells, *totals_by_length(cells)]}
+    return lengths, name, [*values, None], by_place
 
 
 def format_table(cells: Sequence[Cell]) -> str:
-    """The grid as text: length across, depth down; each entry is correct/n [Wilson 95 % interval in %]."""
-    lengths, depths, by_place = _rows(cells)
-    rows = [["depth", *(f"{format_length(length)} tokens" for length in lengths)]]
-    for depth in depths:
-        entries = [by_place[length, depth] for length in lengths]
-        rows.append([_format_depth(depth), *(f"{c.correct}/{c.n} [{_percent_range(c)}]" for c in entries)])
+    """The grid as text: length across, the other param down; each entry is correct/n [Wilson 95 % interval in %]."""
+    lengths, name, values, by_place = _grid(cells)
+    rows = [[name, *(f"{format_length(length)} tokens" for length in lengths)]]
+    for value in values:
+        entries = [by_place[length, value] for length in lengths]
+        rows.append([_format_row(name, value), *(f"{c.correct}/{c.n} [{_percent_range(c)}]" for c in entries)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
     rule = "-" * len(lines[0])
@@ -126,10 +86,10 @@ def format_table(cells: Sequence[Cell]) -> str:
 def plot_heatmap(
     cells: Sequence[Cell], path: Path, *, title: str, subtitle: str = "", trained_lengths: Sequence[int] = ()
 ) -> None:
-    """Draws the grid as a PNG: length across, depth down, each cell with accuracy, correct/n and interval.
+    """Draws the grid as a PNG: length across, the other param down, each cell with accuracy, correct/n and interval.
 
     Args:
-        cells: the whole grid, one cell for each length and depth.
+        cells: the whole grid.
         path: where the PNG goes; replaced only by a complete one.
         title: what was measured on which model.
         subtitle: a second, smaller line.
@@ -138,22 +98,22 @@ def plot_heatmap(
     Raises:
         InputError: the file cannot be written.
     """
-    lengths, depths, by_place = _rows(cells)
+    lengths, name, values, by_place = _grid(cells)
     scale = ScalarMappable(Normalize(0, 1), COLORS)
-    figure = Figure(figsize=(max(2.4 + 1.15 * len(lengths), 5.6), 2.1 + 0.72 * len(depths)), dpi=160)
+    figure = Figure(figsize=(max(2.4 + 1.15 * len(lengths), 5.6), 2.1 + 0.72 * len(values)), dpi=160)
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
     axes = figure.add_subplot()
-    rows = [float(row) for row in range(len(depths))]
+    rows = [float(row) for row in range(len(values))]
     rows[-1] += 0.15  # sets the totals apart from the grid
-    for y, depth in zip(rows, depths, strict=True):
+    for y, value in zip(rows, values, strict=True):
         for x, length in enumerate(lengths):
-            _draw_cell(axes, x, y, by_place[length, depth], scale)
+            _draw_cell(axes, x, y, by_place[length, value], scale)
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.set_ylim(rows[-1] + 0.5, -0.5)
     axes.set_xticks(range(len(lengths)), [format_length(length) for length in lengths])
-    axes.set_yticks(rows, [_format_depth(depth).replace("%", " %") for depth in depths])
+    axes.set_yticks(rows, [_format_row(name, value).replace("%", " %") for value in values])
     axes.set_xlabel("length of the prompt (tokens)")
-    axes.set_ylabel("depth of the needle (0 % = start)")
+    axes.set_ylabel("depth of the needle (0 % = start)" if name == "depth" else name)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     _mark_trained(axes, lengths, trained_lengths)

@@ -52,7 +52,7 @@ def test_the_card_takes_the_results_of_this_step(call, run_dir, tmp_path):
         results.write_text(json.dumps({"model": {"step": 5}, "cells": cells}))
         code, out, _ = call(export_hf, run_dir, tmp_path / "another step")
         assert code == 0
-        assert "is of step 5, not 0" in out
+        assert "the passkey results are of step 5, not 0" in out
         assert "Not evaluated." in (tmp_path / "another step" / "README.md").read_text()
 
         for content in ("{", "{}", "[]"):

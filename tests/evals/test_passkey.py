@@ -11,8 +11,10 @@ from mla_jax.config import PasskeyConfig
 from mla_jax.data.needle.generator import passkey_prompt
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
-from mla_jax.evals import passkey
-from mla_jax.evals.passkey import FAILURES_KEPT, evaluate_passkey, first_integer, run_passkey
+from mla_jax.evals import runner
+from mla_jax.evals.passkey import first_integer, passkey_task
+from mla_jax.evals.results import read_results, totals_by_length
+from mla_jax.evals.runner import FAILURES_KEPT, evaluate, measure
 from mla_jax.model.transformer import init_params
 from tiny import MODEL
 
@@ -22,7 +24,7 @@ KEY = re.compile(r"The pass key is ([0-9]+)\.")
 
 
 class Generator:
-    """Stands in for `generate.Generator`: reads the key in the prompt and answers what `answer(key, depth)` says."""
+    """Stands in for `generator.Generator`: reads the key in the prompt and answers what `answer(key, depth)` says."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -43,16 +45,15 @@ class Generator:
         return [TOKENIZER.encode(answer) for answer in answers]
 
 
-@pytest.fixture
-def evaluate(monkeypatch):
-    """Runs a grid with a Generator; returns both report and generator."""
-
-    def run(answer, grid=GRID, config=MODEL):
-        generator = Generator(answer)
-        monkeypatch.setattr(passkey, "Generator", generator)
-        return evaluate_passkey(config, {}, TOKENIZER, grid), generator
-
-    return run
+def ask(answer, grid=GRID, config=MODEL):
+    """Runs a grid with a Generator; returns cells, failures and generator."""
+    generator = Generator(answer)
+    measured = list(measure(passkey_task(config, TOKENIZER, grid), generator, TOKENIZER))
+    return (
+        [cell for cells, _ in measured for cell in cells],
+        [f for _, failures in measured for f in failures],
+        generator,
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,48 +64,48 @@ def test_first_integer(text, number):
     assert first_integer(text) == number
 
 
-def test_a_model_that_reads_the_key_scores_one(evaluate):
-    report, generator = evaluate(lambda key, _: f" {key}. 999")
-    assert [(c.length, c.depth, c.n, c.correct) for c in report.cells] == [
-        (length, depth, 5, 5) for length in GRID.lengths for depth in GRID.depths
+def test_a_model_that_reads_the_key_scores_one():
+    cells, failures, generator = ask(lambda key, _: f" {key}. 999")
+    assert [(c.params, c.n, c.correct) for c in cells] == [
+        ({"length": length, "depth": depth}, 5, 5) for length in GRID.lengths for depth in GRID.depths
     ]
-    assert [(c.length, c.n, c.correct) for c in report.by_length] == [(128, 15, 15), (192, 15, 15)]
-    assert report.failures == ()
+    assert [(c.length, c.n, c.correct) for c in totals_by_length(cells)] == [(128, 15, 15), (192, 15, 15)]
+    assert failures == []
     assert all(o == {"max_new_tokens": 10, "eos_id": TOKENIZER.eos_id} for o in generator.options)
 
 
-def test_prompts_have_their_length_and_batches_one_size(evaluate):
-    _, generator = evaluate(lambda key, _: key)
+def test_prompts_have_their_length_and_batches_one_size():
+    _, _, generator = ask(lambda key, _: key)
     assert [[len(p) for p in batch] for batch in generator.batches] == 4 * [4 * [128]] + 4 * [4 * [192]]
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(1, 15 * [1]), (7, 3 * [5]), (15, [15]), (100, [15])])
-def test_batches_are_evenly_filled(evaluate, batch_size, sizes):
+def test_batches_are_evenly_filled(batch_size, sizes):
     grid = dataclasses.replace(GRID, lengths=[128], batch_size=batch_size)
-    report, generator = evaluate(lambda key, _: key, grid)
+    cells, _, generator = ask(lambda key, _: key, grid)
     assert [len(batch) for batch in generator.batches] == sizes
-    assert sum(cell.correct for cell in report.cells) == 15
+    assert sum(cell.correct for cell in cells) == 15
 
 
-def test_wrong_answers_count_in_their_own_cell(evaluate):
-    report, _ = evaluate(lambda key, depth: f" {key}" if depth < 0.4 else f" 1{key}")
-    assert {(c.length, c.depth): c.correct for c in report.cells} == {
+def test_wrong_answers_count_in_their_own_cell():
+    cells, failures, _ = ask(lambda key, depth: f" {key}" if depth < 0.4 else f" 1{key}")
+    assert {(c.length, c.params["depth"]): c.correct for c in cells} == {
         (length, depth): 5 if depth == 0 else 0 for length in GRID.lengths for depth in GRID.depths
     }
-    assert len(report.failures) == 4 * FAILURES_KEPT
+    assert len(failures) == 4 * FAILURES_KEPT
 
 
-def test_a_failure_says_how_to_make_its_prompt_again(evaluate):
-    report, _ = evaluate(lambda key, _: f" {key}0 ")
-    failure = report.failures[-1]
-    ids, answer = passkey_prompt(TOKENIZER, failure.length, failure.depth, failure.seed, failure.index)
-    assert (len(ids), answer) == (failure.length, failure.expected)
+def test_a_failure_says_how_to_make_its_prompt_again():
+    failure = ask(lambda key, _: f" {key}0 ")[1][-1]
+    length, depth = failure.params["length"], failure.params["depth"]
+    ids, answer = passkey_prompt(TOKENIZER, length, depth, failure.seed, failure.index)
+    assert (len(ids), answer) == (length, failure.expected)
     assert failure.generated.strip() == f"{answer}0"
 
 
-def test_cells_do_not_depend_on_the_rest_of_the_grid(evaluate):
+def test_cells_do_not_depend_on_the_rest_of_the_grid():
     def prompts(grid):
-        _, generator = evaluate(lambda key, _: key, grid)
+        _, _, generator = ask(lambda key, _: key, grid)
         return {tuple(prompt) for batch in generator.batches for prompt in batch}
 
     whole = prompts(GRID)
@@ -124,31 +125,31 @@ def test_cells_do_not_depend_on_the_rest_of_the_grid(evaluate):
         ({"depths": [0.5, 0.5]}, r"eval.depths must not repeat"),
     ],
 )
-def test_impossible_grids_are_refused_before_anything_runs(evaluate, changes, message):
-    def fail(key, depth):
-        raise AssertionError("nothing may be generated")
-
+def test_impossible_grids_are_refused_before_anything_runs(changes, message):
     with pytest.raises(InputError, match=message):
-        evaluate(fail, dataclasses.replace(GRID, **changes))
+        passkey_task(MODEL, TOKENIZER, dataclasses.replace(GRID, **changes))
 
 
-def test_the_longest_possible_prompt_is_accepted(evaluate):
-    report, _ = evaluate(lambda key, _: key, dataclasses.replace(GRID, lengths=[502]))
-    assert report.by_length[0].correct == 15
+def test_the_longest_possible_prompt_is_accepted():
+    cells, _, _ = ask(lambda key, _: key, dataclasses.replace(GRID, lengths=[502]))
+    assert totals_by_length(cells)[0].correct == 15
 
 
 def test_a_random_model_end_to_end(tmp_path, capsys):
     params = init_params(MODEL, seed=0)
     run = Run(tmp_path / "tiny", MODEL, params, TOKENIZER, step=3, trained_lengths=(64, 128))
     grid = dataclasses.replace(GRID, samples=2)
-    report = run_passkey(run, grid, tmp_path / "tiny" / "eval")
+    task = passkey_task(MODEL, TOKENIZER, grid)
+    report = evaluate(run, task, tmp_path / "tiny" / "eval")
 
     assert [cell.n for cell in report.cells] == 6 * [2]
     assert sum(cell.correct for cell in report.cells) <= 1, "an untrained model does not find keys"
     written = json.loads((tmp_path / "tiny" / "eval" / "passkey.json").read_text())
     assert written["cells"] == [cell.to_json() for cell in report.cells]
     assert written["config"] == dataclasses.asdict(grid)
-    assert written["failures"] == [dataclasses.asdict(failure) for failure in report.failures]
+    assert written["failures"] == [failure.to_json() for failure in report.failures]
+    assert read_results(tmp_path / "tiny" / "eval" / "passkey.json") == report
+    assert {path.name for path in (tmp_path / "tiny" / "eval").iterdir()} == {"passkey.json", "passkey.png"}
     # Generation is deterministic, and so is everything but date and duration.
     assert {k: written["model"][k] for k in ("name", "step", "trained_lengths")} == {
         "name": "tiny",
@@ -160,17 +161,18 @@ def test_a_random_model_end_to_end(tmp_path, capsys):
     assert (tmp_path / "tiny" / "eval" / "passkey.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "128 tokens" in out and "192 tokens" in out and "passkey.png" in out
-    assert evaluate_passkey(MODEL, params, TOKENIZER, grid) == report
+    again = evaluate(run, task, tmp_path / "again")
+    assert (again.cells, again.failures) == (report.cells, report.failures)
 
 
 def test_the_cache_may_have_8_bits(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
-        passkey, "Generator", lambda *_, cache_dtype: made.append(cache_dtype) or Generator(lambda *_: "1")
+        runner, "Generator", lambda *_, cache_dtype: made.append(cache_dtype) or Generator(lambda *_: "1")
     )
     grid = dataclasses.replace(GRID, cache_dtype="int8")
     run = Run(tmp_path, MODEL, init_params(MODEL, 0), TOKENIZER, step=0, trained_lengths=())
-    run_passkey(run, grid, tmp_path / "eval")
+    evaluate(run, passkey_task(MODEL, TOKENIZER, grid), tmp_path / "eval")
     written = json.loads((tmp_path / "eval" / "passkey.json").read_text())
     assert written["model"]["cache_bytes_per_token"] == 2 * (16 + 8 + 2 * 4)
     assert made == ["int8"]
@@ -180,4 +182,51 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     run = Run(tmp_path, MODEL, {}, TOKENIZER, step=0, trained_lengths=())
     with pytest.raises(InputError, match="could not create"):
-        run_passkey(run, GRID, tmp_path / "file" / "eval")
+        evaluate(run, passkey_task(MODEL, TOKENIZER, GRID), tmp_path / "file" / "eval")
+
+
+class Interrupted(Generator):
+    """Is interrupted at the prompts of 192 tokens."""
+
+    def generate(self, prompts, **options):
+        if len(prompts[0]) == 192:
+            raise KeyboardInterrupt
+        return super().generate(prompts, **options)
+
+
+@pytest.mark.parametrize("revision", ["same", "same-dirty"])
+def test_an_interrupted_evaluation_goes_on_unless_the_source_was_changed(tmp_path, monkeypatch, capsys, revision):
+    dates = iter(["yesterday", "today"])
+    monkeypatch.setattr(runner, "provenance", lambda: {"date": next(dates), "git_revision": revision})
+    run, task = (
+        Run(tmp_path, MODEL, {}, TOKENIZER, step=4, trained_lengths=(128,)),
+        passkey_task(MODEL, TOKENIZER, GRID),
+    )
+    monkeypatch.setattr(runner, "Generator", Interrupted(lambda key, depth: key if depth > 0.4 else "1"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, task, tmp_path / "eval")
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["passkey.json.unfinished"]
+    generator = Generator(lambda key, depth: key if depth > 0.4 else "1")
+    monkeypatch.setattr(runner, "Generator", generator)
+    results = evaluate(run, task, tmp_path / "eval")
+    resumed = revision == "same"
+    assert {len(batch[0]) for batch in generator.batches} == ({192} if resumed else {128, 192})
+    assert ("has 3 finished cells: going on from there" in capsys.readouterr().out) == resumed
+    assert [(c.length, c.params["depth"], c.correct) for c in results.cells] == [
+        (length, depth, 5 if depth else 0) for length in GRID.lengths for depth in GRID.depths
+    ]
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"passkey.json", "passkey.png"}
+
+
+@pytest.mark.parametrize("other", [{"step": 5}, {"samples": 4}])
+def test_what_was_measured_of_another_step_or_grid_is_measured_again(tmp_path, monkeypatch, other):
+    monkeypatch.setattr(runner, "provenance", lambda: {"git_revision": "same"})
+    monkeypatch.setattr(runner, "Generator", Interrupted(lambda key, _: "1"))
+    run = Run(tmp_path, MODEL, {}, TOKENIZER, step=4, trained_lengths=())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, passkey_task(MODEL, TOKENIZER, GRID), tmp_path / "eval")
+    monkeypatch.setattr(runner, "Generator", Generator(lambda key, _: key))
+    run = dataclasses.replace(run, step=other.get("step", 4))
+    grid = dataclasses.replace(GRID, samples=other.get("samples", 5))
+    results = evaluate(run, passkey_task(MODEL, TOKENIZER, grid), tmp_path / "eval")
+    assert results.counts == (6 * grid.samples, 6 * grid.samples)

@@ -12,20 +12,26 @@ from matplotlib.figure import Figure
 
 from mla_jax.errors import InputError
 from mla_jax.evals.provenance import provenance
-from mla_jax.evals.report import Cell, format_length, format_table, over_depths, plot_heatmap, write_json
+from mla_jax.evals.report import format_length, format_table, plot_heatmap, write_json
+from mla_jax.evals.results import Cell, totals_by_length
+
+
+def cell(length, depth, n, correct):
+    return Cell({"length": length, "depth": depth}, n, correct)
+
 
 CELLS = [
-    Cell(256, 0.0, 20, 19),
-    Cell(256, 0.5, 20, 20),
-    Cell(256, 1.0, 20, 20),
-    Cell(1024, 0.0, 20, 0),
-    Cell(1024, 0.5, 20, 10),
-    Cell(1024, 1.0, 20, 20),
+    cell(256, 0.0, 20, 19),
+    cell(256, 0.5, 20, 20),
+    cell(256, 1.0, 20, 20),
+    cell(1024, 0.0, 20, 0),
+    cell(1024, 0.5, 20, 10),
+    cell(1024, 1.0, 20, 20),
 ]
 
 
-def test_over_depths_counts_every_depth():
-    assert over_depths(CELLS[::-1]) == [Cell(256, None, 60, 59), Cell(1024, None, 60, 30)]
+def test_totals_by_length_count_every_depth():
+    assert totals_by_length(CELLS[::-1]) == [cell(256, None, 60, 59), cell(1024, None, 60, 30)]
 
 
 def test_table():
@@ -41,6 +47,16 @@ depth     256 tokens       1k tokens
         line.split() for line in table.splitlines() if "---" not in line
     ]
     assert len({len(line) for line in format_table(CELLS).splitlines()}) == 1
+
+
+def test_table_of_another_param():
+    cells = [Cell({"length": 256, "hops": hops}, 4, 4 - hops) for hops in (2, 1)]
+    assert [line.split()[:2] for line in format_table(cells).splitlines() if "---" not in line] == [
+        ["hops", "256"],
+        ["1", "3/4"],
+        ["2", "2/4"],
+        ["all", "5/8"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +95,7 @@ def test_heatmap_shows_accuracy_n_and_interval(monkeypatch, tmp_path):
 
 
 def test_heatmap_of_one_cell_without_training(monkeypatch, tmp_path):
-    figure, texts = drawn(monkeypatch, [Cell(100, 0.25, 3, 0)], tmp_path / "x.png")
+    figure, texts = drawn(monkeypatch, [cell(100, 0.25, 3, 0)], tmp_path / "x.png")
     assert texts == {"0 %", "0/3  (0-56)"}
     assert len(figure.axes[0].lines) == 0
 
@@ -92,7 +108,7 @@ def test_no_divider_when_all_or_no_lengths_were_trained(monkeypatch, tmp_path, t
 
 
 def test_dark_cells_have_light_text(monkeypatch, tmp_path):
-    figure, _ = drawn(monkeypatch, [Cell(100, 0.0, 5, 5), Cell(100, 1.0, 5, 0)], tmp_path / "x.png")
+    figure, _ = drawn(monkeypatch, [cell(100, 0.0, 5, 5), cell(100, 1.0, 5, 0)], tmp_path / "x.png")
     inks = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
     assert inks["5/5  (57-100)"] == "white"
     assert inks["0/5  (0-43)"] != "white"
@@ -100,7 +116,7 @@ def test_dark_cells_have_light_text(monkeypatch, tmp_path):
 
 def test_json_round_trip(tmp_path):
     path = tmp_path / "passkey.json"
-    write_json(path, {"cells": [cell.to_json() for cell in CELLS]})
+    write_json(path, {"cells": [each.to_json() for each in CELLS]})
     first = json.loads(path.read_text())["cells"][0]
     assert first == {
         "length": 256,

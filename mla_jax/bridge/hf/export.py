@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mla_jax.checkpoint.streaming import chunk_slices
 from mla_jax.config import ModelConfig, require_choice
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
+from mla_jax.evals.results import Results
 
 
 def export(
@@ -29,7 +30,7 @@ def export(
     tokenizer: Tokenizer,
     out_dir: str | Path,
     *,
-    results: dict[str, Any] | None = None,
+    results: Sequence[Results] = (),
     dtype: str = "float32",
     max_shard_bytes: int = 4 * 10**9,
     overwrite: bool = False,
@@ -46,7 +47,7 @@ def export(
         params: its parameters, as `init_params` lays them out: arrays, on disk if `load_run` left them there.
         tokenizer: saved along; its special ids go into the configs.
         out_dir: the folder to create.
-        results: contents of the run's eval/passkey.json for the model card; None if it was not evaluated.
+        results: of the model's evaluations, for the model card.
         dtype: type of the written weights: float32, bfloat16 or float16.
         max_shard_bytes: the most bytes of weights in one file; a tensor above it has a file of its own.
         overwrite: replace `out_dir` if it is an export.

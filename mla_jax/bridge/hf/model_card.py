@@ -1,11 +1,11 @@
 """README.md of an exported model: what it is, how to load it, and what was measured; nothing that was not."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from mla_jax.bridge.hf.layout import count_parameters
 from mla_jax.config import ModelConfig
-from mla_jax.errors import InputError
-from mla_jax.evals.report import Cell, format_table, over_depths
+from mla_jax.evals.report import format_table
+from mla_jax.evals.results import Results
 
 _CARD = """\
 ---
@@ -44,15 +44,15 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=10)[0]))
 {evaluation}
 """
 
-_PASSKEY = """\
-Passkey retrieval: the key hidden at several depths of a haystack, found by greedy generation; exact match, with
+_RESULTS = """\
+{title}: {description}, with
 Wilson 95 % intervals.{details}
 
 | length (tokens) | correct | accuracy | 95 % interval |
 |---|---|---|---|
 {rows}
 
-By depth (0 % is the start):
+By {param}:
 
 ```
 {table}
@@ -60,17 +60,14 @@ By depth (0 % is the start):
 """
 
 
-def model_card(name: str, config: ModelConfig, dtype: str, results: dict[str, Any] | None) -> str:
+def model_card(name: str, config: ModelConfig, dtype: str, results: Sequence[Results]) -> str:
     """The text of README.md.
 
     Args:
         name: the folder's.
         config: the model.
         dtype: type of the weights.
-        results: contents of the run's eval/passkey.json; None says that the model was not evaluated.
-
-    Raises:
-        InputError: the results are not what an evaluation writes.
+        results: of the model's evaluations; without any the card says that it was not evaluated.
     """
     yarn = config.rope_scaling
     positions = f"up to {config.max_position_embeddings:,}, RoPE theta {config.rope_theta:,.0f}"
@@ -87,33 +84,34 @@ def model_card(name: str, config: ModelConfig, dtype: str, results: dict[str, An
         cache_bytes=config.cache_bytes_per_token(),
         query_rank="none" if config.q_lora_rank is None else config.q_lora_rank,
         positions=positions,
-        evaluation="Not evaluated." if results is None else _evaluation(results, dtype),
+        evaluation="\n\n".join(_evaluation(each, dtype) for each in results) or "Not evaluated.",
     )
 
 
-def _evaluation(results: dict[str, Any], dtype: str) -> str:
-    try:
-        cells = [Cell(**{key: c[key] for key in ("length", "depth", "n", "correct")}) for c in results["cells"]]
-        rows = [
-            f"| {c.length:,} | {c.correct}/{c.n} | {c.accuracy:.1%} | {c.interval[0]:.1%} to {c.interval[1]:.1%} |"
-            for c in over_depths(cells)
-        ]
-        table = format_table(cells)
-        details = _details(results.get("model", {}), results.get("provenance", {}), dtype)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-        raise InputError(f"the passkey results are not what an evaluation writes ({e!r}); evaluate again") from e
-    return _PASSKEY.format(rows="\n".join(rows), table=table, details=details).rstrip()
+def _evaluation(results: Results, dtype: str) -> str:
+    rows = [
+        f"| {c.length:,} | {c.correct}/{c.n} | {c.accuracy:.1%} | {c.interval[0]:.1%} to {c.interval[1]:.1%} |"
+        for c in results.by_length
+    ]
+    (param,) = results.cells[0].params.keys() - {"length"}
+    return _RESULTS.format(
+        title=results.title,
+        description=results.description,
+        details="".join("\n" + sentence for sentence in _details(results, dtype)),
+        rows="\n".join(rows),
+        param="depth (0 % is the start)" if param == "depth" else param,
+        table=format_table(results.cells),
+    ).rstrip()
 
 
-def _details(model: dict[str, Any], provenance: dict[str, Any], dtype: str) -> str:
-    """What was measured, where and when, as far as the results say."""
+def _details(results: Results, dtype: str) -> list[str]:
+    """Sentences on which weights were evaluated, where and when, as far as the results say."""
     sentences = []
-    if model.get("trained_lengths"):
-        sentences.append(f"Trained at lengths up to {max(model['trained_lengths']):,}.")
-    if "step" in model:
-        sentences.append(f"Measured at step {model['step']:,}.")
-    if {"hardware", "date"} <= provenance.keys():
-        sentences.append(f"Measured on {provenance['hardware']}, {provenance['date']}.")
+    if results.model.get("trained_lengths"):
+        sentences.append(f"Trained at lengths up to {max(results.model['trained_lengths']):,}.")
+    sentences.append(f"Measured at step {results.model['step']:,}.")
+    if {"hardware", "date"} <= results.provenance.keys():
+        sentences.append("Measured on {hardware}, {date}.".format(**results.provenance))
     if dtype != "float32":
         sentences.append(f"Measured before the weights were rounded to {dtype}.")
-    return "".join("\n" + sentence for sentence in sentences)
+    return sentences

@@ -1,4 +1,4 @@
-"""What the runs of a sweep reached, beside what was swept: a Markdown table and a plot."""
+"""The runs of a sweep compared, each beside the values that were swept: a Markdown table and a plot."""
 
 import json
 import math
@@ -13,22 +13,12 @@ from omegaconf import OmegaConf
 
 from mla_jax.config import flatten
 from mla_jax.errors import InputError
-from mla_jax.evals.report import COLORS, replacing, write_json
-from mla_jax.training.loop import TrainResult
+from mla_jax.evals.report import COLORS, replacing
+from mla_jax.evals.results import results_of_run
+from mla_jax.training.summary import SUMMARY
 
-SUMMARY = "summary.json"
 NAMES = ("name", "run_dir")
 """Keys that differ between the runs of a sweep without being swept."""
-
-
-def write_summary(result: TrainResult) -> None:
-    """Writes RUN/summary.json: the last step and the metrics of the last window of `train.log_every` steps.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    if result.metrics is not None:  # a run that had finished before keeps what it wrote then
-        write_json(result.run_dir / SUMMARY, {"step": result.step, **result.metrics})
 
 
 @dataclass(frozen=True)
@@ -40,8 +30,8 @@ class SweptRun:
     """Every key with its value, `model.kv_lora_rank` and the like."""
     summary: dict[str, float] | None
     """None if the run has not finished."""
-    passkey: tuple[int, int] | None
-    """Correct answers and prompts of RUN/eval/passkey.json, None without that evaluation."""
+    evaluations: dict[str, tuple[int, int]]
+    """(correct answers, prompts) of each task that RUN/eval has results of."""
 
 
 def read_sweep(folder: Path) -> list[SweptRun]:
@@ -59,17 +49,14 @@ def read_sweep(folder: Path) -> list[SweptRun]:
 
 
 def _read_run(path: Path, folder: Path) -> SweptRun:
-    def content(name: str) -> dict | None:
-        return json.loads((path / name).read_text()) if (path / name).is_file() else None
-
     try:
         config = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
-        summary, passkey = content(SUMMARY), content("eval/passkey.json")
-        rows = passkey["by_length"] if passkey else []
-        counts = (sum(row["correct"] for row in rows), sum(row["n"] for row in rows)) if rows else None
+        finished = (path / SUMMARY).is_file()
+        summary = json.loads((path / SUMMARY).read_text()) if finished else None
     except Exception as e:
         raise InputError(f"{path} cannot be read ({str(e).splitlines()[0][:200]})") from e
-    return SweptRun(str(path.relative_to(folder)), config, summary, counts)
+    evaluations = {results.task: results.counts for results in results_of_run(path)}
+    return SweptRun(str(path.relative_to(folder)), config, summary, evaluations)
 
 
 def swept_keys(runs: Sequence[SweptRun]) -> list[str]:
@@ -83,8 +70,9 @@ def swept_keys(runs: Sequence[SweptRun]) -> list[str]:
 
 def markdown_table(runs: Sequence[SweptRun]) -> str:
     """One row for each run, the lowest loss first; runs that have not finished come last."""
-    keys, with_passkey = swept_keys(runs), any(run.passkey for run in runs)
-    rows = [[*keys, "step", "loss", "answers right", "tokens/s", *(["passkeys found"] if with_passkey else [])]]
+    keys = swept_keys(runs)
+    tasks = sorted({task for run in runs for task in run.evaluations})
+    rows = [[*keys, "step", "loss", "answers right", "tokens/s", *(f"{task} correct" for task in tasks)]]
     for run in sorted(runs, key=lambda run: run.summary["loss"] if run.summary else math.inf):
         row, s = [str(run.config.get(key)) for key in keys], run.summary
         if s is None:
@@ -92,7 +80,7 @@ def markdown_table(runs: Sequence[SweptRun]) -> str:
         else:
             numbers = f"{s['loss']:.4f}", f"{s['answer_accuracy']:.1%}", f"{s['tokens_per_second']:,.0f}"
             row += [str(s["step"]), *numbers]
-        rows.append([*row, *(["{}/{}".format(*run.passkey) if run.passkey else ""] if with_passkey else [])])
+        rows.append([*row, *("{}/{}".format(*run.evaluations[t]) if t in run.evaluations else "" for t in tasks)])
     rows.insert(1, ["---"] * len(rows[0]))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mla_jax.errors import InputError
-from mla_jax.training.sweep import SweptRun, markdown_table, plot_sweep, read_sweep, swept_keys
+from mla_jax.evals.sweep import SweptRun, markdown_table, plot_sweep, read_sweep, swept_keys
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -19,7 +19,7 @@ def run(rate: float, rank: int, loss: float | None, passkey: tuple[int, int] | N
     name = f"rate={rate},rank={rank}"
     config = {"name": "s", "run_dir": name, "seed": 0, "train.rate": rate, "model.rank": rank}
     summary = None if loss is None else {"step": 9, "loss": loss, "answer_accuracy": 0.125, "tokens_per_second": 1234.5}
-    return SweptRun(name, config, summary, passkey)
+    return SweptRun(name, config, summary, {} if passkey is None else {"passkey": passkey})
 
 
 RUNS = [run(0.01, 16, 2.0, (3, 4)), run(0.01, 32, 1.0), run(0.003, 16, None), run(0.003, 32, 1.5)]
@@ -34,7 +34,7 @@ def test_table_has_the_lowest_loss_first_and_unfinished_runs_last():
     assert (
         markdown_table(RUNS)
         == """\
-| train.rate | model.rank | step | loss | answers right | tokens/s | passkeys found |
+| train.rate | model.rank | step | loss | answers right | tokens/s | passkey correct |
 | --- | --- | --- | --- | --- | --- | --- |
 | 0.01 | 32 | 9 | 1.0000 | 12.5% | 1,234 |  |
 | 0.003 | 32 | 9 | 1.5000 | 12.5% | 1,234 |  |
@@ -59,7 +59,7 @@ def test_plot_has_a_line_for_each_value_of_the_second_key(tmp_path, monkeypatch)
 def test_words_are_drawn_at_even_places(tmp_path, monkeypatch):
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
-    runs = [SweptRun(name, {"optim.name": name}, RUNS[0].summary, None) for name in ("muon", "adamw")]
+    runs = [SweptRun(name, {"optim.name": name}, RUNS[0].summary, {}) for name in ("muon", "adamw")]
     plot_sweep(runs, tmp_path / "sweep.png", title="s")
     (line,) = figures[0].axes[0].get_lines()
     assert list(line.get_xdata()) == [0, 1]
@@ -78,11 +78,11 @@ def test_runs_are_read_from_their_folders(tmp_path):
     write(tmp_path / "seed=0", "{seed: 0, train: {stages: [{steps: 1}]}}", summary)
     write(tmp_path / "seed=1", "{seed: 1, train: {stages: [{steps: 1}]}}", None)
     (tmp_path / "seed=0" / "eval").mkdir()
-    cells = {"by_length": [{"correct": 1, "n": 2}, {"correct": 2, "n": 2}]}
-    (tmp_path / "seed=0" / "eval" / "passkey.json").write_text(json.dumps(cells))
+    cells = [{"length": length, "depth": 0.5, "correct": correct, "n": 2} for length, correct in ((128, 1), (256, 2))]
+    (tmp_path / "seed=0" / "eval" / "passkey.json").write_text(json.dumps({"model": {"step": 1}, "cells": cells}))
     first, second = read_sweep(tmp_path)
-    assert first == SweptRun("seed=0", {"seed": 0, "train.stages.0.steps": 1}, summary, (3, 4))
-    assert second.name == "seed=1" and second.summary is None and second.passkey is None
+    assert first == SweptRun("seed=0", {"seed": 0, "train.stages.0.steps": 1}, summary, {"passkey": (3, 4)})
+    assert second.name == "seed=1" and second.summary is None and second.evaluations == {}
 
 
 def test_what_is_no_sweep_is_named(tmp_path):

@@ -1,0 +1,157 @@
+"""Asks a model the prompts of a task, cell by cell, and keeps what has finished."""
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from mla_jax.checkpoint.run_folder import Run
+from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.errors import InputError
+from mla_jax.evals.provenance import provenance
+from mla_jax.evals.report import format_table, plot_heatmap, write_json
+from mla_jax.evals.results import Cell, Failure, Results, read_results
+from mla_jax.evals.task import Params, Task
+from mla_jax.inference.generator import Generator
+from mla_jax.model.cache import bytes_per_token
+
+FAILURES_KEPT = 3
+"""Wrong answers that are reported for each cell."""
+
+
+def measure(
+    task: Task, generator: Generator, tokenizer: Tokenizer, *, finished: Sequence[Params] = (), progress: bool = False
+) -> Iterator[tuple[list[Cell], list[Failure]]]:
+    """Counts the correct answers of a model, the cells of one length after those of another.
+
+    Args:
+        task: what is asked.
+        generator: the model.
+        tokenizer: the model's.
+        finished: cells of the task to leave out.
+        progress: show a bar on a terminal, a line now and then elsewhere.
+
+    Yields:
+        The cells of a length with their counts, and at most FAILURES_KEPT wrong answers of each.
+    """
+    left = [cell for cell in task.cells if cell not in finished]
+    pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
+    with tqdm(total=len(left) * task.samples, unit=" prompts", disable=not progress, mininterval=pause) as bar:
+        for length, cells in itertools.groupby(left, key=lambda cell: cell["length"]):
+            bar.set_description(f"{task.name} at {length} tokens")
+            yield _of_one_length(task, list(cells), generator, tokenizer, bar)
+
+
+def _of_one_length(
+    task: Task, cells: list[Params], generator: Generator, tokenizer: Tokenizer, bar: tqdm
+) -> tuple[list[Cell], list[Failure]]:
+    correct: list[int] = [0] * len(cells)
+    failures: list[list[Failure]] = [[] for _ in cells]
+    for batch in _batches(len(cells), task):
+        prompts = [task.prompt(cells[cell], sample) for cell, sample in batch]
+        new = generator.generate(
+            [prompt.ids for prompt in prompts], max_new_tokens=task.max_new_tokens, eos_id=tokenizer.eos_id
+        )
+        answers = dict(zip(batch, zip(prompts, new, strict=True), strict=True))  # without the padding
+        for (cell, _), (prompt, ids) in answers.items():
+            text = tokenizer.decode(ids)
+            if task.is_correct(prompt.answer, text):
+                correct[cell] += 1
+            else:
+                failures[cell].append(Failure(cells[cell], prompt.seed, prompt.index, prompt.answer, text))
+        bar.update(len(answers))
+    counted = [Cell(params, task.samples, right) for params, right in zip(cells, correct, strict=True)]
+    return counted, [failure for of_cell in failures for failure in of_cell[:FAILURES_KEPT]]
+
+
+def _batches(cells: int, task: Task) -> Iterator[list[tuple[int, int]]]:
+    """(cell, sample) of all prompts of one length in batches of one size, so that one shape is compiled.
+
+    The last batch is filled up by repeating its last prompt.
+    """
+    places = list(itertools.product(range(cells), range(task.samples)))
+    batches = -(-len(places) // task.batch_size)
+    size = -(-len(places) // batches)  # evenly filled: little is computed twice
+    for start in range(0, len(places), size):
+        batch = places[start : start + size]
+        yield batch + batch[-1:] * (size - len(batch))
+
+
+def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
+    """Evaluates a run, writes OUT/TASK.json (`results` says what is in it) and OUT/TASK.png and prints the table.
+
+    An evaluation that is ended early leaves what it has finished in OUT/TASK.json.unfinished, and the same evaluation
+    started again goes on from there.
+
+    Args:
+        run: a trained or imported model.
+        task: what to measure.
+        out_dir: a folder, created if missing; older results in it are replaced.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"could not create {out_dir} ({e.strerror}); name a folder that can be written") from e
+    path, plot = out_dir / f"{task.name}.json", out_dir / f"{task.name}.png"
+    unfinished = path.with_name(path.name + ".unfinished")
+    results = _resume(_empty(run, task), unfinished)
+    generator = Generator(run.model, run.params, cache_dtype=task.cache_dtype)
+    finished, start = [cell.params for cell in results.cells], time.perf_counter() - results.seconds
+    for cells, failures in measure(task, generator, run.tokenizer, finished=finished, progress=True):
+        results = dataclasses.replace(
+            results,
+            seconds=round(time.perf_counter() - start, 1),
+            cells=(*results.cells, *cells),
+            failures=(*results.failures, *failures),
+        )
+        write_json(unfinished, results.to_json())
+    write_json(path, results.to_json())
+    unfinished.unlink(missing_ok=True)
+    plot_heatmap(
+        results.cells,
+        plot,
+        title=f"{task.title}: {results.model['name']}",
+        subtitle=f"step {run.step:,}, {results.model['parameters'] / 1e6:.3g} M parameters, "
+        f"{results.model['cache_bytes_per_token']:,} bytes of cache a token",
+        trained_lengths=run.trained_lengths,
+    )
+    print(f"{task.title}: correct/n [Wilson 95 % interval in %]\n\n{format_table(results.cells)}")
+    print(f"\nWritten: {path} and {plot}")
+    return results
+
+
+def _empty(run: Run, task: Task) -> Results:
+    """The results before anything was asked."""
+    model = {
+        "name": run.path.resolve().name,
+        "step": run.step,
+        "parameters": sum(x.size for x in jax.tree.leaves(run.params)),
+        "cache_bytes_per_token": bytes_per_token(run.model, task.cache_dtype or "bfloat16"),
+        "trained_lengths": sorted(set(run.trained_lengths)),
+    }
+    return Results(task.name, task.title, task.description, model, provenance(), 0.0, task.config, (), ())
+
+
+def _resume(empty: Results, unfinished: Path) -> Results:
+    """`empty` with what an earlier evaluation finished, if that was of the same model, task and unchanged source."""
+    try:
+        left = read_results(unfinished)
+    except InputError:  # none, usually
+        return empty
+
+    def identity(results: Results) -> tuple:
+        source = {key: results.provenance.get(key) for key in empty.provenance if key not in ("date", "command")}
+        return results.task, results.model, results.config, source
+
+    if identity(left) != identity(empty) or str(empty.provenance["git_revision"]).endswith("-dirty"):
+        return empty
+    print(f"{unfinished} has {len(left.cells)} finished cells: going on from there")
+    return dataclasses.replace(empty, seconds=left.seconds, cells=left.cells, failures=left.failures)

@@ -1,0 +1,16 @@
+"""The outcome of a finished run, in a file for those who compare runs."""
+
+from mla_jax.evals.report import write_json
+from mla_jax.training.loop import TrainResult
+
+SUMMARY = "summary.json"
+
+
+def write_summary(result: TrainResult) -> None:
+    """Writes RUN/summary.json: the last step and the metrics of the last window of `train.log_every` steps.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if result.metrics is not None:  # a run that had finished before keeps what it wrote then
+        write_json(result.run_dir / SUMMARY, {"step": result.step, **result.metrics})

@@ -1,0 +1,189 @@
+"""Files of results: written and read again, those of before there were versions, and those that are damaged."""
+
+import copy
+import json
+
+import pytest
+
+from mla_jax.errors import InputError
+from mla_jax.evals.results import Cell, Failure, Results, read_results, results_of_run
+
+RESULTS = Results(
+    task="hops",
+    title="Hops",
+    description="one thing after another",
+    model={"name": "tiny", "step": 7, "parameters": 5, "cache_bytes_per_token": 4, "trained_lengths": [64]},
+    provenance={"date": "2026-01-02T03:04:05+00:00", "hardware": "2 CPU cores (x86_64)"},
+    seconds=1.5,
+    config={"lengths": [64, 128], "samples": 4},
+    cells=tuple(Cell({"length": length, "hops": hops}, 4, hops) for length in (64, 128) for hops in (1, 2)),
+    failures=(Failure({"length": 64, "hops": 1}, 3, 1 << 40, "12", " 21"),),
+)
+
+# Of `python -m experiments.evaluate` at commit b748e46, with fewer cells and failures.
+WITHOUT_VERSION = """\
+{
+  "task": "passkey",
+  "model": {
+    "name": "run",
+    "step": 2,
+    "parameters": 28352,
+    "cache_bytes_per_token": 96,
+    "trained_lengths": [
+      128
+    ]
+  },
+  "provenance": {
+    "date": "2026-11-29T10:33:43+00:00",
+    "command": "python -m experiments.evaluate run=run eval.lengths=[128,192] eval.depths=[0.5] eval.samples=2",
+    "git_revision": "b748e460aeb2286fb208ffadceb5c0dc7e32f4ef",
+    "hardware": "2 CPU cores (x86_64)",
+    "python": "3.11.7",
+    "jax": "0.10.2"
+  },
+  "seconds": 23.5,
+  "config": {
+    "lengths": [
+      128,
+      192
+    ],
+    "depths": [
+      0.5
+    ],
+    "samples": 2,
+    "batch_size": 8,
+    "max_new_tokens": 10,
+    "cache_dtype": null,
+    "seed": 1000003
+  },
+  "by_length": [
+    {
+      "length": 128,
+      "depth": null,
+      "n": 2,
+      "correct": 1,
+      "accuracy": 0.5,
+      "interval": [
+        0.094531,
+        0.905469
+      ]
+    },
+    {
+      "length": 192,
+      "depth": null,
+      "n": 2,
+      "correct": 2,
+      "accuracy": 1.0,
+      "interval": [
+        0.34238,
+        1.0
+      ]
+    }
+  ],
+  "cells": [
+    {
+      "length": 128,
+      "depth": 0.5,
+      "n": 2,
+      "correct": 1,
+      "accuracy": 0.5,
+      "interval": [
+        0.094531,
+        0.905469
+      ]
+    },
+    {
+      "length": 192,
+      "depth": 0.5,
+      "n": 2,
+      "correct": 2,
+      "accuracy": 1.0,
+      "interval": [
+        0.34238,
+        1.0
+      ]
+    }
+  ],
+  "failures": [
+    {
+      "length": 128,
+      "depth": 0.5,
+      "seed": 1000003,
+      "index": 134873088000,
+      "expected": "14427",
+      "generated": "7"
+    }
+  ]
+}
+"""
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "hops.json"
+    path.write_text(json.dumps(RESULTS.to_json()))
+    assert read_results(path) == RESULTS
+    assert RESULTS.counts == (6, 16)
+
+
+def test_a_file_without_a_version_is_read_and_its_numbers_written_again(tmp_path):
+    path = tmp_path / "passkey.json"
+    path.write_text(WITHOUT_VERSION)
+    results = read_results(path)
+    assert results.counts == (3, 4)
+    assert results.cells[0] == Cell({"length": 128, "depth": 0.5}, 2, 1)
+    assert results.failures == (
+        Failure({"length": 128, "depth": 0.5}, seed=1000003, index=134873088000, expected="14427", generated="7"),
+    )
+    new = {"version", "title", "description"}
+    assert {key: value for key, value in results.to_json().items() if key not in new} == json.loads(WITHOUT_VERSION)
+
+
+def test_a_run_has_the_results_of_all_its_tasks(tmp_path):
+    assert results_of_run(tmp_path) == []
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "passkey.json").write_text(WITHOUT_VERSION)
+    (tmp_path / "eval" / "hops.json").write_text(json.dumps(RESULTS.to_json()))
+    (tmp_path / "eval" / "other.json.unfinished").write_text("{")
+    assert [results.task for results in results_of_run(tmp_path)] == ["hops", "passkey"]
+
+
+def changed(path: list, value) -> str:
+    content = copy.deepcopy(RESULTS.to_json())
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "null",
+        WITHOUT_VERSION[:500],
+        changed(["version"], 2),
+        changed(["model"], {}),
+        changed(["model", "step"], "7"),
+        changed(["model", "trained_lengths"], ["64"]),
+        changed(["task"], None),
+        changed(["cells"], []),
+        changed(["cells", 0], {"length": 64, "n": 4, "correct": 1}),
+        changed(["cells", 0], {"length": 64, "depth": 1.0, "n": 4, "correct": 1}),
+        changed(["cells", 0, "n"], 0),
+        changed(["cells", 0, "correct"], 5),
+        changed(["cells", 0, "length"], "64"),
+        changed(["failures", 0], {}),
+        changed(["provenance"], None),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, text):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "hops.json").write_text(text)
+    with pytest.raises(
+        InputError, match=r"hops\.json cannot be read \(.*evaluate the run again or remove the file"
+    ) as e:
+        results_of_run(tmp_path)
+    assert "\n" not in str(e.value)
