@@ -1,4 +1,4 @@
-"""The gradients of attention in float64 NumPy; beside `kernels_oracle`, for every implementation and machine."""
+"""Oracle of the gradients of attention in float64 NumPy, as `kernels_oracle` is of the outputs."""
 
 import numpy as np
 
@@ -13,19 +13,19 @@ def attention_gradients_oracle(
     visible_BTS = s - t <= np.broadcast_to(np.asarray(offset, np.int64), batch)[:, None, None]
     if lengths is not None:
         visible_BTS = visible_BTS & (s < lengths[:, None, None])
-        held_BS11 = (s < lengths[:, None])[..., None, None]
-        k, v = (np.where(held_BS11, x, 0) for x in (k, v))  # it may be NaN
+        valid_BS11 = (s < lengths[:, None])[..., None, None]
+        k, v = (np.where(valid_BS11, x, 0) for x in (k, v))  # entries beyond may be NaN
     if q_segments is not None and kv_segments is not None:
         visible_BTS = visible_BTS & (q_segments[:, :, None] == kv_segments[:, None, :])
     scores = np.where(visible_BTS[:, None], scale * np.einsum("bthk,bshk->bhts", q, k), -np.inf)
-    peak = scores.max(-1, keepdims=True)
-    weights = np.exp(scores - np.where(peak == -np.inf, 0, peak))
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)  # a row that sees nothing sums to 0
-    d_weights = np.einsum("bthv,bshv->bhts", d_out, v)
-    mean = np.sum(weights * d_weights, -1, keepdims=True)
-    d_scores = scale * weights * (d_weights - mean + d_lse.swapaxes(1, 2)[..., None])
+    m = scores.max(-1, keepdims=True)
+    p = np.exp(scores - np.where(m == -np.inf, 0, m))
+    p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)  # a row that sees nothing sums to 0
+    d_p = np.einsum("bthv,bshv->bhts", d_out, v)
+    mean = np.sum(p * d_p, -1, keepdims=True)
+    d_scores = scale * p * (d_p - mean + d_lse.swapaxes(1, 2)[..., None])
     return (
         np.einsum("bhts,bshk->bthk", d_scores, k),
         np.einsum("bhts,bthk->bshk", d_scores, q),
-        np.einsum("bhts,bthv->bshv", weights, d_out),
+        np.einsum("bhts,bthv->bshv", p, d_out),
     )

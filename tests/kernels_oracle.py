@@ -1,4 +1,4 @@
-"""Both attention ops in float64 NumPy, and calls of them that cover the edges; for every implementation and machine."""
+"""Oracles of both attention ops in float64 NumPy, and calls that cover the edges; for every implementation."""
 
 import dataclasses
 
@@ -42,12 +42,12 @@ def decode_oracle(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN
         keys = min(length, block_table_BN.shape[1] * page_size)
         pages = block_table_BN[b, : -(-keys // page_size)]
 
-        def held(x, pages=pages, keys=keys):
+        def tokens(x, pages=pages, keys=keys):
             return x[pages].reshape(-1, *x.shape[2:])[:keys].astype(np.float64)
 
-        c_SC, k_rope_SR = held(c_PSC), held(k_rope_PSR)
+        c_SC, k_rope_SR = tokens(c_PSC), tokens(k_rope_PSR)
         if scales_P2S is not None:
-            scales_S2 = held(np.asarray(scales_P2S).swapaxes(1, 2))
+            scales_S2 = tokens(np.asarray(scales_P2S).swapaxes(1, 2))
             c_SC, k_rope_SR = c_SC * scales_S2[:, :1], k_rope_SR * scales_S2[:, 1:]
         key_SW = np.concatenate([c_SC, k_rope_SR], -1)
         for t in range(queries):
@@ -59,10 +59,10 @@ def decode_oracle(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN
 
 
 def _softmax(scores_HS, mean):
-    peak_H1 = scores_HS.max(-1, keepdims=True)
-    weights_HS = np.exp(scores_HS - peak_H1)
-    total_H1 = weights_HS.sum(-1, keepdims=True)
-    return mean(weights_HS / total_H1), (peak_H1 + np.log(total_H1))[:, 0]
+    max_H1 = scores_HS.max(-1, keepdims=True)
+    p_HS = np.exp(scores_HS - max_H1)
+    sum_H1 = p_HS.sum(-1, keepdims=True)
+    return mean(p_HS / sum_H1), (max_H1 + np.log(sum_H1))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +84,13 @@ class DecodeCase:
     def draw(self, seed: int = 0):
         """(positional arguments, keyword arguments) of `decode`.
 
-        What is not held is NaN (in int8: 127 with a scale of NaN), and so is what lies in unused pages. Entries of the
-        block table that no token needs are garbage; pages are in random order.
+        Entries beyond the lengths and unused pages are NaN (in int8: 127 with a scale of NaN). Entries of the block
+        table beyond the length are garbage; pages are in random order.
         """
         rng = np.random.default_rng(seed)
         rows, size = len(self.lengths), self.page_size
-        held = np.minimum(self.lengths, self.pages_per_row * size)
-        used = -(-held // size)
+        kv_len = np.minimum(self.lengths, self.pages_per_row * size)
+        used = -(-kv_len // size)
         pages = int(used.sum()) + 2 if self.paged else rows
         if self.paged:
             table_BN = rng.choice(GARBAGE, (rows, self.pages_per_row))
@@ -104,7 +104,7 @@ class DecodeCase:
         valid_PS = np.zeros((pages, size), bool)
         for b in range(rows):
             for n in range(used[b]):
-                valid_PS[table_BN[b, n], : held[b] - n * size] = True
+                valid_PS[table_BN[b, n], : kv_len[b] - n * size] = True
         q_BTHW = rng.normal(size=(rows, self.queries, self.heads, self.c_width + self.rope_width))
         cache = [rng.normal(size=(pages, size, width)) for width in (self.c_width, self.rope_width)]
         keywords = {"scale": 0.2, "block_table_BN": jnp.asarray(table_BN, jnp.int32) if self.paged else None}
@@ -119,7 +119,7 @@ class DecodeCase:
         return (jnp.asarray(q_BTHW, self.dtype), c_PSC, k_rope_PSR, lengths_B), keywords
 
     def expected(self, seed: int = 0):
-        """What `decode` shall return for `draw`, in float64: from the inputs as they are after rounding to `dtype`."""
+        """(out, lse) of `draw` in float64, from the inputs as they are after rounding to `dtype`."""
         arrays, keywords = self.draw(seed)
         return decode_oracle(*arrays, **keywords)
 
@@ -158,4 +158,4 @@ FEW_DECODE_CASES = {
     for name, case in DECODE_CASES.items()
     if not name.endswith(tuple(f"{t} queries" for t in (3, 4, 5, 6, 7)))
 }
-"""Where each takes long."""
+"""A selection, for where each case takes long."""

@@ -1,4 +1,4 @@
-"""What a machine without a GPU can tell of Triton kernels."""
+"""Checks of Triton kernels that need no GPU: numbers in the interpreter, resource usage of the compiled code."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 
 def check_interpreted(name: str, *options: str) -> None:
-    """Runs tests/kernels/NAME, which has numbers, in the interpreter; options are pytest's.
+    """Runs the tests of tests/kernels/NAME in Triton's interpreter; options are pytest's.
 
     A process of its own, because Triton decides on import whether it interprets.
     """
@@ -25,7 +25,7 @@ def check_interpreted(name: str, *options: str) -> None:
 
 
 def spilled_bytes(kernel, tmp_path: Path) -> int:
-    """Local memory of a thread, according to the compiled kernel."""
+    """Bytes of local memory (stack and spills) of a thread, according to the compiled kernel."""
     import triton  # pyright: ignore[reportMissingImports]
 
     (tmp_path / "cubin").write_bytes(kernel.asm["cubin"])

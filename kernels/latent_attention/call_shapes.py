@@ -1,4 +1,4 @@
-"""The shapes of a call: what an implementation is asked before it is chosen."""
+"""Static description of a call: shapes and types, by which the dispatcher asks an implementation if it can run it."""
 
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ class DecodeShape(NamedTuple):
     q_dtype: str
     cache_dtype: str
     paged: bool
-    """Whether there is a block table."""
+    """True if there is a block table."""
 
     @classmethod
     def of(cls, q_BTHW, c_PSC, k_rope_PSR, block_table_BN) -> "DecodeShape":
-        """That of a call with these arrays."""
+        """The shape of a call with these arrays."""
         batch, queries, heads, _ = q_BTHW.shape
         _, page_size, c_width = c_PSC.shape
         pages = 1 if block_table_BN is None else block_table_BN.shape[1]
@@ -40,27 +40,27 @@ class AttentionShape(NamedTuple):
     dtype: str
     segments: bool
     lengths: bool
-    """Whether `kv_lengths` is given."""
+    """True if `kv_lengths` is given."""
     offset: int | None
-    """None: differs by row, or is not known when tracing."""
+    """`q_offset` if it is one static number for all rows, else None."""
 
 
 class LayerShape(NamedTuple):
-    """Widths of a layer, for the kernels of one token."""
+    """Widths of a decoder layer, for the batch-1 decode step kernels."""
 
     D: int
-    """Hidden."""
+    """Hidden size, d_model."""
     Q: int
-    """Query latent."""
+    """Query latent width, q_lora_rank."""
     C: int
-    """Latent."""
+    """Latent width, kv_lora_rank."""
     R: int
-    """Rotary."""
+    """Rotary width, qk_rope_head_dim."""
     N: int
-    """Content of a head."""
+    """Content (no position) width of a head, qk_nope_head_dim."""
     V: int
-    """Value of a head."""
+    """Value width of a head, v_head_dim."""
     H: int
-    """Heads."""
+    """Number of heads."""
     F: int
-    """Feed-forward."""
+    """Feed-forward width, intermediate_size."""

@@ -1,4 +1,14 @@
-"""The public ops. Which implementation runs is decided here, once per platform and shape."""
+"""The public ops `attention` and `decode`, and the choice of the implementation that runs a call.
+
+An implementation of OP called NAME is the module `latent_attention/OP/NAME.py` (`reference.py` beside this file serves
+both ops). It defines
+
+    OP(...)                        the arrays of the public op below, positional, and its options as keywords
+    why_not_OP(shape, gpu)         None if it can run such a call on this GPU, else the reason, for the error message
+
+and is listed in IMPLEMENTATIONS, fastest first. `resolve` asks each for its reason, in that order, when a call is
+traced; the first that has none runs. To add one, write the module and list it here.
+"""
 
 import importlib
 import os
@@ -15,11 +25,11 @@ IMPLEMENTATIONS = {
     "attention": ("cudnn", "triton", "xla", "reference"),
     "decode": ("mosaic", "triton", "xla", "reference"),
 }
-"""Implementations of each op, fastest first. Each is a file in the op's folder (`reference` serves both) that holds a
-function of the op's name, and `why_not_OP(shape, gpu)`: why it cannot run calls of this shape here, or None."""
+"""Implementations of each op, fastest first; each is a module in the op's folder, see above."""
 ENVIRONMENT = {"attention": "LATENT_ATTENTION_IMPLEMENTATION", "decode": "LATENT_DECODE_IMPLEMENTATION"}
-"""The variable that chooses the implementation of each op where the call does not."""
-_FIRST_TENSOR_CORES_OF_TRITON = (8, 0)
+"""Environment variable that names the implementation of each op where the call says `auto`."""
+_TRITON_TENSOR_CORES = (8, 0)
+"""First compute capability on which Triton uses tensor cores (since its version 3.3)."""
 
 
 class UnavailableError(ValueError):
@@ -48,14 +58,14 @@ def resolve(op: str, implementation: str, shape: AttentionShape | DecodeShape) -
 
 
 def _candidates(op: str, gpu: Gpu | None) -> list[str]:
-    """Fastest first. Below Ampere that is XLA: Triton has no tensor cores there (since 3.3), and cuBLAS has."""
-    if gpu is None or gpu.capability < _FIRST_TENSOR_CORES_OF_TRITON:
+    """Implementations that `auto` tries, fastest first. Below Ampere XLA is: its cuBLAS uses tensor cores there."""
+    if gpu is None or gpu.capability < _TRITON_TENSOR_CORES:
         return ["xla"]
     return list(IMPLEMENTATIONS[op])
 
 
 def _module(op: str, name: str) -> ModuleType:
-    # Imported when it is first asked for: Triton and Mosaic need packages and seconds that XLA does not.
+    # Imported lazily: Triton and Mosaic need packages and seconds of import time that XLA does not.
     folder = "latent_attention" if name == "reference" else f"latent_attention.{op}"
     return importlib.import_module(f"{folder}.{name}")
 
@@ -63,7 +73,7 @@ def _module(op: str, name: str) -> ModuleType:
 def _why_not(op: str, name: str, shape: AttentionShape | DecodeShape, gpu: Gpu | None) -> str | None:
     try:
         module = _module(op, name)
-    except (ImportError, AttributeError) as e:  # Mosaic GPU is experimental: another JAX may have moved what we use
+    except (ImportError, AttributeError) as e:  # Mosaic GPU is experimental: its API differs between versions of JAX
         return f"it does not load with jax {jax.__version__}: {e}"
     return getattr(module, f"why_not_{op}")(shape, gpu)
 
@@ -87,15 +97,15 @@ def attention(
     Softmax is float32. Differentiable in q, k and v; memory grows with T + S, not T x S. The output and log-sum-exp
     that the backward pass needs are named `latent_attention` for `jax.checkpoint` policies.
 
-    On an explicit mesh the batch and the heads may be sharded; each device then runs its own share.
+    On an explicit mesh the batch and the heads may be sharded; each device then runs its own shard.
 
     Args:
         q_BTHK: queries; K may differ from V.
         k_BSHK: keys.
         v_BSHV: values.
-        scale: factor of the scores before the softmax.
+        scale: softmax scale, the factor of q k^T before the softmax.
         q_offset: index of the first query, one for all rows of the batch or int32 [B].
-        kv_lengths: valid keys of each row, int32 [B]; None for all. What lies beyond is never read, NaN or not.
+        kv_lengths: valid keys of each row, int32 [B]; None for all. Entries beyond it are ignored and may be NaN.
         q_segments: segment of each query, int32 [B, T]; needs `kv_segments`.
         kv_segments: segment of each key, int32 [B, S].
         implementation: `auto`, or one of IMPLEMENTATIONS["attention"].
@@ -165,10 +175,10 @@ def decode(
         c_PSC: cached latents, 16 or 32 bits, or int8 from `quantize`.
         k_rope_PSR: cached rotary keys, of the type of c_PSC.
         lengths_B: valid cache entries, int32, counting the T query tokens, which are the last T entries and causal
-            among themselves. More than the cache holds counts as all of it. What lies beyond is never used, NaN or not.
-        scale: factor of the scores before the softmax.
-        block_table_BN: pages of each row, int32; entries that no token needs may be anything.
-        scales_P2S: of an int8 cache, float32: what one unit of each token's latent and rotary key stands for.
+            among themselves; clamped to the capacity of the cache. Entries beyond it are ignored and may be NaN.
+        scale: softmax scale, the factor of q k^T before the softmax.
+        block_table_BN: pages of each row, int32; entries beyond the length may be anything.
+        scales_P2S: scales of an int8 cache, float32: one for the latent and one for the rotary key of each token.
         implementation: `auto`, or one of IMPLEMENTATIONS["decode"].
 
     Returns:

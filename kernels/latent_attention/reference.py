@@ -1,4 +1,4 @@
-"""The float32 oracle: both ops written out in full, all scores in memory. For tests and for reading."""
+"""Reference implementation in float32: both ops written out, all scores in memory; for tests and for reading."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ MAX_SCORE_BYTES = 4 << 30
 
 
 def why_not_attention(shape: AttentionShape, gpu: Gpu | None) -> str | None:
-    """Why the oracle cannot run at this shape, or None if it can."""
+    """Why the reference cannot run at this shape, or None if it can."""
     return _too_large(shape.batch * shape.heads * shape.queries * shape.keys)
 
 
 def why_not_decode(shape: DecodeShape, gpu: Gpu | None) -> str | None:
-    """Why the oracle cannot run at this shape, or None if it can."""
+    """Why the reference cannot run at this shape, or None if it can."""
     return _too_large(shape.batch * shape.heads * shape.queries * shape.pages_per_row * shape.page_size)
 
 
@@ -34,19 +34,19 @@ def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments
     visible_BTS = s - t <= offset_B11
     if kv_lengths is not None:
         visible_BTS &= s < kv_lengths[:, None, None]
-        v = jnp.where((s < kv_lengths[:, None])[:, :, None, None], v, 0)  # what is not held may be NaN
+        v = jnp.where((s < kv_lengths[:, None])[:, :, None, None], v, 0)  # entries beyond the length may be NaN
     if q_segments is not None:
         visible_BTS &= q_segments[:, :, None] == kv_segments[:, None, :]
     scores_BHTS = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
     scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, -jnp.inf)
     lse_BHT = jax.nn.logsumexp(scores_BHTS, axis=-1)
-    weights_BHTS = jnp.exp(scores_BHTS - jnp.where(lse_BHT == -jnp.inf, 0, lse_BHT)[..., None])
-    out_BTHV = jnp.einsum("bhts,bshv->bthv", weights_BHTS, v, precision="highest")
+    probs_BHTS = jnp.exp(scores_BHTS - jnp.where(lse_BHT == -jnp.inf, 0, lse_BHT)[..., None])
+    out_BTHV = jnp.einsum("bhts,bshv->bthv", probs_BHTS, v, precision="highest")
     return out_BTHV.astype(q_BTHK.dtype), lse_BHT.swapaxes(1, 2)
 
 
 def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scales_P2S):
-    """Attention in which all heads share the key [c | k_rope] and the value c; see `latent_attention.decode`."""
+    """Attention whose heads all share the key [c | k_rope] and the value c; see `latent_attention.decode`."""
     if scales_P2S is not None:
         c_PSC, k_rope_PSR = (dequantize(x, scales_P2S[:, i], jnp.float32) for i, x in enumerate((c_PSC, k_rope_PSR)))
     if block_table_BN is not None:

@@ -1,4 +1,4 @@
-"""Runs a kernel, which knows nothing of meshes, on every device's share of the batch and the heads."""
+"""Runs a kernel, which knows nothing of meshes, on each device's shard of the batch and the heads."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ def per_shard(function: Callable, arrays: dict[str, tuple[jax.Array | None, str]
     """`function` of the arrays, in their order, on each device of the explicit mesh, if there is one.
 
     Args:
-        function: takes one device's share of the arrays; None is passed on.
-        arrays: by name, each with its axes: `B`, `H`, or `.` for one that is whole on every device. The sharding of the
-            first, over B and H, is that of all; small arrays of the batch alone, of 1 or 2 dimensions, take it on.
+        function: takes one device's shard of the arrays; None is passed through.
+        arrays: by name, each with its axes: `B`, `H`, or `.` for one that is not sharded. The sharding of the first
+            over B and H applies to all; arrays of 1 or 2 dimensions, which are small, are resharded to it.
         out_axes: axes of each result.
 
     Raises:
@@ -29,7 +29,7 @@ def per_shard(function: Callable, arrays: dict[str, tuple[jax.Array | None, str]
     def spec(axes: str) -> P:
         return P(*(shards.get(axis) for axis in axes))
 
-    given = []
+    present = []
     for name, (x, axes) in arrays.items():
         if x is None:
             continue
@@ -41,11 +41,11 @@ def per_shard(function: Callable, arrays: dict[str, tuple[jax.Array | None, str]
                 "may be, those of all arrays alike. Gather the rest first, or run the op inside shard_map and combine "
                 "with `merge_over`"
             )
-        given.append(x)
+        present.append(x)
 
-    def share(*given):
-        rest = iter(given)
+    def local(*present):
+        rest = iter(present)
         return function(*(None if x is None else next(rest) for x in values))
 
     # check_vma: the loops inside start from constants, which the check would want marked as varying.
-    return jax.shard_map(share, out_specs=tuple(map(spec, out_axes)), check_vma=False)(*given)
+    return jax.shard_map(local, out_specs=tuple(map(spec, out_axes)), check_vma=False)(*present)

@@ -1,1 +1,1 @@
-"""Expanded attention, for training and prefill: one file an implementation of `latent_attention.attention`."""
+"""Expanded attention, for training and prefill: one module per implementation of `latent_attention.attention`."""

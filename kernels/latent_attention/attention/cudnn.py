@@ -4,11 +4,11 @@ That is: causal from the first key (training, the diagonal of a prefill), or eve
 chunk of a prefill); either with `kv_lengths`.
 
 `jax.nn.dot_product_attention` has no place to name the residuals for `jax.checkpoint` and refuses unequal widths, so
-this calls the two primitives under it. They are private to JAX: `_private` and `_bind` are all that knows them, and
-says so if they change.
+this calls the two primitives under it. They are private to JAX: only `_private` and `_bind` depend on them, and
+`_private` says so if they changed.
 
-cuDNN's backward pass takes no gradient of the log-sum-exp. Where that is not known to be zero while tracing (training
-without `merge` knows), the backward pass of Triton, or else of XLA, runs instead, on the same residuals.
+cuDNN's backward pass takes no gradient of the log-sum-exp. Unless that is a symbolic zero (it is where `merge` is not
+used, as in training), the backward pass of Triton, or else of XLA, runs instead, on the same residuals.
 """
 
 import functools
@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from latent_attention.attention import triton as triton_attention_jax
-from latent_attention.attention import xla as xla_attention
+from latent_attention.attention import triton, xla
 from latent_attention.call_shapes import AttentionShape
 from latent_attention.gpu import Gpu, local_gpu
 
@@ -30,9 +29,9 @@ _OPERANDS = "query key value bias q_seqlen kv_seqlen q_offsets kv_offsets page_t
 _RESIDUALS = "activation fwd_output grad_output".split()
 _OPTIONS = "scale seed dropout_rate variadic_args mask_type layout sliding_window_length".split()
 _SIGNATURES = {"fwd": [*_OPERANDS, *_OPTIONS, "is_training"], "bwd": [*_OPERANDS, *_RESIDUALS, *_OPTIONS]}
-"""Of the primitives in jax 0.10.2 and 0.11.2."""
+"""Signatures of the primitives in jax 0.10.2 and 0.11.2."""
 _UNEQUAL_WIDTHS = {(192, 128)}
-"""(K, V) with K != V that cuDNN documents, from Hopper on; its version 9.10 was the first."""
+"""(K, V) with K != V that cuDNN supports, from Hopper and version 9.10 on."""
 _UNEQUAL_WIDTHS_SINCE = 91000
 _KEY_TILE = 128
 
@@ -54,7 +53,7 @@ def _private() -> ModuleType | str:
 
 
 def _cudnn_version() -> int | None:
-    """Such as 91001 for 9.10.1; None where there is no cuDNN, as when lowering for a GPU that is not here."""
+    """cuDNN's version, 91001 for 9.10.1; None where there is none, as when lowering for a GPU that is not here."""
     module = _private()
     try:
         return None if isinstance(module, str) else module.check_cudnn_version()
@@ -80,7 +79,7 @@ def _bind(name: str, mask: str, scale: float, q, k, v, lengths_B: jax.Array | No
 
 
 def _attend(q, k, v, lengths_B: jax.Array | None, scale: float, mask: str) -> tuple[jax.Array, jax.Array]:
-    """(out_BTHV, lse_BHT); lengths_B, if given, must be at least 1."""
+    """Forward pass: (out_BTHV, lse_BHT); lengths_B, if given, must be at least 1."""
     out, lse = _bind("fwd", mask, scale, q, k, v, lengths_B)
     return out, lse
 
@@ -91,7 +90,7 @@ _attention = jax.custom_vjp(_attend, nondiff_argnums=(4, 5))
 def _forward(q, k, v, lengths_B, scale: float, mask: str):
     q, k, v = q.value, k.value, v.value
     lengths_B = None if lengths_B is None else lengths_B.value
-    # Named, so that a remat policy can keep them and spare the backward pass this computation.
+    # Named, so that a remat policy can save them: the backward pass then does not recompute the forward pass.
     out, lse = (checkpoint_name(x, "latent_attention") for x in _attend(q, k, v, lengths_B, scale, mask))
     return (out, lse), (q, k, v, lengths_B, out, lse)
 
@@ -102,7 +101,7 @@ def _backward(scale: float, mask: str, residuals, cotangents):
     if not isinstance(d_lse, SymbolicZero):
         (batch, queries, heads, width), (_, keys, _, v_width) = q.shape, v.shape
         shape = AttentionShape(batch, queries, keys, heads, width, v_width, q.dtype.name, False, True, None)
-        other = xla_attention if triton_attention_jax.why_not_attention(shape, local_gpu()) else triton_attention_jax
+        other = xla if triton.why_not_attention(shape, local_gpu()) else triton
         if isinstance(d_out, SymbolicZero):
             d_out = jnp.zeros(out.shape, out.dtype)
         offset = 0 if "CAUSAL" in mask else keys
@@ -125,13 +124,13 @@ def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments
         k_BSHK, v_BSHV, keys = k_BSHK[:, :queries], v_BSHV[:, :queries], queries
     lengths_B = None
     if kv_lengths is not None:
-        held_BS = jnp.arange(keys) < kv_lengths[:, None]
-        # Masked out is not enough: what is not held may be NaN, and 0 x NaN is NaN. XLA fuses this with what comes
-        # before. It also zeroes the gradients there, which cuDNN may leave unwritten.
-        k_BSHK, v_BSHV = (jnp.where(held_BS[:, :, None, None], x, 0) for x in (k_BSHK, v_BSHV))
+        valid_BS = jnp.arange(keys) < kv_lengths[:, None]
+        # A mask is not enough: entries beyond the length may be NaN, and 0 x NaN is NaN. XLA fuses this with the
+        # producer. It also zeroes the gradients there, which cuDNN may leave unwritten.
+        k_BSHK, v_BSHV = (jnp.where(valid_BS[:, :, None, None], x, 0) for x in (k_BSHK, v_BSHV))
         lengths_B = jnp.clip(kv_lengths, 1, keys).astype(jnp.int32)  # before 9.25 cuDNN gives NaN for length 0
     elif not causal and keys % _KEY_TILE:
-        # Without a mask, cuDNN's backward pass takes what fills its last tile for keys (NVIDIA/cudnn-frontend#160).
+        # Without a mask, cuDNN's backward pass takes the padding of its last tile for keys (NVIDIA/cudnn-frontend#160).
         lengths_B = jnp.full(q_BTHK.shape[0], keys, jnp.int32)
     words = (["PADDING"] if lengths_B is not None else []) + (["CAUSAL"] if causal else [])
     out_BTHV, lse_BHT = _attention(q_BTHK, k_BSHK, v_BSHV, lengths_B, float(scale), "_".join(words) or "NO_MASK")

@@ -1,4 +1,4 @@
-"""The mask of a call of `attention`, for the implementations that compute it themselves."""
+"""Causal, length and segment mask of a call of `attention`, for implementations that compute it themselves."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Mask(NamedTuple):
-    """Which keys a query sees: by index, by validity, by segment."""
+    """Visibility of keys: query t sees key s if s <= offset + t, s < length and their segments are equal."""
 
     offset_B: jax.Array
     lengths_B: jax.Array
@@ -18,7 +18,7 @@ class Mask(NamedTuple):
 def make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments=None, kv_segments=None) -> Mask:
     """The mask of a call of `attention`, all int32."""
     batch, queries, keys = *q_BTHK.shape[:2], k_BSHK.shape[1]
-    # Beyond these bounds nothing changes, and within them no sum overflows.
+    # Clipping changes no mask, and keeps offset + t within int32.
     offset_B = jnp.broadcast_to(jnp.clip(jnp.asarray(q_offset, jnp.int32), -queries, keys), batch)
     lengths_B = jnp.full(batch, keys, jnp.int32)
     if kv_lengths is not None:

@@ -1,4 +1,4 @@
-"""Launches the kernels of `triton_attention` from JAX, and tells them which blocks to visit."""
+"""Expanded attention in Triton, launched from JAX by jax-triton; computes which blocks the kernels visit."""
 
 import functools
 import math
@@ -19,54 +19,55 @@ MAX_WIDTH = 256
 _MAX_GRID = 65535
 
 
-class Tuning(NamedTuple):
-    """How one kernel is compiled."""
+class Tiling(NamedTuple):
+    """Block sizes and launch options of one kernel."""
 
     queries: int
     """Rows of a block of queries."""
     keys: int
+    """Rows of a block of keys and values."""
     warps: int
     stages: int
-    """Loads in flight: blocks of the inner loop that are in shared memory at one time."""
+    """Depth of the software pipeline: blocks of the inner loop in shared memory at a time."""
 
 
-Tunings = dict[int, dict[str, Tuning]]
+Tilings = dict[int, dict[str, Tiling]]
 
-_LITTLE_SHARED_MEMORY: Tunings = {  # sm_86, sm_89, sm_120: 99 KiB a block
-    128: {"forward": Tuning(128, 64, 8, 3), "d_q": Tuning(128, 64, 8, 2), "d_kv": Tuning(64, 64, 4, 2)},
-    256: {"forward": Tuning(128, 32, 8, 2), "d_q": Tuning(128, 32, 8, 2), "d_kv": Tuning(64, 64, 8, 2)},
-    320: {"forward": Tuning(128, 32, 8, 2), "d_q": Tuning(64, 32, 4, 2), "d_kv": Tuning(32, 64, 8, 2)},
-    512: {"forward": Tuning(64, 32, 8, 2), "d_q": Tuning(64, 32, 8, 1), "d_kv": Tuning(32, 32, 8, 1)},
+_LITTLE_SHARED_MEMORY: Tilings = {  # sm_86, sm_89, sm_120: 99 KiB a CTA
+    128: {"forward": Tiling(128, 64, 8, 3), "d_q": Tiling(128, 64, 8, 2), "d_kv": Tiling(64, 64, 4, 2)},
+    256: {"forward": Tiling(128, 32, 8, 2), "d_q": Tiling(128, 32, 8, 2), "d_kv": Tiling(64, 64, 8, 2)},
+    320: {"forward": Tiling(128, 32, 8, 2), "d_q": Tiling(64, 32, 4, 2), "d_kv": Tiling(32, 64, 8, 2)},
+    512: {"forward": Tiling(64, 32, 8, 2), "d_q": Tiling(64, 32, 8, 1), "d_kv": Tiling(32, 32, 8, 1)},
 }
-_AMPERE: Tunings = {  # sm_80, sm_87: 163 KiB
+_AMPERE: Tilings = {  # sm_80, sm_87: 163 KiB
     128: _LITTLE_SHARED_MEMORY[128],
-    256: _LITTLE_SHARED_MEMORY[256] | {"forward": Tuning(128, 64, 8, 3)},
-    320: _LITTLE_SHARED_MEMORY[320] | {"forward": Tuning(128, 64, 8, 2), "d_q": Tuning(128, 32, 8, 2)},
+    256: _LITTLE_SHARED_MEMORY[256] | {"forward": Tiling(128, 64, 8, 3)},
+    320: _LITTLE_SHARED_MEMORY[320] | {"forward": Tiling(128, 64, 8, 2), "d_q": Tiling(128, 32, 8, 2)},
     512: _LITTLE_SHARED_MEMORY[512],
 }
-_HOPPER: Tunings = {  # 227 KiB
-    128: {"forward": Tuning(128, 128, 8, 2), "d_q": Tuning(128, 64, 8, 2), "d_kv": Tuning(64, 128, 8, 2)},
-    256: {"forward": Tuning(128, 64, 8, 3), "d_q": Tuning(128, 64, 8, 2), "d_kv": Tuning(64, 128, 8, 2)},
-    320: {"forward": Tuning(128, 64, 8, 3), "d_q": Tuning(128, 64, 8, 2), "d_kv": Tuning(32, 128, 8, 2)},
-    512: {"forward": Tuning(64, 64, 8, 2), "d_q": Tuning(64, 32, 8, 2), "d_kv": Tuning(32, 32, 8, 1)},
+_HOPPER: Tilings = {  # 227 KiB
+    128: {"forward": Tiling(128, 128, 8, 2), "d_q": Tiling(128, 64, 8, 2), "d_kv": Tiling(64, 128, 8, 2)},
+    256: {"forward": Tiling(128, 64, 8, 3), "d_q": Tiling(128, 64, 8, 2), "d_kv": Tiling(64, 128, 8, 2)},
+    320: {"forward": Tiling(128, 64, 8, 3), "d_q": Tiling(128, 64, 8, 2), "d_kv": Tiling(32, 128, 8, 2)},
+    512: {"forward": Tiling(64, 64, 8, 2), "d_q": Tiling(64, 32, 8, 2), "d_kv": Tiling(32, 32, 8, 1)},
 }
-"""By the widths of the tiles together, up to. Compiled for these GPUs, no kernel spills more than 180 bytes a thread,
-and those of Hopper at most 16; 192-wide keys on GPUs before Hopper are the worst."""
+"""By the padded widths of query and value tiles together, up to the key. Compiled for these GPUs, no kernel spills more
+than 180 bytes a thread, and those of Hopper at most 16; 192-wide keys on GPUs before Hopper are the worst."""
 
 
-def tuning(kernel: str, widths: int, gpu: Gpu | None) -> Tuning:
-    """Of `forward`, `d_q` or `d_kv`, for rows of so many numbers in query and value tiles together."""
+def select_tiling(kernel: str, width: int, gpu: Gpu | None) -> Tiling:
+    """Tiling of kernel `forward`, `d_q` or `d_kv`, if query and value tiles together have this padded width."""
     memory = 0 if gpu is None else gpu.shared_memory
     table = _LITTLE_SHARED_MEMORY
     if gpu is not None and memory >= 227 << 10:
         table = _HOPPER
     elif memory >= 163 << 10:
         table = _AMPERE
-    return next(kernels[kernel] for limit, kernels in table.items() if widths <= limit)
+    return next(kernels[kernel] for limit, kernels in table.items() if width <= limit)
 
 
 def _widths(k: int, v: int) -> dict[str, int]:
-    """The constants of the kernels that say how rows of K and V numbers are read: 192 as 128 + 64, 96 as 64 + 32."""
+    """Width constants of the kernels: K is read as K1 + K2, V as V1, powers of two (192 as 128 + 64, 96 as 64 + 32)."""
     k1, k2 = max(16, 1 << (k - 1).bit_length()), 0
     half = k1 // 2
     if half >= 16 and k > half and (rest := max(16, 1 << (k - half - 1).bit_length())) < half:
@@ -78,10 +79,10 @@ def _cdiv(x, size: int):
     return (x + size - 1) // size
 
 
-def ranges(mask: Mask, queries: int, keys: int, blocks: Tuning, by_query: bool) -> jax.Array:
-    """int32 [B, blocks of queries (of keys), 4]: blocks of keys (of queries) to visit, see `triton_attention`.
+def ranges(mask: Mask, queries: int, keys: int, blocks: Tiling, by_query: bool) -> jax.Array:
+    """Block ranges for `triton_kernels`, int32 [B, own blocks, 4]; own blocks are queries if `by_query`, else keys.
 
-    With segments, this is exact where they do not decrease; else some blocks may be visited in vain.
+    With segments they are tight where segment ids do not decrease; else some visited blocks are fully masked.
     """
     offset, length = mask.offset_B[:, None], mask.lengths_B[:, None]
     q_blocks, kv_blocks = _cdiv(queries, blocks.queries), _cdiv(keys, blocks.keys)
@@ -108,28 +109,28 @@ def ranges(mask: Mask, queries: int, keys: int, blocks: Tuning, by_query: bool) 
 
 
 def _same_segments(own: tuple, other: tuple, ends: tuple) -> tuple:
-    """Shrinks ends (first, full from, full to, to), [B, own blocks] each, to blocks that may share a segment.
+    """Narrows ranges (first, full from, full to, to), [B, own blocks] each, to blocks that may share a segment.
 
-    A few own blocks at a time: at 1M tokens the matrix of all blocks would be gigabytes.
+    In batches of own blocks: at 1M tokens the matrix of all pairs of blocks would be gigabytes.
     """
     other_low, other_high = other
     n = jnp.arange(other_low.shape[1])
 
-    def shrink(own_block):
+    def narrow(own_block):
         low, high, first, full_from, full, to = (x[:, None] for x in own_block)
-        meets = (low <= other_high) & (other_low <= high) & (n >= first) & (n < to)
+        overlaps = (low <= other_high) & (other_low <= high) & (n >= first) & (n < to)
         one = (low == high) & (low == other_low) & (low == other_high)
         same = one & (n >= full_from) & (n < full)
         full_from = jnp.min(jnp.where(same, n, n.size), -1)
         full = jnp.min(jnp.where(~same & (n >= full_from[:, None]), n, n.size), -1)
-        return jnp.min(jnp.where(meets, n, n.size), -1), full_from, full, jnp.max(jnp.where(meets, n + 1, 0), -1)
+        return jnp.min(jnp.where(overlaps, n, n.size), -1), full_from, full, jnp.max(jnp.where(overlaps, n + 1, 0), -1)
 
-    columns = jax.lax.map(shrink, tuple(x.T for x in (*own, *ends)), batch_size=256)
+    columns = jax.lax.map(narrow, tuple(x.T for x in (*own, *ends)), batch_size=256)
     return tuple(x.T for x in columns)
 
 
 def _extremes(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Smallest and largest segment of each block, [B, blocks]."""
+    """Smallest and largest segment id of each block, [B, blocks] each."""
     padded = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % size)), mode="edge")
     blocks = padded.reshape(segments.shape[0], -1, size)
     return jnp.min(blocks, -1), jnp.max(blocks, -1)
@@ -138,31 +139,29 @@ def _extremes(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 def _launch(name: str, mask: Mask, scale: float, q, k, v, rest: tuple, out_shape: tuple, by_query: bool):
     """Runs the kernel of this name, whose arguments are q, k, v, rest, mask, scales, sizes, outputs, constants."""
     jax_triton = jax_triton_loader.load()
-    from latent_attention.attention import (
-        triton_kernels as triton_attention,  # not above: neither package is there without a GPU
-    )
+    from latent_attention.attention import triton_kernels  # needs Triton, which is installed with CUDA only
 
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
     widths = _widths(q.shape[3], v.shape[3])
     gpu = local_gpu()
-    tuned = tuning(name, widths["K1"] + widths["K2"] + widths["V1"], gpu)
+    tiling = select_tiling(name, widths["K1"] + widths["K2"] + widths["V1"], gpu)
     segments = mask.q_segments_BT is not None
-    # Without segments the kernel looks at neither; a pointer must be there.
+    # Without segments the kernel reads neither; jax-triton drops None, so any array stands for them.
     masks = mask if segments else mask._replace(q_segments_BT=mask.offset_B, kv_segments_BS=mask.offset_B)
     scales = [np.float32(scale * _LOG2E)] if name == "forward" else [np.float32(scale), np.float32(scale * _LOG2E)]
-    blocks = _cdiv(queries, tuned.queries) if by_query else _cdiv(keys, tuned.keys)
+    blocks = _cdiv(queries, tiling.queries) if by_query else _cdiv(keys, tiling.keys)
     return jax_triton.triton_call(
-        q, k, v, *rest, masks.offset_B, masks.lengths_B, ranges(mask, queries, keys, tuned, by_query),
+        q, k, v, *rest, masks.offset_B, masks.lengths_B, ranges(mask, queries, keys, tiling, by_query),
         masks.q_segments_BT, masks.kv_segments_BS, *scales, queries, keys,
-        kernel=getattr(triton_attention, f"{name}_kernel"), name=f"latent_attention_{name}",
-        out_shape=out_shape, grid=(blocks, batch * heads), num_warps=tuned.warps, num_stages=tuned.stages,
+        kernel=getattr(triton_kernels, f"{name}_kernel"), name=f"latent_attention_{name}",
+        out_shape=out_shape, grid=(blocks, batch * heads), num_warps=tiling.warps, num_stages=tiling.stages,
         compute_capability=None if gpu is None else 10 * gpu.capability[0] + gpu.capability[1],
-        HEADS=heads, SEGMENTS=segments, Q_BLOCK=tuned.queries, KV_BLOCK=tuned.keys, **widths,
+        HEADS=heads, SEGMENTS=segments, Q_BLOCK=tiling.queries, KV_BLOCK=tiling.keys, **widths,
     )  # fmt: skip
 
 
 def _attend(q, k, v, mask: Mask, scale: float) -> tuple[jax.Array, jax.Array]:
-    """Returns (out_BTHV, lse_BHT)."""
+    """Forward pass: (out_BTHV, lse_BHT)."""
     (batch, queries, heads, _), width = q.shape, v.shape[3]
     out_shape = (
         jax.ShapeDtypeStruct((batch, queries, heads, width), q.dtype),
@@ -175,7 +174,7 @@ _attention = jax.custom_vjp(_attend, nondiff_argnums=(4,))
 
 
 def _attention_forward(q, k, v, mask: Mask, scale: float):
-    # Named, so that a remat policy can keep them and spare the backward pass this computation.
+    # Named, so that a remat policy can save them: the backward pass then does not recompute the forward pass.
     out, lse = (checkpoint_name(x, "latent_attention") for x in _attend(q, k, v, mask, scale))
     return (out, lse), (q, k, v, mask, out, lse)
 
@@ -183,9 +182,9 @@ def _attention_forward(q, k, v, mask: Mask, scale: float):
 def _attention_backward(scale: float, residuals, cotangents):
     q, k, v, mask, out, lse = residuals
     d_out, d_lse = cotangents
-    nothing = lse == -jnp.inf
+    unseen = lse == -jnp.inf
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    rest = d_out, jnp.where(nothing, jnp.inf, lse * _LOG2E), jnp.where(nothing, 0, delta - d_lse)
+    rest = d_out, jnp.where(unseen, jnp.inf, lse * _LOG2E), jnp.where(unseen, 0, delta - d_lse)
     like = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
     (d_q,) = _launch("d_q", mask, scale, q, k, v, rest, like((q,)), True)
     d_k, d_v = _launch("d_kv", mask, scale, q, k, v, rest, like((k, v)), False)
@@ -198,14 +197,14 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments):
     """See `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
     mask = make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments, kv_segments)
-    if scale < 0:  # the kernels take the peak before they scale
+    if scale < 0:  # the kernels take the row maximum before they scale
         q_BTHK, scale = -q_BTHK, -scale
     out_BTHV, lse_BHT = _attention(q_BTHK, k_BSHK, v_BSHV, mask, float(scale))
     return out_BTHV, lse_BHT.swapaxes(1, 2)
 
 
 def gradients(q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BHT, d_out_BTHV, d_lse_BHT, *, scale, q_offset, kv_lengths):
-    """(dq, dk, dv) for another implementation's forward pass."""
+    """Backward pass for another implementation's forward pass: (dq, dk, dv)."""
     mask = make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths)
     residuals = q_BTHK, k_BSHK, v_BSHV, mask, out_BTHV, lse_BHT
     d_q, d_k, d_v, _ = _attention_backward(float(scale), residuals, (d_out_BTHV, d_lse_BHT))

@@ -1,8 +1,8 @@
-"""Expanded attention in plain XLA: online softmax over blocks (FlashAttention-2, arXiv 2307.08691), one if that is all.
+"""Expanded attention in plain XLA: blockwise with online softmax (FlashAttention-2, arXiv 2307.08691).
 
-Loops run only over blocks that some query of the batch can see, so causal attention does half of the work. Heads lead
-inside this file (q_BHTK), so that every product is a batch of plain matrix products. Scores, softmax and all sums are
-float32; the products read their operands in the type of the inputs.
+Loops run only over blocks that some query of the batch can see, so causal attention does half of the work. Arrays are
+heads-first inside this file (q_BHTK), so that every einsum is a batched matmul. Scores, softmax and accumulators are
+float32; matmuls take their operands in the type of the inputs.
 """
 
 import jax
@@ -15,7 +15,7 @@ from latent_attention.gpu import Gpu, local_gpu
 
 
 def _block() -> int:
-    """Queries and keys of a block: scores that fit the caches of a CPU, or that keep a GPU busy."""
+    """Size of query and key blocks: the scores of one fit the caches of a CPU, or occupy a GPU."""
     return 128 if local_gpu() is None else 512
 
 
@@ -24,7 +24,7 @@ def _fits_one_block(q: jax.Array, k: jax.Array) -> bool:
 
 
 def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Product that sums in float32."""
+    """Einsum that accumulates in float32."""
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
@@ -33,7 +33,7 @@ def _slice(x: jax.Array, start: jax.Array | int, size: int, axis: int) -> jax.Ar
 
 
 def _visible(mask: Mask, t0: jax.Array | int, rows: int, s0: jax.Array | int, columns: int) -> jax.Array:
-    """bool [B, 1, rows, columns] of the block at (t0, s0)."""
+    """Mask of the block of scores at (t0, s0): bool [B, 1, rows, columns]."""
     t, s = t0 + jnp.arange(rows)[:, None], s0 + jnp.arange(columns)[None, :]
     # s - t cannot overflow; offset + t could.
     visible = (s - t <= mask.offset_B[:, None, None]) & (s < mask.lengths_B[:, None, None])
@@ -49,21 +49,25 @@ def finite(lse: jax.Array) -> jax.Array:
 
 
 def _blocks(end: jax.Array, size: int) -> jax.Array:
-    """How many blocks of `size` cover [0, end)."""
+    """Number of blocks of `size` that cover [0, end)."""
     return (jnp.maximum(end, 0) + size - 1) // size
 
 
-def online_softmax(scores: jax.Array, peak: jax.Array, total: jax.Array):
-    """One more block of scores [..., S]: (its weights, shrink factor of what was summed before, peak, total)."""
-    new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
-    weights = jnp.exp(scores - finite(new_peak)[..., None])
-    shrink = jnp.exp(peak - finite(new_peak))
-    return weights, shrink, new_peak, total * shrink + jnp.sum(weights, axis=-1)
+def online_softmax(scores: jax.Array, m_i: jax.Array, l_i: jax.Array):
+    """One online softmax step over a block of scores [..., S], from running maxima m_i and row sums l_i [...].
+
+    Returns:
+        p = exp(scores - m'), alpha = exp(m_i - m') by which the accumulator is rescaled, and the new m' and l_i.
+    """
+    new_m_i = jnp.maximum(m_i, jnp.max(scores, axis=-1))
+    p = jnp.exp(scores - finite(new_m_i)[..., None])
+    alpha = jnp.exp(m_i - finite(new_m_i))
+    return p, alpha, new_m_i, l_i * alpha + jnp.sum(p, axis=-1)
 
 
-def normalised(out: jax.Array, peak: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) of sums of weights relative to exp(peak); 0 and -inf where nothing was seen."""
-    return out / jnp.where(total == 0, 1.0, total)[..., None], finite(peak) + jnp.log(total)
+def normalize(acc: jax.Array, m_i: jax.Array, l_i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of an accumulator [..., V], running maxima and row sums [...]; 0 and -inf where nothing is seen."""
+    return acc / jnp.where(l_i == 0, 1.0, l_i)[..., None], finite(m_i) + jnp.log(l_i)
 
 
 def _unblocked(x: jax.Array) -> jax.Array:
@@ -76,19 +80,18 @@ def _whole_forward(q, k, v, mask: Mask, scale: float):
     """All scores at once. Returns out_BHTV float32 and lse_BHT."""
     scores = dot("bhtk,bhsk->bhts", q, k) * scale
     scores = jnp.where(_visible(mask, 0, q.shape[2], 0, k.shape[2]), scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - finite(peak)[..., None])
-    out = dot("bhts,bhsv->bhtv", weights.astype(v.dtype), v)
-    return normalised(out, peak, jnp.sum(weights, axis=-1))
+    m_i = jnp.max(scores, axis=-1)
+    p = jnp.exp(scores - finite(m_i)[..., None])
+    return normalize(dot("bhts,bhsv->bhtv", p.astype(v.dtype), v), m_i, jnp.sum(p, axis=-1))
 
 
 def _block_backward(q, k, v, d_out, visible, lse, delta, scale):
     """Gradients (dq, dk, dv), float32, of one block of scores; algorithm 2 of FlashAttention-2."""
     scores = dot("bhtk,bhsk->bhts", q, k) * scale
-    weights = jnp.exp(jnp.where(visible, scores, -jnp.inf) - lse[..., None])
-    d_v = dot("bhts,bhtv->bhsv", weights.astype(v.dtype), d_out)
-    d_weights = dot("bhtv,bhsv->bhts", d_out, v)
-    d_scores = (weights * (d_weights - delta[..., None]) * scale).astype(q.dtype)
+    p = jnp.exp(jnp.where(visible, scores, -jnp.inf) - lse[..., None])
+    d_v = dot("bhts,bhtv->bhsv", p.astype(v.dtype), d_out)
+    d_p = dot("bhtv,bhsv->bhts", d_out, v)
+    d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
     return dot("bhts,bhsk->bhtk", d_scores, k), dot("bhts,bhtk->bhsk", d_scores, q), d_v
 
 
@@ -101,7 +104,7 @@ def _pad(x: jax.Array, axis: int, multiple: int, value: float = 0) -> jax.Array:
 
 
 def _padded(mask: Mask, block: int) -> Mask:
-    """Padded keys lie beyond every length, so the value of their segments does not matter."""
+    """Pads the segments to whole blocks. Padded keys lie beyond every length, whatever their segment."""
     if mask.q_segments_BT is None or mask.kv_segments_BS is None:
         return mask
     return mask._replace(
@@ -110,7 +113,7 @@ def _padded(mask: Mask, block: int) -> Mask:
 
 
 def _blocked_forward(q, k, v, mask: Mask, scale: float):
-    """Query blocks in turn, each over the key blocks it can see. Returns out_BHTV float32 and lse_BHT."""
+    """Loops over query blocks and, for each, the key blocks it can see. Returns out_BHTV float32 and lse_BHT."""
     queries, keys, block = q.shape[2], k.shape[2], _block()
     q, k, v = (_pad(x, 2, block) for x in (q, k, v))
     mask = _padded(mask, block)
@@ -121,29 +124,29 @@ def _blocked_forward(q, k, v, mask: Mask, scale: float):
         q_i = _slice(q, t0, block, 2)
 
         def key_block(j, carry):
-            out, peak, total = carry
+            acc, m_i, l_i = carry
             s0 = j * block
             k_j, v_j = (_slice(x, s0, block, 2) for x in (k, v))
             scores = dot("bhtk,bhsk->bhts", q_i, k_j) * scale
             scores = jnp.where(_visible(mask, t0, block, s0, block), scores, -jnp.inf)
-            weights, shrink, peak, total = online_softmax(scores, peak, total)
-            return out * shrink[..., None] + dot("bhts,bhsv->bhtv", weights.astype(v.dtype), v_j), peak, total
+            p, alpha, m_i, l_i = online_softmax(scores, m_i, l_i)
+            return acc * alpha[..., None] + dot("bhts,bhsv->bhtv", p.astype(v.dtype), v_j), m_i, l_i
 
         rows = (*q.shape[:2], block)
         start = jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, -jnp.inf), jnp.zeros(rows)
         end = jnp.minimum(last_offset + t0 + block, last_length)
-        return normalised(*jax.lax.fori_loop(0, _blocks(end, block), key_block, start))
+        return normalize(*jax.lax.fori_loop(0, _blocks(end, block), key_block, start))
 
     out_lse = jax.lax.map(query_block, jnp.arange(q.shape[2] // block))
     return tuple(_unblocked(x)[:, :, :queries] for x in out_lse)
 
 
 def _blocked_backward(q, k, v, d_out, mask: Mask, lse, delta, scale: float):
-    """Key blocks in turn, each over the query blocks that can see it. Returns (dq, dk, dv) float32."""
+    """Loops over key blocks and, for each, the query blocks that can see it. Returns (dq, dk, dv) float32."""
     queries, keys, block = q.shape[2], k.shape[2], _block()
     last_offset, last_length = jnp.minimum(jnp.max(mask.offset_B), keys), jnp.max(mask.lengths_B)
     q, k, v, d_out, delta = (_pad(x, 2, block) for x in (q, k, v, d_out, delta))
-    lse = _pad(lse, 2, block, jnp.inf)  # so that padded queries weigh nothing
+    lse = _pad(lse, 2, block, jnp.inf)  # so that p is 0 for padded queries
     mask = _padded(mask, block)
     q_blocks = q.shape[2] // block
 
@@ -170,7 +173,7 @@ def _blocked_backward(q, k, v, d_out, mask: Mask, lse, delta, scale: float):
 
 
 def _attend(q, k, v, mask: Mask, scale: float) -> tuple[jax.Array, jax.Array]:
-    """(out_BHTV, lse_BHT) of heads-first arrays."""
+    """Forward pass over heads-first arrays: (out_BHTV, lse_BHT)."""
     out, lse = (_whole_forward if _fits_one_block(q, k) else _blocked_forward)(q, k, v, mask, scale)
     return out.astype(q.dtype), lse
 
@@ -179,7 +182,7 @@ _attention = jax.custom_vjp(_attend, nondiff_argnums=(4,))
 
 
 def _attention_forward(q, k, v, mask: Mask, scale: float):
-    # Named, so that a remat policy can keep them and spare the backward pass this computation.
+    # Named, so that a remat policy can save them: the backward pass then does not recompute the forward pass.
     out, lse = (checkpoint_name(x, "latent_attention") for x in _attend(q, k, v, mask, scale))
     return (out, lse), (q, k, v, mask, out, lse)
 
@@ -187,7 +190,7 @@ def _attention_forward(q, k, v, mask: Mask, scale: float):
 def _attention_backward(scale: float, residuals, cotangents):
     q, k, v, mask, out, lse = residuals
     d_out, d_lse = cotangents
-    d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)  # a row that sees nothing has no gradient, whatever comes in
+    d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)  # a query that sees nothing has no gradient, whatever its cotangent
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     if _fits_one_block(q, k):
         visible = _visible(mask, 0, q.shape[2], 0, k.shape[2])
@@ -206,14 +209,14 @@ def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV))
     mask = make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments, kv_segments)
     if kv_lengths is not None:
-        held_B1S1 = (jnp.arange(k.shape[2]) < kv_lengths[:, None])[:, None, :, None]
-        k, v = (jnp.where(held_B1S1, x, 0) for x in (k, v))  # what is not held may be NaN, and 0 x NaN is NaN
+        valid_B1S1 = (jnp.arange(k.shape[2]) < kv_lengths[:, None])[:, None, :, None]
+        k, v = (jnp.where(valid_B1S1, x, 0) for x in (k, v))  # entries beyond the length may be NaN, and 0 x NaN is NaN
     out, lse = _attention(q, k, v, mask, scale)
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
 def gradients(q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BHT, d_out_BTHV, d_lse_BHT, *, scale, q_offset, kv_lengths):
-    """(dq, dk, dv) for another implementation's forward pass. What lies beyond the lengths must not be NaN."""
+    """Backward pass of another implementation: (dq, dk, dv). Keys and values beyond the lengths must be finite."""
     q, k, v, out, d_out = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV, out_BTHV, d_out_BTHV))
     residuals = q, k, v, make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths), out, lse_BHT
     d_q, d_k, d_v, _ = _attention_backward(scale, residuals, (d_out, d_lse_BHT))
@@ -221,5 +224,5 @@ def gradients(q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BHT, d_out_BTHV, d_lse_BHT, 
 
 
 def why_not_attention(shape: AttentionShape, gpu: Gpu | None) -> str | None:
-    """It runs everywhere."""
+    """None: XLA runs everywhere."""
     return None

@@ -1,1 +1,1 @@
-"""Absorbed attention over the latent cache: one file an implementation of `latent_attention.decode`."""
+"""Absorbed attention over the latent cache: one module per implementation of `latent_attention.decode`."""

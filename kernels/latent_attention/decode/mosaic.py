@@ -67,12 +67,12 @@ def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scale
     rows = queries * heads
     row_block, blocks = row_blocks(rows, c_width, scales_P2S is not None)
     q_BRW = jnp.pad(q_BTHW.reshape(batch, rows, -1), ((0, 0), (0, row_block * blocks - rows), (0, 0)))
-    plan = schedule(lengths_B, shape.pages_per_row * shape.page_size, TILE, config.programs, _LEAST_TILES)
+    work = schedule(lengths_B, shape.pages_per_row * shape.page_size, TILE, config.programs, _LEAST_TILES)
     partial, stats = partials(
-        q_BRW, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, plan, heads=heads, queries=queries, scale=scale,
+        q_BRW, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, work, heads=heads, queries=queries, scale=scale,
         config=config, row_block=row_block,
     )  # fmt: skip
-    out_BRC, lse_BR = combine(partial, stats, plan.slots_B2, dtype=q_BTHW.dtype, num_sms=gpu.num_sms)
+    out_BRC, lse_BR = combine(partial, stats, work.splits_B2, dtype=q_BTHW.dtype, num_sms=gpu.num_sms)
     if scales_P2S is not None:
         out_BRC = restore_order(out_BRC)
     return out_BRC[:, :rows].reshape(batch, queries, heads, c_width), lse_BR[:, :rows].reshape(batch, queries, heads)

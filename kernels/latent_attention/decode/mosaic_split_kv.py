@@ -37,7 +37,7 @@ from latent_attention.hopper.smem_tiles import (
     wgmma_zeros,
 )
 from latent_attention.hopper.swizzled_tiles import clear_rows
-from latent_attention.int8 import LOW_UNITS, split_queries
+from latent_attention.int8 import RADIX, split_queries
 
 TILE = 64
 """Tokens of a tile: M of wgmma."""
@@ -62,9 +62,9 @@ class Config(NamedTuple):
 
 
 def partials(
-    q_BRW, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, plan, *, heads, queries, scale, config: Config, row_block
+    q_BRW, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, work, *, heads, queries, scale, config: Config, row_block
 ):  # fmt: skip
-    """What each program finds in its share, in the slots of the `plan`; R are rows in blocks of `row_block`.
+    """What each program finds in its share, at the split indices of the schedule `work`; R are rows in blocks of `row_block`.
 
     Returns:
         out [blocks, slots, C, row_block], to be divided by the sums, and peaks and sums [blocks, slots, 2, row_block]
@@ -252,7 +252,7 @@ def partials(
 
                 sums = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TILE, 2 * row_block), jnp.int32))
                 # High and low parts of the queries stand side by side.
-                exact = sums[:, :row_block] * LOW_UNITS + sums[:, row_block:]
+                exact = sums[:, :row_block] * RADIX + sums[:, row_block:]
                 return exact.astype(jnp.float32) * broadcast_per_row(scale, tile_shape)
 
             rope_scale = load_as(scales_s.at[slot, 1], PER_ROW)
@@ -320,8 +320,8 @@ def partials(
         k_rope_PSR,
         scales_P2S,
         block_table_BN,
-        plan.programs_P7,
-        plan.sequences_B4,
+        work.ctas_P7,
+        work.sequences_B4,
     ]
     copies = (4 if int8 else 2) * pieces
     scratch = [

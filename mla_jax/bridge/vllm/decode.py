@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonMLAImpl
 
 from latent_attention.call_shapes import DecodeShape
-from latent_attention.decode import triton_torch as triton_decode_torch
+from latent_attention.decode import triton_torch
 from latent_attention.decode.triton_heuristic import why_not
 from latent_attention.gpu import make_gpu
 
@@ -27,7 +27,7 @@ def _decode(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
     q = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
     c = self.kv_lora_rank
     cache, lengths = kv_c_and_k_pe_cache, attn_metadata.decode.seq_lens.to(torch.int32)
-    out, lse = triton_decode_torch.decode(
+    out, lse = triton_torch.decode(
         q.contiguous().view(lengths.shape[0], -1, *q.shape[1:]),
         cache[..., :c],
         cache[..., c:],

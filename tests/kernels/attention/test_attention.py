@@ -85,9 +85,9 @@ def test_outputs_and_gradients_equal_float64(queries, keys, options):
     d_out, d_lse = (rng.normal(size=(*q.shape[:3], *rest)) for rest in ((V,), ()))
     expected = oracle(q, k, v, **for_oracle)
     expected += attention_gradients_oracle(q, k, v, d_out, d_lse, scale=SCALE, **for_oracle)
-    if for_op["kv_lengths"] is not None:  # what is not held must not matter
-        held = np.arange(keys)[None, :, None, None] < for_op["kv_lengths"][:, None, None, None]
-        k, v = jnp.where(held, k, jnp.nan), jnp.where(held, v, jnp.nan)
+    if for_op["kv_lengths"] is not None:  # entries beyond the length must not matter
+        valid = np.arange(keys)[None, :, None, None] < for_op["kv_lengths"][:, None, None, None]
+        k, v = jnp.where(valid, k, jnp.nan), jnp.where(valid, v, jnp.nan)
     op = functools.partial(latent_attention.attention, implementation="xla")
     ours = results(op, q, k, v, jnp.asarray(d_out, jnp.float32), jnp.asarray(d_lse, jnp.float32), for_op)
     for name, x, right in zip(("out", "lse", "dq", "dk", "dv"), ours, expected, strict=True):
@@ -100,8 +100,8 @@ def test_the_reference_equals_float64(queries, keys, options):
     for_oracle, for_op = arguments(queries, keys, options)
     expected = oracle(q, k, v, **for_oracle)
     if for_op["kv_lengths"] is not None:
-        held = np.arange(keys)[None, :, None, None] < for_op["kv_lengths"][:, None, None, None]
-        k, v = jnp.where(held, k, jnp.nan), jnp.where(held, v, jnp.nan)
+        valid = np.arange(keys)[None, :, None, None] < for_op["kv_lengths"][:, None, None, None]
+        k, v = jnp.where(valid, k, jnp.nan), jnp.where(valid, v, jnp.nan)
     op = functools.partial(latent_attention.attention, scale=SCALE, implementation="reference", return_lse=True)
     for x, right in zip(jax.jit(op)(q, k, v, **for_op), expected, strict=True):
         np.testing.assert_allclose(x, right, atol=3e-6)
@@ -110,8 +110,8 @@ def test_the_reference_equals_float64(queries, keys, options):
 def test_a_query_that_sees_nothing_gives_zero():
     q, k, v = draw(200, 150)
     op = jax.jit(functools.partial(latent_attention.attention, scale=SCALE, q_offset=-20, return_lse=True))
-    for held in (i32(0, 0), i32(0, 150)):
-        out, lse = (np.asarray(x) for x in op(q, k, v, kv_lengths=held))
+    for lengths in (i32(0, 0), i32(0, 150)):
+        out, lse = (np.asarray(x) for x in op(q, k, v, kv_lengths=lengths))
         assert np.all(out[0] == 0) and np.all(out[:, :20] == 0)
         assert np.all(np.isneginf(lse[0])) and np.all(np.isneginf(lse[:, :20]))
     assert np.all(np.isfinite(lse[1, 20:])) and np.all(out[1, 20:] != 0)

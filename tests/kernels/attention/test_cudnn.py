@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 import latent_attention
 from kernels_oracle import attention_oracle
 from latent_attention import dispatch, reference
-from latent_attention.attention import cudnn
-from latent_attention.attention import xla as xla_attention
+from latent_attention.attention import cudnn, xla
 from latent_attention.attention.cudnn import why_not_attention
 from latent_attention.call_shapes import AttentionShape
 from latent_attention.gpu import make_gpu
@@ -105,7 +104,7 @@ def test_on_a_mesh_every_device_runs_its_share(monkeypatch):
 def stand_in(name, mask, scale, q, k, v, lengths, *residuals):
     """What cuDNN computes for `cudnn._bind`, with NaN where it promises nothing."""
     keys = k.shape[1]
-    held = jnp.arange(keys) < (jnp.full(q.shape[0], keys) if lengths is None else lengths)[:, None]
+    valid = jnp.arange(keys) < (jnp.full(q.shape[0], keys) if lengths is None else lengths)[:, None]
     assert (lengths is not None) == ("PADDING" in mask)
 
     def op(q, k, v):
@@ -117,14 +116,14 @@ def stand_in(name, mask, scale, q, k, v, lengths, *residuals):
     (out, lse), vjp = jax.vjp(op, q, k, v)
     # It multiplies what lies beyond the lengths by zero.
     reached = jnp.where(jnp.isfinite(k).all() & jnp.isfinite(v).all(), 0, jnp.nan)
-    nothing = jnp.where(held.any(-1), 0, jnp.nan)[:, None, None] + reached
+    nothing = jnp.where(valid.any(-1), 0, jnp.nan)[:, None, None] + reached
     if name == "fwd":
         return out + nothing[..., None], (lse + nothing).swapaxes(1, 2)
     lse_residual, out_residual, d_out = residuals
     np.testing.assert_array_equal(lse_residual.shape, (*lse.shape[::2], lse.shape[1]))
     assert out_residual.shape == out.shape
     d_q, d_k, d_v = vjp((d_out, jnp.zeros_like(lse)))
-    return d_q, *(jnp.where(held[..., None, None], x, jnp.nan) for x in (d_k, d_v))
+    return d_q, *(jnp.where(valid[..., None, None], x, jnp.nan) for x in (d_k, d_v))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,7 @@ def test_masks_and_lengths_mean_what_the_op_says(queries, keys, q_offset, length
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
-    right, _ = weighted(xla_attention.attention)(q, k, v)
+    right, _ = weighted(xla.attention)(q, k, v)
     if lengths is not None:
         k, v = (jnp.where((np.arange(keys) < lengths[:, None])[..., None, None], x, jnp.nan) for x in (k, v))
     grads, results = weighted(cudnn.attention)(q, k, v)

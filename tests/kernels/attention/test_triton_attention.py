@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from latent_attention.attention import triton as triton_attention_jax
-from latent_attention.attention.triton import Tuning, _widths, ranges, tuning, why_not_attention
+from latent_attention.attention.triton import Tiling, _widths, ranges, select_tiling, why_not_attention
 from latent_attention.attention.xla import make_mask
 from latent_attention.call_shapes import AttentionShape
 from latent_attention.gpu import make_gpu
@@ -36,13 +35,13 @@ def compiled(kernel: str, capability: tuple[int, int], widths: tuple[int, int], 
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-    from latent_attention.attention import triton_kernels as triton_attention
+    from latent_attention.attention import triton_kernels
 
-    function = getattr(triton_attention, f"{kernel}_kernel")
+    function = getattr(triton_kernels, f"{kernel}_kernel")
     parts = _widths(*widths)
-    tuned = tuning(kernel, parts["K1"] + parts["K2"] + parts["V1"], make_gpu(capability, 1))
+    tiling = select_tiling(kernel, parts["K1"] + parts["K2"] + parts["V1"], make_gpu(capability, 1))
     constants = {
-        **parts, "HEADS": 32, "SEGMENTS": segments, "Q_BLOCK": tuned.queries, "KV_BLOCK": tuned.keys,
+        **parts, "HEADS": 32, "SEGMENTS": segments, "Q_BLOCK": tiling.queries, "KV_BLOCK": tiling.keys,
     }  # fmt: skip
 
     def type_of(name):
@@ -59,7 +58,7 @@ def compiled(kernel: str, capability: tuple[int, int], widths: tuple[int, int], 
         {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name.endswith("_ptr")},
     )
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    return triton.compile(source, target=target, options={"num_warps": tuned.warps, "num_stages": tuned.stages})
+    return triton.compile(source, target=target, options={"num_warps": tiling.warps, "num_stages": tiling.stages})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,7 +76,7 @@ TARGETS = [((8, 0), (192, 128)), ((8, 6), (192, 128)), ((8, 6), (256, 256)), ((9
 
 @pytest.mark.parametrize(("capability", "widths"), TARGETS)
 @pytest.mark.parametrize("kernel", ["forward", "d_q", "d_kv"])
-def test_it_compiles_into_the_shared_memory_of_a_block(kernel, capability, widths):
+def test_it_compiles_into_the_shared_memory_of_a_cta(kernel, capability, widths):
     result = compiled(kernel, capability, widths)
     assert 0 < result.metadata.shared <= make_gpu(capability, 1).shared_memory
     tensor_core = "wgmma.mma_async" if capability == (9, 0) else "mma.sync"
@@ -101,7 +100,7 @@ def test_widths_are_read_as_powers_of_two():
         assert k1 + k2 >= k and k1 & (k1 - 1) == 0 and k2 & (k2 - 1) == 0 and (k2 == 0 or k1 < k)
 
 
-BLOCKS = Tuning(16, 8, 1, 1)
+BLOCKS = Tiling(16, 8, 1, 1)
 
 
 def block_counts(visible, blocks):
@@ -163,10 +162,10 @@ def test_blocks_of_other_segments_are_skipped():
 
 def test_ranges_at_a_million_tokens_are_computed_without_a_matrix_of_blocks():
     ids = jax.ShapeDtypeStruct((1, 1 << 20), jnp.int32)
-    tuned = Tuning(128, 64, 8, 3)
+    tiling = Tiling(128, 64, 8, 3)
 
     def op(q_segments, kv_segments):
-        return ranges(make_mask(ids, ids, 0, None, q_segments, kv_segments), 1 << 20, 1 << 20, tuned, True)
+        return ranges(make_mask(ids, ids, 0, None, q_segments, kv_segments), 1 << 20, 1 << 20, tiling, True)
 
     analysis = jax.jit(op).lower(ids, ids).compile().memory_analysis()
     assert analysis is not None and analysis.temp_size_in_bytes < 128 << 20  # one matrix of blocks would be 512 MiB
@@ -188,12 +187,10 @@ def test_reasons(monkeypatch):
     assert "jax_triton is not installed" in (why_not_attention(SHAPE, HOPPER) or "")
 
 
-def test_there_is_a_tuning_for_every_gpu_and_width():
+def test_there_is_a_tiling_for_every_gpu_and_width():
     for capability in [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)]:
         for width in (16, 64, 128, 192, 256):
             parts = _widths(width, width)
             for kernel in ("forward", "d_q", "d_kv"):
-                tuned = triton_attention_jax.tuning(
-                    kernel, parts["K1"] + parts["K2"] + parts["V1"], make_gpu(capability, 1)
-                )
-                assert tuned.queries >= 16 and tuned.keys >= 16
+                tiling = select_tiling(kernel, parts["K1"] + parts["K2"] + parts["V1"], make_gpu(capability, 1))
+                assert tiling.queries >= 16 and tiling.keys >= 16

@@ -17,9 +17,8 @@ from hypothesis import given, settings
 
 from kernels_gradients import attention_gradients_oracle
 from kernels_oracle import attention_oracle
-from latent_attention.attention import triton as triton_attention_jax
-from latent_attention.attention import triton_kernels as triton_attention
-from latent_attention.attention.triton import Tuning
+from latent_attention.attention import triton, triton_kernels
+from latent_attention.attention.triton import Tiling
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_attention.py"
 
@@ -44,9 +43,9 @@ def triton_call(*arguments, kernel, out_shape, grid, name, num_warps, num_stages
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """Blocks are small and of different sizes, so that short sequences have many."""
-    small = {"forward": Tuning(32, 16, 1, 1), "d_q": Tuning(16, 32, 1, 1), "d_kv": Tuning(32, 16, 1, 1)}
+    small = {"forward": Tiling(32, 16, 1, 1), "d_q": Tiling(16, 32, 1, 1), "d_kv": Tiling(32, 16, 1, 1)}
     monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=triton_call))
-    monkeypatch.setattr(triton_attention_jax, "tuning", lambda kernel, widths, gpu: small[kernel])
+    monkeypatch.setattr(triton, "select_tiling", lambda kernel, width, gpu: small[kernel])
 
 
 def segments(length, *borders):
@@ -66,13 +65,13 @@ def check(queries, keys, k_width, v_width, *, heads=1, dtype="float32", scale=SC
     offset = options.get("offset", 0)
     options["offset"] = np.asarray(offset, np.int64)  # the oracle adds to it
     if lengths is not None:
-        held = np.arange(keys)[None, :, None, None] < lengths[:, None, None, None]
-        k, v = (jnp.where(held, x, jnp.nan) for x in (k, v))
+        valid = np.arange(keys)[None, :, None, None] < lengths[:, None, None, None]
+        k, v = (jnp.where(valid, x, jnp.nan) for x in (k, v))
 
     @jax.jit
     def run(q, k, v, d_out, d_lse, offset, lengths, q_segments, kv_segments):
         def op(q, k, v):
-            return triton_attention_jax.attention(
+            return triton.attention(
                 q, k, v, scale=scale, q_offset=offset, kv_lengths=lengths, q_segments=q_segments,
                 kv_segments=kv_segments,
             )  # fmt: skip
@@ -147,9 +146,7 @@ def test_a_gradient_into_rows_that_see_nothing_goes_nowhere():
     q = jnp.ones((1, 8, 1, 16))
 
     def op(q):
-        return triton_attention_jax.attention(
-            q, q, q, scale=1.0, q_offset=-4, kv_lengths=None, q_segments=None, kv_segments=None
-        )
+        return triton.attention(q, q, q, scale=1.0, q_offset=-4, kv_lengths=None, q_segments=None, kv_segments=None)
 
     (out, lse), vjp = jax.vjp(op, q)
     (grad,) = vjp((jnp.ones_like(out), jnp.full_like(lse, jnp.nan).at[:, 4:].set(1)))
@@ -176,12 +173,12 @@ def test_offsets_beyond_32_bits(monkeypatch):
     zero, length = torch.zeros(1, dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
     masks = zero, length, ranges, zero, zero
     constants = {
-        **triton_attention_jax._widths(width, width), "HEADS": heads, "SEGMENTS": False, "Q_BLOCK": block,
+        **triton._widths(width, width), "HEADS": heads, "SEGMENTS": False, "Q_BLOCK": block,
         "KV_BLOCK": block,
     }  # fmt: skip
     log2e = np.log2(np.e)
     grid, numbers = (blocks, 1), (SCALE * log2e, tokens, tokens)
-    triton_attention.forward_kernel[grid](q, k, v, *masks, *numbers, out, lse, **constants)
+    triton_kernels.forward_kernel[grid](q, k, v, *masks, *numbers, out, lse, **constants)
     q_last, k_last, v_last, d_out_last = last
     expected_out, expected_lse = attention_oracle(q_last, k_last, v_last, scale=SCALE)
     np.testing.assert_allclose(out[:, -block:, :1], expected_out, atol=2e-3)
@@ -190,8 +187,8 @@ def test_offsets_beyond_32_bits(monkeypatch):
     delta[0, 0, -block:] = torch.from_numpy(np.sum(d_out_last[0, :, 0] * expected_out[0, :, 0], -1))
     lse[0, 0] *= log2e
     rest = d_out, lse, delta, *masks, SCALE, *numbers
-    triton_attention.d_q_kernel[grid](q, k, v, *rest, d_q, **constants)
-    triton_attention.d_kv_kernel[grid](q, k, v, *rest, d_k, d_v, **constants)
+    triton_kernels.d_q_kernel[grid](q, k, v, *rest, d_q, **constants)
+    triton_kernels.d_kv_kernel[grid](q, k, v, *rest, d_k, d_v, **constants)
     no_d_lse = np.zeros((1, block, 1))
     expected = attention_gradients_oracle(q_last, k_last, v_last, d_out_last, no_d_lse, scale=SCALE)
     for name, ours, right in zip("qkv", (d_q, d_k, d_v), expected, strict=True):
@@ -202,7 +199,7 @@ def test_a_remat_policy_keeps_the_residuals_and_spares_the_forward_kernel():
     def launches(policy):
         def loss(x):
             op = jax.checkpoint(
-                lambda x: triton_attention_jax.attention(
+                lambda x: triton.attention(
                     x, x, x, scale=1.0, q_offset=0, kv_lengths=None, q_segments=None, kv_segments=None
                 )[0],
                 policy=policy,

@@ -16,7 +16,7 @@ from latent_attention.call_shapes import DecodeShape
 from latent_attention.decode import mosaic as mosaic_decode
 from latent_attention.gpu import make_gpu
 from latent_attention.hopper.smem_tiles import restore_order
-from latent_attention.int8 import LOW_UNITS, split_queries
+from latent_attention.int8 import RADIX, split_queries
 
 H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
 HOPPER = make_gpu((9, 0), 132)
@@ -114,7 +114,7 @@ def test_queries_split_in_two_int8_keep_15_bits():
     q_BRW[0, 3], q_BRW[1, 5, 7] = 0, 1000
     both, scale_BR = (np.asarray(x, np.float64) for x in split_queries(jnp.asarray(q_BRW), 8))
     both = both.reshape(2, 2, 2, 8, 96)  # [B, blocks, high | low, rows of a block, W]
-    again = (both[:, :, 0] * LOW_UNITS + both[:, :, 1]).reshape(2, 16, 96) * scale_BR[..., None]
+    again = (both[:, :, 0] * RADIX + both[:, :, 1]).reshape(2, 16, 96) * scale_BR[..., None]
     largest = np.abs(q_BRW).max(-1, keepdims=True)
     assert np.all(np.abs(again - q_BRW) <= largest / 2**15)
 

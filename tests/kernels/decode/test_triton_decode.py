@@ -8,8 +8,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import latent_attention
 from latent_attention.call_shapes import DecodeShape
-from latent_attention.decode import triton as triton_decode_jax
-from latent_attention.decode.triton_heuristic import Config, choose, content_tiles, plan, why_not
+from latent_attention.decode.triton import why_not_decode
+from latent_attention.decode.triton_heuristic import Tiling, content_tiles, launch_config, select_tiling, why_not
 from latent_attention.gpu import make_gpu
 from triton_checks import check_interpreted, spilled_bytes
 
@@ -25,7 +25,7 @@ def test_in_the_interpreter(which):
 
 
 def strides(shape: DecodeShape) -> dict[str, int]:
-    """Of contiguous arrays, as far as they matter for compilation."""
+    """Strides of contiguous arrays, as far as they matter for compilation."""
     width, page = shape.c_width + shape.rope_width, shape.page_size
     heads = {"Q": width, "OUT": shape.c_width, "LSE": 1}
     result = {"C_P": page * shape.c_width, "C_S": shape.c_width, "TABLE_B": shape.pages_per_row}
@@ -43,10 +43,10 @@ def compiled(shape: DecodeShape, capability: tuple[int, int], kernel: str = "spl
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-    from latent_attention.decode import triton_kernels as triton_decode
+    from latent_attention.decode import triton_kernels
 
-    function = getattr(triton_decode, f"{kernel}_kernel")
-    launch = getattr(plan(shape, make_gpu(capability, 1), strides(shape)), kernel)
+    function = getattr(triton_kernels, f"{kernel}_kernel")
+    launch = getattr(launch_config(shape, make_gpu(capability, 1), strides(shape)), kernel)
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8"}
     types = {f"{name}_ptr": f"*{names[shape.cache_dtype]}" for name in ("c", "rope")}
     types |= {f"{name}_ptr": f"*{names[shape.q_dtype]}" for name in ("q", "out")}
@@ -63,7 +63,7 @@ def compiled(shape: DecodeShape, capability: tuple[int, int], kernel: str = "spl
 
 
 def targets():
-    """One call for each cut of each GPU."""
+    """One call for each tiling of each GPU."""
     for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)]:
         for c_width in (256, 512):
             for cache_dtype in ("bfloat16", "int8"):
@@ -72,9 +72,9 @@ def targets():
                     shape = SHAPE._replace(c_width=c_width, heads=heads, cache_dtype=cache_dtype)
                     if capability == (7, 5):  # no bfloat16 there
                         shape = shape._replace(q_dtype="float16", cache_dtype=cache_dtype.replace("b", ""))
-                    config = choose(shape, make_gpu(capability, 1))
-                    if config is not None and config not in seen:
-                        seen.add(config)
+                    tiling = select_tiling(shape, make_gpu(capability, 1))
+                    if tiling is not None and tiling not in seen:
+                        seen.add(tiling)
                         yield pytest.param(
                             shape, capability, id=f"sm_{capability[0]}{capability[1]}-{c_width}-{cache_dtype}-{heads}"
                         )
@@ -91,7 +91,7 @@ def test_it_fits_the_gpu(shape, capability, tmp_path):
     # Latents and rotary keys are loaded ahead of their use, 8 or 16 bytes a thread.
     loads = 3 if content_tiles(shape)[1] else 2
     copies = re.findall(r"async_copy_global_to_local .*contiguity = (?:8|16) ", kernel.asm["ttgir"])
-    assert len(copies) == loads * plan(shape, make_gpu(capability, 1), strides(shape)).split.stages
+    assert len(copies) == loads * launch_config(shape, make_gpu(capability, 1), strides(shape)).split.stages
     assert spilled_bytes(kernel, tmp_path) <= (320 if int8 else 64)
 
 
@@ -138,7 +138,7 @@ def test_jax_lowers_it_for_a_gpu_that_is_not_here(shape):
 
 def test_reasons(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert triton_decode_jax.why_not_decode(SHAPE, HOPPER) is None
+    assert why_not_decode(SHAPE, HOPPER) is None
     for shape, gpu, words in [
         (SHAPE, None, "needs an NVIDIA GPU"),
         (SHAPE, make_gpu((7, 0), 80), "this GPU is sm_70"),
@@ -150,12 +150,12 @@ def test_reasons(monkeypatch):
         (SHAPE._replace(cache_dtype="float16"), HOPPER, "the type of the queries or int8 with 16 bits, not float16"),
         (INT8._replace(q_dtype="float32"), HOPPER, "int8 with 16 bits"),
     ]:
-        assert words in (triton_decode_jax.why_not_decode(shape, gpu) or "")
+        assert words in (why_not_decode(shape, gpu) or "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install" in (triton_decode_jax.why_not_decode(SHAPE, HOPPER) or "")
+    assert "pip install" in (why_not_decode(SHAPE, HOPPER) or "")
 
 
-def test_every_gpu_and_shape_gets_a_cut():
+def test_every_gpu_and_shape_gets_a_tiling():
     for capability in [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)]:
         for c_width in range(64, 513, 64):
             for heads in (1, 5, 16, 33, 128):
@@ -163,7 +163,7 @@ def test_every_gpu_and_shape_gets_a_cut():
                     assert why_not(shape._replace(c_width=c_width, heads=heads), make_gpu(capability, 1)) is None
 
 
-def test_content_is_cut_into_two_powers_of_two():
+def test_content_is_split_into_two_powers_of_two():
     tiles = {c: content_tiles(SHAPE._replace(c_width=c)) for c in range(64, 513, 64)}
     assert tiles == {
         64: (64, 0), 128: (128, 0), 192: (128, 64), 256: (256, 0), 320: (256, 64), 384: (256, 128), 448: (256, 256),
@@ -174,14 +174,13 @@ def test_content_is_cut_into_two_powers_of_two():
 
 def test_programs_fill_the_gpu_but_no_more_than_there_is_to_do():
     def programs(**changes):
-        config = Config(32, 64, 4, 3, 2)
-        return plan(SHAPE._replace(**changes), HOPPER, {}, config)
+        return launch_config(SHAPE._replace(**changes), HOPPER, {}, Tiling(32, 64, 4, 3, 2))
 
     assert programs().split.grid == (1, 264)
     assert programs(heads=128).split.grid == (4, 66)
     assert programs(pages_per_row=3).split.grid == (1, 3)
     assert programs(batch=7, pages_per_row=1, page_size=65).split.grid == (1, 14)
     assert programs(heads=128, queries=128).split.grid == (512, 1)
-    assert programs(batch=300).slots == 564
+    assert programs(batch=300).splits == 564
     assert programs().combine.grid == (4, 32, 1)  # few rows: 64 columns a program
     assert programs(batch=300).combine.grid == (1, 32, 300)

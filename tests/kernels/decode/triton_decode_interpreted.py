@@ -16,10 +16,8 @@ import torch
 from hypothesis import given, settings
 
 from kernels_oracle import FEW_DECODE_CASES, DecodeCase, contiguous, decode_oracle
-from latent_attention.decode import triton as triton_decode_jax
-from latent_attention.decode import triton_kernels as triton_decode
-from latent_attention.decode import triton_torch as triton_decode_torch
-from latent_attention.decode.triton_heuristic import Config
+from latent_attention.decode import triton, triton_kernels, triton_torch
+from latent_attention.decode.triton_heuristic import Tiling
 from latent_attention.gpu import make_gpu
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_decode.py"
@@ -47,9 +45,9 @@ def triton_call(*arguments, kernel, out_shape, grid, num_warps, num_stages, comp
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=triton_call))
-        patch.setattr(triton_decode_jax, "local_gpu", lambda: GPU)
-        patch.setattr(triton_decode_torch, "_gpu", lambda device: GPU)
-        patch.setattr(triton_decode, "_pinned", lambda x: x)  # inline assembly
+        patch.setattr(triton, "local_gpu", lambda: GPU)
+        patch.setattr(triton_torch, "_gpu", lambda device: GPU)
+        patch.setattr(triton_kernels, "_opaque", lambda x: x)  # inline assembly
         yield
 
 
@@ -57,32 +55,32 @@ def tensor(x):
     return None if x is None else torch.from_numpy(np.array(x))
 
 
-def by_torch(case: DecodeCase, config: Config | None = None):
+def by_torch(case: DecodeCase, tiling: Tiling | None = None):
     arrays, keywords = case.draw()
     table, scales = (tensor(keywords.get(name)) for name in ("block_table_BN", "scales_P2S"))
     arrays = [tensor(x) for x in arrays]
     out = torch.full((*arrays[0].shape[:3], case.c_width), torch.nan, dtype=arrays[0].dtype)
-    result = triton_decode_torch.decode(
-        *arrays, scale=keywords["scale"], block_table=table, scales=scales, out=out, config=config
+    result = triton_torch.decode(
+        *arrays, scale=keywords["scale"], block_table=table, scales=scales, out=out, tiling=tiling
     )
     assert result[0] is out and result[1].dtype == torch.float32
     return out.float(), result[1]
 
 
-def by_jax(case: DecodeCase, config: Config | None = None):
+def by_jax(case: DecodeCase, tiling: Tiling | None = None):
     arrays, keywords = case.draw()
     scales = keywords.pop("scales_P2S", None)
-    op = jax.jit(lambda *arrays: triton_decode_jax.decode(*arrays, **keywords, scales_P2S=scales, config=config))
+    op = jax.jit(lambda *arrays: triton.decode(*arrays, **keywords, scales_P2S=scales, tiling=tiling))
     out, lse = op(*arrays)
     assert (out.dtype, lse.dtype) == (case.dtype, "float32")
     return out.astype("float32"), lse
 
 
-def check(case: DecodeCase, run=by_torch, config: Config | None = None):
+def check(case: DecodeCase, run=by_torch, tiling: Tiling | None = None):
     # int8 goes with 16 bits.
     case = dataclasses.replace(case, dtype="float16") if case.int8 else case
     tolerance = 1e-5 if case.dtype == "float32" else 3e-3
-    for ours, expected in zip(run(case, config), case.expected(), strict=True):
+    for ours, expected in zip(run(case, tiling), case.expected(), strict=True):
         np.testing.assert_allclose(ours, expected, atol=tolerance, rtol=tolerance)
 
 
@@ -103,12 +101,12 @@ def test_widths_of_one_and_two_tiles(c_width, int8):
 
 
 def test_rows_of_many_programs():
-    check(DecodeCase((33, 70), heads=24, queries=2, dtype="float16"), config=Config(16, 32, 4, 2, 2))
+    check(DecodeCase((33, 70), heads=24, queries=2, dtype="float16"), tiling=Tiling(16, 32, 4, 2, 2))
 
 
-@pytest.mark.parametrize("least", [1, 2, 5])
-def test_the_least_number_of_tiles_of_a_program_changes_nothing(least):
-    check(DecodeCase((80, 0, 17, 64), heads=2), config=Config(16, 16, 4, 2, 4, least))
+@pytest.mark.parametrize("min_tiles", [1, 2, 5])
+def test_the_least_number_of_tiles_of_a_program_changes_nothing(min_tiles):
+    check(DecodeCase((80, 0, 17, 64), heads=2), tiling=Tiling(16, 16, 4, 2, 4, min_tiles))
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -116,12 +114,12 @@ def test_the_least_number_of_tiles_of_a_program_changes_nothing(least):
 def test_any_batch(data):
     page_size, pages, queries = (data.draw(st.integers(1, top)) for top in (40, 6, 4))
     lengths = data.draw(st.lists(st.integers(0, page_size * pages + 3), min_size=1, max_size=20))
-    config = Config(16, data.draw(st.sampled_from([16, 32])), 4, 2, data.draw(st.integers(1, 5)))
+    tiling = Tiling(16, data.draw(st.sampled_from([16, 32])), 4, 2, data.draw(st.integers(1, 5)))
     case = DecodeCase(
         tuple(lengths), queries, data.draw(st.integers(1, 3)), page_size=page_size, pages_per_row=pages,
         int8=data.draw(st.booleans()),
     )  # fmt: skip
-    check(case, config=config)
+    check(case, tiling=tiling)
 
 
 def test_a_cache_that_holds_content_and_rotary_key_in_one_row():
@@ -134,7 +132,7 @@ def test_a_cache_that_holds_content_and_rotary_key_in_one_row():
     cache[...] = torch.cat([c, k_rope], -1)
     table = torch.full((4, 9), -1, dtype=torch.int32)[:, :5]
     table[...] = tensor(keywords["block_table_BN"])
-    out, lse = triton_decode_torch.decode(
+    out, lse = triton_torch.decode(
         q, cache[..., :64], cache[..., 64:], lengths, scale=keywords["scale"], block_table=table
     )
     expected = case.expected()
@@ -153,7 +151,7 @@ def test_offsets_beyond_32_bits():
     scales[far] = 0.02
     q, table = torch.from_numpy(rng.normal(size=(1, 1, 2, width))).half(), torch.tensor([[far]], dtype=torch.int32)
     length = torch.tensor([11], dtype=torch.int32)
-    out, lse = triton_decode_torch.decode(
+    out, lse = triton_torch.decode(
         q, cache[..., :64], cache[..., 64:], length, scale=0.2, block_table=table, scales=scales
     )
     page, zero = cache[far:], np.zeros((1, 1), int)
@@ -180,4 +178,4 @@ def test_what_does_not_fit_together_is_named():
     ]:
         arguments = {"q": q, "c": c, "k_rope": k_rope, "lengths": lengths, "block_table": table, **replaced}
         with pytest.raises(ValueError, match=words):
-            triton_decode_torch.decode(**arguments, scale=scale)
+            triton_torch.decode(**arguments, scale=scale)
