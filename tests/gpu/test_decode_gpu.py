@@ -14,8 +14,8 @@ import latent_attention
 from kernels_oracle import DecodeCase, contiguous, decode_oracle
 from latent_attention import IMPLEMENTATIONS, UnavailableError, quantize_cache, resolve
 from latent_attention.call_shapes import DecodeShape
-from latent_attention.decode import mosaic as mosaic_decode
-from latent_attention.decode.mosaic_split_kv import Config
+from latent_attention.decode import mosaic
+from latent_attention.decode.mosaic_smem import Config
 from latent_attention.gpu import local_gpu
 from tools.bench import float64
 
@@ -263,16 +263,16 @@ def test_inside_a_scan_over_layers(implementation):
         check((np.asarray(out[i].astype(jnp.float32)), np.asarray(lse[i])), theirs, case.dtype)
 
 
-@pytest.mark.parametrize("consumers", [1, 2, 3])
+@pytest.mark.parametrize("consumers", [1, 2])
 @pytest.mark.parametrize("int8", [False, True])
 def test_tuning_of_mosaic_changes_no_result(int8, consumers):
     case = contiguous((3000, 0, 65, 1), 4000, heads=8, c_width=256, rope_width=64, dtype="bfloat16", int8=int8)
     (q_BTHW, c_PSC, k_rope_PSR, lengths_B), keywords = case.draw()
-    reason = mosaic_decode.why_not_decode(DecodeShape.of(q_BTHW, c_PSC, k_rope_PSR, None), local_gpu())
+    reason = mosaic.why_not_decode(DecodeShape.of(q_BTHW, c_PSC, k_rope_PSR, None), local_gpu())
     if reason is not None:
         pytest.skip(reason)
-    config = Config(stages=consumers, programs=5, consumers=consumers, q_slots=1)
-    out, lse = jax.jit(functools.partial(mosaic_decode.decode, **{"scales_P2S": None} | keywords, config=config))(
+    config = Config(stages=consumers, num_ctas=5, consumers=consumers, q_stages=1)
+    out, lse = jax.jit(functools.partial(mosaic.decode, **{"scales_P2S": None} | keywords, config=config))(
         q_BTHW, c_PSC, k_rope_PSR, lengths_B
     )
     check((np.asarray(out.astype(jnp.float32)), np.asarray(lse)), expected(case), case.dtype)

@@ -1,21 +1,22 @@
-"""Absorbed decode on Hopper: two Pallas Mosaic GPU kernels, one for the shares of the cache and one to combine them."""
+"""Absorbed decode on Hopper: split-KV attention and a combine kernel in Pallas Mosaic GPU; see docs/kernels.md."""
 
 import jax.numpy as jnp
 
 from latent_attention.call_shapes import DecodeShape
 from latent_attention.decode.mosaic_combine import combine
-from latent_attention.decode.mosaic_split_kv import TILE, Config, partials
+from latent_attention.decode.mosaic_smem import TILE, Config
+from latent_attention.decode.mosaic_split_kv import partials
 from latent_attention.decode.tile_scheduler import schedule
 from latent_attention.gpu import Gpu, local_gpu
 from latent_attention.hopper.smem_tiles import CHUNK, REDUCE_SCRATCH, restore_order
 
-_LEAST_TILES = 2
-"""Of a program: below, combining costs more than the GPU's other multiprocessors bring."""
+_MIN_TILES = 2
+"""KV tiles of a CTA at least: below, combining more splits costs more than more SMs save."""
 _ACCUMULATOR = 64 * 256
-"""Numbers of the output that the registers of one warpgroup hold."""
+"""Elements of the output accumulator that fit in the registers of a warpgroup."""
 _RESERVED = 6 << 10
-"""Shared memory for barriers, alignment, and what the warps exchange."""
-_MOST_STAGES = 8
+"""Bytes of shared memory for mbarriers, alignment and softmax statistics."""
+_MAX_STAGES = 8
 
 
 def why_not_decode(shape: DecodeShape, gpu: Gpu | None) -> str | None:
@@ -36,30 +37,30 @@ def why_not_decode(shape: DecodeShape, gpu: Gpu | None) -> str | None:
 
 
 def row_blocks(rows: int, c_width: int, int8: bool) -> tuple[int, int]:
-    """(rows a block, blocks) in which the registers of a warpgroup hold the output of the rows of a block."""
+    """(rows of a block, blocks): the fewest blocks whose accumulators fit in the registers of a warpgroup."""
     most = min(_ACCUMULATOR // c_width, 64 if int8 else 128) // 8 * 8
     blocks = -(-rows // most)
     return -(-rows // (8 * blocks)) * 8, blocks
 
 
 def configure(shape: DecodeShape, gpu: Gpu) -> Config:
-    """As many tiles in flight as fit; queries of the next sequence are fetched ahead unless that costs tiles."""
+    """As many stages as fit; a second stage for queries, to prefetch the next sequence's, unless it costs KV stages."""
     int8 = shape.cache_dtype == "int8"
     row_block, blocks = row_blocks(shape.queries * shape.heads, shape.c_width, int8)
     width = shape.c_width + shape.rope_width
 
-    def stages(q_slots: int, consumers: int) -> int:
-        taken = q_slots * row_block * width * 2 + consumers * (CHUNK * row_block + REDUCE_SCRATCH) * 4
+    def stages(q_stages: int, consumers: int) -> int:
+        taken = q_stages * row_block * width * 2 + consumers * (CHUNK * row_block + REDUCE_SCRATCH) * 4
         stage = TILE * (width + 8) if int8 else TILE * width * 2
-        return min((gpu.shared_memory - _RESERVED - taken) // stage, _MOST_STAGES) // consumers * consumers
+        return min((gpu.shared_memory - _RESERVED - taken) // stage, _MAX_STAGES) // consumers * consumers
 
     consumers = 2 if stages(1, 2) >= 2 else 1
-    q_slots = 2 if stages(2, consumers) >= min(stages(1, consumers), 4) else 1
-    return Config(stages(q_slots, consumers), max(gpu.num_sms // blocks, 1), consumers, q_slots)
+    q_stages = 2 if stages(2, consumers) >= min(stages(1, consumers), 4) else 1
+    return Config(stages(q_stages, consumers), max(gpu.num_sms // blocks, 1), consumers, q_stages)
 
 
 def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scales_P2S, config: Config | None = None):
-    """See `latent_attention.decode`. Returns (out_BTHC, lse_BTH)."""
+    """See `latent_attention.decode`; `config` instead of `configure`'s. Returns (out_BTHC, lse_BTH)."""
     shape, gpu = DecodeShape.of(q_BTHW, c_PSC, k_rope_PSR, block_table_BN), local_gpu()
     assert gpu is not None  # `why_not_decode` was asked
     config = config or configure(shape, gpu)
@@ -67,12 +68,12 @@ def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scale
     rows = queries * heads
     row_block, blocks = row_blocks(rows, c_width, scales_P2S is not None)
     q_BRW = jnp.pad(q_BTHW.reshape(batch, rows, -1), ((0, 0), (0, row_block * blocks - rows), (0, 0)))
-    work = schedule(lengths_B, shape.pages_per_row * shape.page_size, TILE, config.programs, _LEAST_TILES)
+    tiles = schedule(lengths_B, shape.pages_per_row * shape.page_size, TILE, config.num_ctas, _MIN_TILES)
     partial, stats = partials(
-        q_BRW, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, work, heads=heads, queries=queries, scale=scale,
+        q_BRW, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, tiles, heads=heads, queries=queries, scale=scale,
         config=config, row_block=row_block,
     )  # fmt: skip
-    out_BRC, lse_BR = combine(partial, stats, work.splits_B2, dtype=q_BTHW.dtype, num_sms=gpu.num_sms)
+    out_BRC, lse_BR = combine(partial, stats, tiles.splits_B2, dtype=q_BTHW.dtype, num_sms=gpu.num_sms)
     if scales_P2S is not None:
         out_BRC = restore_order(out_BRC)
     return out_BRC[:, :rows].reshape(batch, queries, heads, c_width), lse_BR[:, :rows].reshape(batch, queries, heads)

@@ -9,10 +9,13 @@ index p + b, its row in the workspace: from one partial result to the next p or 
 and there are num_ctas + batch rows at most. The splits of one sequence are consecutive.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 
 _STRETCH = 32
 """A share may grow by 1 / 32 to contain a whole sequence."""
@@ -63,3 +66,45 @@ def schedule(lengths_B: jax.Array, capacity: int, tile: int, num_ctas: int, min_
     first_cta_B = starts_B // share
     count_B = jnp.where(tiles_B > 0, (ends_B - 1) // share - first_cta_B + 1, 0)
     return Schedule(ctas_P7, sequences_B4, jnp.stack([first_cta_B + b, count_B], axis=1))
+
+
+class Split(NamedTuple):
+    """The tiles of one sequence that belong to one CTA."""
+
+    b: Any
+    """The sequence."""
+    begin: Any
+    """First tile, counted from the sequence's first, and one past the last."""
+    end: Any
+    length: Any
+    kv_len: Any
+    tiles_before: Any
+    """Tiles of the CTA's splits before this one."""
+    splits_before: Any
+    """Splits of the CTA before this one."""
+
+
+class CtaSplits:
+    """In a Pallas kernel: the splits of a CTA, read from references to `Schedule.ctas_P7` and `sequences_B4`."""
+
+    def __init__(self, ctas_ref, sequences_ref, cta, batch: int):
+        self.sequences_ref, self.batch = sequences_ref, batch
+        self.first, self.last, *self.first_split, self.run_end = (ctas_ref[cta, i] for i in range(7))
+
+    def for_each(self, body: Callable[[Split], None]) -> None:
+        """Calls body(split) for all splits that have tiles."""
+
+        def step(b, carry):
+            tiles_before, splits_before, begin, end, length, kv_len = carry
+
+            @pl.when(end > begin)
+            def _():
+                body(Split(b, begin, end, length, kv_len, tiles_before, splits_before))
+
+            following = jnp.minimum(b + 1, self.batch - 1)
+            start, stop, next_length, next_kv_len = (self.sequences_ref[following, i] for i in range(4))
+            next_end = jnp.minimum(self.run_end, stop) - start
+            tiles = jnp.maximum(end - begin, 0)
+            return tiles_before + tiles, splits_before + jnp.minimum(tiles, 1), 0, next_end, next_length, next_kv_len
+
+        lax.fori_loop(self.first, self.last, step, (0, 0, *self.first_split))

@@ -13,7 +13,7 @@ import pytest
 import latent_attention
 from latent_attention import UnavailableError
 from latent_attention.call_shapes import DecodeShape
-from latent_attention.decode import mosaic as mosaic_decode
+from latent_attention.decode.mosaic import configure, row_blocks, why_not_decode
 from latent_attention.gpu import make_gpu
 from latent_attention.hopper.smem_tiles import restore_order
 from latent_attention.int8 import RADIX, split_queries
@@ -75,15 +75,15 @@ def test_it_is_chosen_on_hopper():
     ],
 )
 def test_it_says_why_it_cannot_run(change, reason):
-    assert mosaic_decode.why_not_decode(SHAPE, HOPPER) is None
-    assert reason in (mosaic_decode.why_not_decode(SHAPE._replace(**change), HOPPER) or "")
+    assert why_not_decode(SHAPE, HOPPER) is None
+    assert reason in (why_not_decode(SHAPE._replace(**change), HOPPER) or "")
 
 
 @pytest.mark.parametrize(
     ("gpu", "name"), [(None, "no GPU"), (make_gpu((8, 6), 84), "sm_86"), (make_gpu((10, 0), 148), "sm_100")]
 )
 def test_it_is_for_hopper_only(gpu, name):
-    assert f"this is {name}" in (mosaic_decode.why_not_decode(SHAPE, gpu) or "")
+    assert f"this is {name}" in (why_not_decode(SHAPE, gpu) or "")
 
 
 def test_asking_for_it_on_a_cpu_is_an_error_that_says_so():
@@ -99,13 +99,13 @@ def test_asking_for_it_on_a_cpu_is_an_error_that_says_so():
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("c_width", range(64, 513, 64))
 @pytest.mark.parametrize("rows", [1, 8, 16, 33, 128, 1024])
-def test_every_shape_gets_a_ring_of_tiles(rows, c_width, cache_dtype):
+def test_every_shape_gets_a_pipeline(rows, c_width, cache_dtype):
     shape = SHAPE._replace(heads=min(rows, 128), queries=-(-rows // 128), c_width=c_width, cache_dtype=cache_dtype)
-    config = mosaic_decode.configure(shape, HOPPER)
+    config = configure(shape, HOPPER)
     assert config.stages >= 2 and config.stages % config.consumers == 0
-    row_block, blocks = mosaic_decode.row_blocks(shape.queries * shape.heads, c_width, cache_dtype == "int8")
+    row_block, blocks = row_blocks(shape.queries * shape.heads, c_width, cache_dtype == "int8")
     assert row_block * blocks >= rows and row_block % 8 == 0
-    assert 1 <= config.programs * blocks <= HOPPER.num_sms  # all blocks of threads are on the GPU at once
+    assert 1 <= config.num_ctas * blocks <= HOPPER.num_sms  # all CTAs are resident at once
 
 
 def test_queries_split_in_two_int8_keep_15_bits():
