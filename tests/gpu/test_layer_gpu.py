@@ -1,4 +1,4 @@
-"""A layer in one kernel on Hopper against the kernels around the attention."""
+"""The fused decoder layer for Hopper against the Triton kernels around `decode`."""
 
 import functools
 
@@ -17,17 +17,17 @@ from latent_attention.gpu import local_gpu
 
 SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
 TWO_UNITS = SMALL._replace(V=256, H=32)
-"""Of values a block has up to two units, of different heads."""
+"""A CTA has up to two units of the value projection, of different heads."""
 FEW_HEADS, SOME_HEADS = SMALL._replace(H=8, V=192), SMALL._replace(H=24)
 WIDE = SMALL._replace(Q=1536, N=128, H=32)
-"""Rows of the up-projection of queries are not narrow."""
+"""Rows of the up-projection of queries are not narrow, see `gemv.is_narrow`."""
 INFINITE_1B = LayerShape(D=2560, Q=768, C=256, R=64, N=64, V=128, H=32, F=7680)
 EPS, SCALE = 1e-6, 0.1
 KEYS = jax.random.split(jax.random.key(0), 5)
 
 
-def in_parts(shape, weights, h, cos, sin, length, cache):
-    """The same on other kernels."""
+def unfused(shape, weights, h, cos, sin, length, cache):
+    """The same layer on the Triton kernels and `decode`."""
     counter = kernels.init_counter()
     q, (c, k_rope, _), counter = kernels.before_attention(
         shape, weights, h, cos, sin, length, (*cache, None), counter, eps=EPS
@@ -38,24 +38,24 @@ def in_parts(shape, weights, h, cos, sin, length, cache):
 
 @functools.cache
 def functions(shape, num_sms):
-    """Of a GPU, or of so many of its multiprocessors."""
+    """The layer in one kernel and in several, compiled for this many SMs."""
     gpu = local_gpu()._replace(num_sms=num_sms)
 
-    def whole(*args):
+    def fused(*args):
         with pytest.MonkeyPatch.context() as patch:  # while this is traced
             patch.setattr(mosaic_layer, "local_gpu", lambda: gpu)
             return mosaic_layer.decode_layer(shape, *args, eps=EPS, scale=SCALE)
 
-    return jax.jit(whole), jax.jit(functools.partial(in_parts, shape))
+    return jax.jit(fused), jax.jit(functools.partial(unfused, shape))
 
 
-# A tile is 64 tokens; a block has one, two and more from 64, 64 x 132 and 128 x 132 tokens on.
+# A tile is 64 tokens; with 132 CTAs, one has a second tile from 64 x 132 + 1 tokens on and a third from 128 x 132 + 1.
 SHORT = [(1024, n) for n in (0, 1, 63, 64, 65, 1000, 1023, 1024)]
 LONG = [(32768, n) for n in (8448, 8449, 16897, 20000, 32768)]
 
 
 @pytest.mark.parametrize(
-    ("shape", "capacity", "held"),
+    ("shape", "capacity", "kv_len"),
     [(SMALL, *case) for case in SHORT + LONG]
     + [
         (shape, *case)
@@ -64,47 +64,47 @@ LONG = [(32768, n) for n in (8448, 8449, 16897, 20000, 32768)]
     ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_layer_in_one_kernel(dtype, shape, capacity, held):
-    check(dtype, shape, capacity, held, local_gpu())
+def test_fused_layer_matches_unfused(dtype, shape, capacity, kv_len):
+    check(dtype, shape, capacity, kv_len, local_gpu())
 
 
-@pytest.mark.parametrize("held", [1000, 20_000])
-def test_fewer_blocks_each_have_several_units(held):
+@pytest.mark.parametrize("kv_len", [1000, 20_000])
+def test_with_fewer_ctas_each_has_several_units(kv_len):
     gpu = local_gpu()
-    check("bfloat16", INFINITE_1B, 32768, held, gpu and gpu._replace(num_sms=78))
+    check("bfloat16", INFINITE_1B, 32768, kv_len, gpu and gpu._replace(num_sms=78))
 
 
-def check(dtype, shape, capacity, held, gpu):
+def check(dtype, shape, capacity, kv_len, gpu):
     reason = mosaic_layer.why_not(shape, dtype, dtype, capacity, gpu) or jax_triton_loader.why_not()
     if reason:
         pytest.skip(reason)
     weights = random_weights(shape, dtype, KEYS[0])
     h = jax.random.normal(KEYS[1], (shape.D,)).astype(dtype)
     angles = jax.random.normal(KEYS[2], (shape.R // 2,))
-    empty = jnp.arange(capacity)[:, None] >= held  # and then anything, even NaN
+    empty = jnp.arange(capacity)[:, None] >= kv_len  # these may hold anything, even NaN
     cache = tuple(
         jnp.where(empty, jnp.nan, jax.random.normal(key, (1, capacity, width))).astype(dtype)
         for key, width in zip(KEYS[3:], (shape.C, shape.R), strict=True)
     )
-    args = weights, h, jnp.cos(angles), jnp.sin(angles), jnp.full(1, held, jnp.int32), cache
-    whole, parts = functions(shape, gpu.num_sms)
-    out, after, board = whole(*args, mosaic_layer.init_workspace(shape))
-    expected, expected_after = parts(*args)
-    # They round at the same places but for the attention's output and sums in another order.
+    args = weights, h, jnp.cos(angles), jnp.sin(angles), jnp.full(1, kv_len, jnp.int32), cache
+    fused, unfused = functions(shape, gpu.num_sms)
+    out, after, workspace = fused(*args, mosaic_layer.init_workspace(shape))
+    expected, expected_after = unfused(*args)
+    # Both round at the same places, except for the attention's output; sums are in another order.
     exact, change = np.asarray(expected, np.float64), np.asarray(expected, np.float64) - np.asarray(h, np.float64)
     assert np.linalg.norm(np.asarray(out, np.float64) - exact) < 0.01 * np.linalg.norm(change)
     for x, y in zip(after, expected_after, strict=True):
         x, y = (np.asarray(z, np.float32)[0] for z in (x, y))
-        np.testing.assert_array_equal(x[:held], y[:held])
-        np.testing.assert_allclose(x[held : held + 1], y[held : held + 1], atol=0.02)
-        assert np.isnan(x[held + 1 :]).all()
-    assert board[0] == 4 * gpu.num_sms
+        np.testing.assert_array_equal(x[:kv_len], y[:kv_len])
+        np.testing.assert_allclose(x[kv_len : kv_len + 1], y[kv_len : kv_len + 1], atol=0.02)
+        assert np.isnan(x[kv_len + 1 :]).all()
+    assert workspace[0] == 4 * gpu.num_sms
 
 
 @pytest.mark.parametrize("layers_before", [0, 1, 16_370])
 @pytest.mark.parametrize("shape", [SMALL, INFINITE_1B])
-def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape, layers_before):
-    """From 16,370 layers on, tags start again from 0 on the way."""
+def test_layers_that_share_a_workspace_do_not_see_earlier_epochs(shape, layers_before):
+    """After 16,370 layers, epochs wrap around to 0 on the way."""
     reason = mosaic_layer.why_not(shape, "bfloat16", "bfloat16", 1024, local_gpu())
     if reason:
         pytest.skip(reason)
@@ -119,9 +119,9 @@ def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape, la
 
     @jax.jit
     def one_after_another(hs):
-        def next_layer(board, h):
-            out, _, board = layer(weights, h, *rest, board)
-            return board, out
+        def next_layer(workspace, h):
+            out, _, workspace = layer(weights, h, *rest, workspace)
+            return workspace, out
 
         return jax.lax.scan(next_layer, used, hs)[1]
 
@@ -131,8 +131,8 @@ def test_layers_that_share_a_board_do_not_see_what_earlier_ones_posted(shape, la
 
 @pytest.mark.parametrize("num_sms", [None, 78])
 @pytest.mark.parametrize("shape", [SMALL, INFINITE_1B])
-def test_a_layer_may_start_before_the_one_before_has_ended(shape, num_sms):
-    """With fewer blocks than multiprocessors, others run blocks of the next layer while these are at work."""
+def test_a_layer_may_start_before_the_previous_one_has_ended(shape, num_sms):
+    """With fewer CTAs than SMs, the other SMs run CTAs of the next layer meanwhile (programmatic dependent launch)."""
     gpu = local_gpu()
     reason = mosaic_layer.why_not(
         shape, "bfloat16", "bfloat16", 1024, gpu and gpu._replace(num_sms=num_sms or gpu.num_sms)
@@ -151,10 +151,10 @@ def test_a_layer_may_start_before_the_one_before_has_ended(shape, num_sms):
     ]
     angles, length = jax.random.normal(KEYS[2], (shape.R // 2,)), jnp.full(1, 500, jnp.int32)
 
-    def all_layers(h, caches, board):
+    def all_layers(h, caches, workspace):
         for i, w in enumerate(weights):
-            h, caches[i], board = layer(w, h, jnp.cos(angles), jnp.sin(angles), length, caches[i], board)
-        return h, caches, board
+            h, caches[i], workspace = layer(w, h, jnp.cos(angles), jnp.sin(angles), length, caches[i], workspace)
+        return h, caches, workspace
 
     apart = all_layers(h, list(caches), mosaic_layer.init_workspace(shape))
     copies = jax.tree.map(jnp.copy, caches)

@@ -1,12 +1,19 @@
-"""A layer of MLA for one token on Hopper: one Pallas Mosaic GPU kernel that reads ahead while its products wait.
+"""The fused decoder layer for Hopper: a layer of MLA for one token of one sequence, in one Pallas Mosaic GPU kernel.
 
-Every product is a matrix [out, in] times one vector, so that only reading the matrix counts. A block a multiprocessor
-stays for the whole layer. In it a warpgroup, the producer, copies most of what the block has to read into a ring in
-shared memory and stops only when the ring is full (`mosaic_layer_ring`); two others, the consumers, take turns at the
-tiles (`mosaic_layer_consumer`).
+At batch 1 every projection is a matrix times a vector, and time is what reading the weights takes. So one persistent
+CTA per SM stays for the whole layer. One of its warpgroups, the producer, copies all that the CTA has to read through a
+pipeline in shared memory and runs ahead as far as that has room; two others, the consumers, compute, and wait for all
+other CTAs wherever a vector is complete only then. docs/kernels.md explains the design; in the code:
 
-A block starts as soon as one of the layer before has ended on its multiprocessor (programmatic dependent launch), and
-has its first weights on their way when all have, which what else it reads must wait for.
+- `tile_stream`: what each CTA reads, in which order, and the number and size of the pipeline's stages (`NUM_STAGES`,
+  `STAGE_ELEMENTS`); `producer`: copies it.
+- `consumer`: the phases in order, with their equations and barriers. They are in `projections` (`gemv` on tensor
+  cores), `queries` (absorption, RoPE, cache), `split_kv` (attention) and `combine` (partial results, values).
+- `consumer_context`: barriers and mailboxes of a consumer, on `hopper.grid_barrier`, `hopper.mailbox` and
+  `hopper.cta_sync`; `global_layout`, `smem_layout`: all arrays and mbarriers; `timeline`: timestamps of the phases.
+
+By programmatic dependent launch, a CTA starts as soon as one of the previous layer has ended on its SM. Its first
+weights are being copied when all of them have, which everything else that it reads must wait for.
 """
 
 from collections.abc import Mapping
@@ -19,14 +26,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention.call_shapes import LayerShape
-from latent_attention.decode_layer import gemv as products
+from latent_attention.decode_layer import gemv
 from latent_attention.decode_layer.consumer import Consumer
-from latent_attention.decode_layer.producer import CONSUMERS, SLOTS, TOKENS, produce, rows_of_tiles
-from latent_attention.decode_layer.smem_layout import VALUES, Board, Refs, Shared, out_types, shared, shared_bytes
+from latent_attention.decode_layer.global_layout import Refs, Workspace, out_types
+from latent_attention.decode_layer.producer import Producer
+from latent_attention.decode_layer.smem_layout import VALUE_ROWS, Smem, smem_bytes
+from latent_attention.decode_layer.tile_stream import NUM_CONSUMERS, NUM_STAGES, TILE_TOKENS, tile_rows
+from latent_attention.decode_layer.timeline import timeline_type
 from latent_attention.gpu import Gpu, local_gpu
 
-_REGISTERS = 40, 232
-"""Of a thread of the producer and of the consumers."""
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232
+"""Per thread (setmaxnreg)."""
 
 
 def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu: Gpu | None) -> str | None:
@@ -35,58 +45,71 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
     if gpu is None or gpu.capability[0] != 9:
         return f"it is for Hopper GPUs (sm_90); this is {'no GPU' if gpu is None else gpu.name}"
     if dtype not in ("bfloat16", "float16") or cache_dtype != dtype:
-        return f"it takes 16-bit numbers and a cache of the same type, not {dtype} and {cache_dtype}"
+        return f"it takes bfloat16 or float16 and a cache of the same type, not {dtype} and {cache_dtype}"
     if (C, R) != (256, 64) or H > 32 or H % 8 or N % 8:
-        return f"it takes C of 256, R of 64 and up to 32 heads, H and N in eights, not {C}, {R}, {H} and {N}"
-    wide = [width for width in (D, H * V, F) if width % 256 or products.is_narrow(width)]
-    if wide or Q % 256 or not all(rows_of_tiles(shape, gpu.num_sms)):
+        return f"it takes C of 256, R of 64, up to 32 heads, and multiples of 8 for H and N, not {C}, {R}, {H} and {N}"
+    unfit = [width for width in (D, H * V, F) if width % 256 or gemv.is_narrow(width)]
+    if unfit or Q % 256 or not all(tile_rows(shape, gpu.num_sms)):
         return f"its tiles do not fit these widths: {shape}"
-    if V % (CONSUMERS * VALUES):
-        return f"it takes V in multiples of {CONSUMERS * VALUES}, not {V}"
-    if N > C + R:  # keys of a unit of the absorption are in registers
+    if V % (NUM_CONSUMERS * VALUE_ROWS):
+        return f"it takes V in multiples of {NUM_CONSUMERS * VALUE_ROWS}, not {V}"
+    if N > C + R:  # the keys of a unit of the absorption are in registers
         return f"it takes N up to {C + R}, not {N}"
-    if H > gpu.num_sms or capacity % TOKENS:
-        return f"it takes a cache of a multiple of {TOKENS} tokens and a multiprocessor a head"
-    if shared_bytes(shape, gpu.num_sms) > gpu.shared_memory:
+    if H > gpu.num_sms or capacity % TILE_TOKENS:
+        return f"it takes a cache of a multiple of {TILE_TOKENS} tokens and an SM per head"
+    if smem_bytes(shape, gpu.num_sms) > gpu.shared_memory:
         return "its shared memory does not suffice for these widths"
     return None
 
 
 def init_workspace(shape: LayerShape) -> jax.Array:
-    """What the blocks of the kernel meet at: passed from each layer to the next, for four million layers at most."""
-    return jnp.zeros(sum(Board.widths(shape)), jnp.int32)
+    """The sync workspace: passed from each layer to the next; its counter suffices for four million layers."""
+    return jnp.zeros(sum(Workspace.widths(shape)), jnp.int32)
 
 
 def decode_layer(
     shape: LayerShape, weights: Mapping[str, Any], h_D: jax.Array, cos: jax.Array, sin: jax.Array, length: jax.Array,
-    cache: tuple[jax.Array, jax.Array], board: jax.Array, *, eps: float, scale: float,
+    cache: tuple[jax.Array, jax.Array], workspace: jax.Array, *, eps: float, scale: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:  # fmt: skip
     """The hidden state of one token after a layer, and the token in the cache; equations 9 to 19 of DeepSeek-V2.
 
     Args:
         shape: widths.
-        weights: see `triton_layer_jax.before_attention`; in 16 bits. Not what the kernel before this one writes: the
-            first of them are read while that still runs.
-        h_D: the hidden state before, 16 bits.
-        cos: float32 [R/2], of the position. `sin` likewise.
-        sin: see `cos`.
-        length: int32 [1], how many tokens the cache holds; where it is full, nothing is written and it is attended to
-            without the new token.
-        cache: c [1, S, C] and k_rope [1, S, R]; updated in place where it is donated, else XLA copies it before.
-        board: see `init_workspace`.
+        weights: of the layer, 16 bits, see `decode_layer.triton.before_attention`. Not an output of the previous
+            kernel: the first of them are read while that still runs.
+        h_D: the hidden state before the layer, 16 bits.
+        cos: float32 [R/2], of the token's position.
+        sin: float32 [R/2], likewise.
+        length: int32 [1], the number of tokens in the cache. Where it is full, nothing is written, and attention leaves
+            the new token out.
+        cache: c [1, S, C] and k_rope [1, S, R]; updated in place where they are donated, else XLA copies them before.
+        workspace: of `init_workspace`, then of the previous layer.
         eps: of the norms.
-        scale: of the scores.
+        scale: of the attention scores.
 
     Returns:
-        The output [D], the cache and the board.
+        The output [D], the cache and the workspace.
 
     Raises:
         RuntimeError: there is no NVIDIA GPU.
     """
+    args = weights, h_D, cos, sin, length, cache, workspace
+    return _launch(shape, *args, eps=eps, scale=scale, with_timeline=False)[:3]
+
+
+def decode_layer_timeline(shape: LayerShape, *args, eps: float, scale: float) -> tuple:
+    """`decode_layer` with a fourth result: the timestamps of its phases, see `timeline`."""
+    return _launch(shape, *args, eps=eps, scale=scale, with_timeline=True)
+
+
+def _launch(
+    shape: LayerShape, weights: Mapping[str, Any], h_D, cos, sin, length, cache, workspace, *, eps: float, scale: float,
+    with_timeline: bool,
+) -> tuple:  # fmt: skip
     gpu = local_gpu()
     if gpu is None:
         raise RuntimeError("Mosaic needs an NVIDIA GPU")
-    blocks, dtype = gpu.num_sms, h_D.dtype
+    num_ctas, dtype = gpu.num_sms, h_D.dtype
     attn, mlp = weights["self_attn"], weights["mlp"]
     matrices = {name: w.rows for part in (attn, mlp) for name, w in part.items() if "norm" not in name}
     flat = {name: w.reshape(-1) for name, w in matrices.items()}
@@ -94,40 +117,36 @@ def decode_layer(
     def kernel(*args):
         refs = Refs(*args)
 
-        def run(ring, weights, exchange, **rest):
-            whole, c_tiles, rope_tiles = ring
-            (in_use, scratch, of_new), ((q_c, q_rope, given), partials, vector) = weights, exchange
-            smem = Shared(
-                whole, c_tiles, rope_tiles, q_c, q_rope, in_use, scratch, of_new, given, partials, vector, **rest
-            )  # fmt: skip
-            block, wg = lax.axis_index("block"), lax.axis_index("wg")
+        def run(smem: Smem):
+            cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
-            @pl.when(wg == CONSUMERS)
+            @pl.when(wg == NUM_CONSUMERS)
             def _():
-                plgpu.set_max_registers(_REGISTERS[0], action="decrease")
-                produce(shape, blocks, block, refs, smem)
+                plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+                Producer(shape, num_ctas, cta, refs, smem).run()
 
-            @pl.when(wg < CONSUMERS)
+            @pl.when(wg < NUM_CONSUMERS)
             def _():
-                plgpu.set_max_registers(_REGISTERS[1], action="increase")
+                plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
 
                 @pl.when(wg == 0)
-                def _():  # each slot starts empty
-                    for slot in range(SLOTS):
-                        plgpu.barrier_arrive(smem.empty.at[slot])
+                def _():  # every stage starts out free
+                    for stage in range(NUM_STAGES):
+                        plgpu.barrier_arrive(smem.consumed.at[stage])
 
-                # When the last block says this, all are there: those of the next kernel take nobody's place. As each of
-                # these then waits for the kernel before, this one ends after that.
+                # The next kernel may launch once every CTA has come here. All of them are resident by then, so its CTAs
+                # take no SM that this one still needs for its grid barriers. As every CTA also waits for the previous
+                # kernel below, kernels complete in order.
                 plgpu.griddepcontrol_launch_dependents()
-                Consumer(shape, blocks, dtype, eps, scale, block, wg, refs, smem).run()
+                Consumer(shape, num_ctas, dtype, eps, scale, cta, wg, refs, smem).run()
 
-        pl.run_scoped(run, **shared(shape, blocks, dtype), collective_axes="wg")
+        pl.run_scoped(run, Smem.types(shape, num_ctas, dtype), collective_axes="wg")
 
-    in_place = [jax.new_ref(x) for x in (*cache, board)]
+    in_place = [jax.new_ref(x) for x in (*cache, workspace)]
     launch: Any = pl.kernel(
         kernel,
-        out_type=out_types(shape, blocks, dtype),
-        mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",), num_threads=CONSUMERS + 1, thread_name="wg"),
+        out_type=out_types(shape, num_ctas, dtype) + [timeline_type(num_ctas)] * with_timeline,
+        mesh=plgpu.Mesh(grid=(num_ctas,), grid_names=("cta",), num_threads=NUM_CONSUMERS + 1, thread_name="wg"),
         name="mla_layer",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -139,5 +158,5 @@ def decode_layer(
         flat["o_proj"], weights["post_attention_layernorm"], flat["gate_proj"], flat["up_proj"], flat["down_proj"],
         *in_place,
     )  # fmt: skip
-    c, k_rope, board = (jax.freeze(ref) for ref in in_place)
-    return out[0], (c, k_rope), board
+    c, k_rope, workspace = (jax.freeze(ref) for ref in in_place)
+    return out[0], (c, k_rope), workspace, *out[3:]

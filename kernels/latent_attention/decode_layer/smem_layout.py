@@ -1,198 +1,183 @@
-"""What a block of `mosaic_layer` works on: arrays in memory, and its shared memory."""
+"""Shared memory and mbarriers of a CTA of the fused decoder layer."""
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention.call_shapes import LayerShape
-from latent_attention.decode_layer import gemv as products
-from latent_attention.decode_layer.producer import CONSUMERS, SLOT, SLOTS, TOKENS, parts_of_rows
+from latent_attention.decode_layer import gemv
+from latent_attention.decode_layer.global_layout import PARTIALS_PER_COPY, max_partials
+from latent_attention.decode_layer.tile_stream import (
+    NUM_CONSUMERS,
+    NUM_STAGES,
+    STAGE_ELEMENTS,
+    TILE_TOKENS,
+    partials_per_row,
+)
 from latent_attention.hopper.smem_tiles import REDUCE_SCRATCH, swizzled_smem
 
-AT_ONCE = 8
-"""Results of the attention that come in one copy."""
-AHEAD = 4
-"""Such copies for each consumer at a time."""
-VALUES = 16
+PARTIAL_STAGES = 4
+"""Copies of partial results in flight for each consumer."""
+VALUE_ROWS = 16
 """Rows of the up-projection of values that a consumer multiplies at a time."""
 _ALIGNMENT = 1024
-"""Of arrays in shared memory."""
+"""Bytes to which Pallas aligns each array."""
 
 
-def partial_slots(blocks: int) -> int:
-    """Of partial results of the attention: of the new token and of each block; whole rounds, and 128 threads."""
-    return -(-(blocks + AT_ONCE) // 128) * 128
+def max_vector(shape: LayerShape) -> int:
+    """Elements of the longest vector received from other CTAs; also room for one head's query for each consumer."""
+    return max(shape.Q, shape.H * shape.V, shape.F, NUM_CONSUMERS * (shape.N + shape.R))
 
 
-def longest_vector(shape: LayerShape) -> int:
-    """That blocks make together; two parts of the queries find room in it too."""
-    return max(shape.Q, shape.H * shape.V, shape.F, CONSUMERS * (shape.N + shape.R))
+def value_partials_per_row(shape: LayerShape) -> int:
+    """`gemv.partials_per_row` of the up-projection of values."""
+    return gemv.partials_per_row(shape.C, VALUE_ROWS, NUM_CONSUMERS * VALUE_ROWS)
 
 
-def parts_of_values(shape: LayerShape) -> int:
-    """Of the product of a row of the up-projection of values."""
-    return products.parts_of_row(shape.C, VALUES, CONSUMERS * VALUES)
+class Smem(NamedTuple):
+    """Shared memory and mbarriers, in the order in which they are allocated: their types, then references to them.
 
+    Arrays that are in use at different times share their place (`plgpu.RefUnion`); properties name these. For mbarriers
+    it is said what completes a phase.
+    """
 
-class Refs(NamedTuple):
-    """Arguments and results in memory; matrices are flat, but for one."""
-
-    h: Any
-    input_gain: Any
-    q_a: Any
-    kv_a: Any
-    q_gain: Any
-    q_b: Any
-    kv_gain: Any
-    kv_b: Any
-    """[H (N + V), C]."""
-    cos: Any
-    sin: Any
-    length: Any
-    o: Any
-    post_gain: Any
-    gate: Any
-    up: Any
-    down: Any
-    c: Any
-    rope: Any
-    board: Any
-    """See `Board`."""
-    out: Any
-    partial: Any
-    """Results of the attention: [slots, H, C], each a mean of latents."""
-    log2_sums: Any
-    """float32 [H, slots]: the logarithm of the sum of 2^score, by which results weigh."""
-
-
-class Board(NamedTuple):
-    """What blocks meet at, int32: a counter, and vectors that they hand each other in words of `mosaic_meeting`."""
-
-    counter: Any
-    a: Any
-    """Latents of the query, and of keys and values with the rotary key: [Q + C + R]."""
-    q: Any
-    """[H (N + R)]."""
-    absorbed: Any
-    """Queries, as the attention takes them: [H (C + R)]."""
-    new: Any
-    """Of the new token, what goes to the cache: [C + R]."""
-    value: Any
-    """[H V]."""
-    middle: Any
-    """Hidden state after the attention."""
-    inner: Any
-    """[F]."""
-
-    @classmethod
-    def widths(cls, shape: LayerShape) -> "Board":
-        """Multiples of 4, as words are read in fours; the counter has a line of memory to itself."""
-        D, Q, C, R, N, V, H, F = shape
-        return cls(32, Q + C + R, H * (N + R), H * (C + R), C + R, H * V, D, F)
-
-    @classmethod
-    def of(cls, shape: LayerShape, ref) -> "Board":
-        """References to the parts."""
-        widths = cls.widths(shape)
-        return cls(*(ref.at[pl.ds(sum(widths[:i]), width)] for i, width in enumerate(widths)))
-
-
-@dataclasses.dataclass
-class Shared:
-    """Shared memory and barriers, as `shared` makes them."""
-
-    ring: Any
-    c_tiles: Any
-    rope_tiles: Any
-    q_c: Any
-    q_rope: Any
-    weights: Any
-    scratch: Any
-    """Of each consumer, to reduce over its warps; in the attention, its weights are there."""
-    of_new: Any
-    """In the same place, two vectors of each consumer: of the new token, or its query and itself. As they are narrow,
-    warps reduce them without `scratch`."""
-    given: Any
-    """By one consumer to the other: its result of the attention [H, C]."""
-    partials: Any
-    """Results of the attention for a head: of each consumer those that it adds, and those that it adds after them."""
-    vector: Any
-    """That the rows of a matrix are multiplied with, or parts of the queries."""
-    parts: Any
-    """float32: of the products of the rows that the block has of a matrix, see `mosaic_products.dots`."""
-    log2_sum: Any
-    """What belongs to `given`."""
-    of_head: Any
-    """`log2_sums` of a head."""
-    shares: Any
-    """Of each result in the attention."""
+    consumed: Any
+    """Of each stage: its consumer has read it."""
+    queries_or_vectors: Any
+    """In turn: `vector` with parts of the queries; `q_c`, `q_rope` and `exchange` of the attention; `partials`;
+    `vector` with the operands of what follows."""
+    produced: Any
+    """Of each stage: the two copies of a matrix tile have completed."""
     latent: Any
-    """What each consumer has added; before that, a part of the queries."""
+    """float32 [NUM_CONSUMERS, C]: each consumer's sum in the combine; before that, a part of a query."""
+    exchange_lse: Any
+    """Log-sum-exps of `exchange`: float32 [H]."""
+    head_lse: Any
+    """`partial_lse` of one head."""
+    head_lse_loaded: Any
+    """Its copy has completed."""
+    partials_loaded: Any
+    """Of each copy in `partials`: it has completed."""
+    gemv_partials: Any
+    """float32 partial sums of the CTA's rows of a matrix, see `gemv.gemv`."""
     residual: Any
-    full: Any
-    tokens_full: Any
-    empty: Any
-    partials_full: Any
-    of_head_full: Any
-    residual_full: Any
+    """The residual stream [D], 16 bits."""
+    residual_loaded: Any
+    """Its copy, of the hidden state before the layer, has completed."""
+    pipeline: Any
+    """NUM_STAGES stages: `stages`, or `c_tiles` and `rope_tiles`."""
+    combine_weights: Any
+    """Weight of each partial result of one head in the combine, not normalised."""
+    tokens_produced: Any
+    """Of each pair of stages: the copies of latents and of rotary keys have completed."""
+    p_or_scratch: Any
+    """For each consumer: `p`, `scratch` or `new_token_scratch`."""
+
+    @classmethod
+    def types(cls, shape: LayerShape, num_ctas: int, dtype) -> "Smem":
+        """Types of all, for `pl.run_scoped`."""
+        D, _, C, R, _, _, H, _ = shape
+        pair, partials = 2 * STAGE_ELEMENTS, max_partials(num_ctas)
+        gemv_partials = partials_per_row(shape, num_ctas)[1], NUM_CONSUMERS * VALUE_ROWS * value_partials_per_row(shape)
+        return cls(
+            consumed=plgpu.Barrier(num_arrivals=1, num_barriers=NUM_STAGES),
+            queries_or_vectors=plgpu.RefUnion(
+                (swizzled_smem(H, C, dtype), swizzled_smem(H, R, dtype), swizzled_smem(H, C, dtype)),
+                plgpu.SMEM((NUM_CONSUMERS * PARTIAL_STAGES, PARTIALS_PER_COPY, C), dtype),
+                plgpu.SMEM((max_vector(shape),), dtype),
+            ),
+            produced=plgpu.Barrier(num_arrivals=2, num_barriers=NUM_STAGES),
+            latent=plgpu.SMEM((NUM_CONSUMERS, C), jnp.float32),
+            exchange_lse=plgpu.SMEM((H,), jnp.float32),
+            head_lse=plgpu.SMEM((partials,), jnp.float32),
+            head_lse_loaded=plgpu.Barrier(num_arrivals=1),
+            partials_loaded=plgpu.Barrier(num_arrivals=1, num_barriers=NUM_CONSUMERS * PARTIAL_STAGES),
+            gemv_partials=plgpu.SMEM((max(gemv_partials),), jnp.float32),
+            residual=plgpu.SMEM((D,), dtype),
+            residual_loaded=plgpu.Barrier(num_arrivals=1),
+            pipeline=plgpu.RefUnion(
+                plgpu.SMEM((NUM_STAGES, STAGE_ELEMENTS), dtype),
+                swizzled_smem(pair // C, C, dtype, NUM_STAGES // 2),
+                swizzled_smem(pair // R, R, dtype, NUM_STAGES // 2),
+            ),
+            combine_weights=plgpu.SMEM((partials,), jnp.float32),
+            tokens_produced=plgpu.Barrier(num_arrivals=2, num_barriers=NUM_STAGES // 2),
+            # What a consumer exchanges when it reduces scores, 128 H bytes, ends where the other's p starts.
+            p_or_scratch=plgpu.RefUnion(
+                swizzled_smem(H, TILE_TOKENS, dtype, NUM_CONSUMERS),
+                plgpu.SMEM((NUM_CONSUMERS, REDUCE_SCRATCH), jnp.float32),
+                plgpu.SMEM((NUM_CONSUMERS, 2, REDUCE_SCRATCH), dtype),
+            ),
+        )
+
+    @property
+    def stages(self) -> Any:
+        """The pipeline's stages, with rows of matrices: [NUM_STAGES, STAGE_ELEMENTS]."""
+        return self.pipeline[0]
+
+    @property
+    def c_tiles(self) -> Any:
+        """The same memory as pairs of stages, with tiles of the cache: the latents, see `tile_stream.token_tile`."""
+        return self.pipeline[1]
+
+    @property
+    def rope_tiles(self) -> Any:
+        """The rotary keys beside `c_tiles`."""
+        return self.pipeline[2]
+
+    @property
+    def q_c(self) -> Any:
+        """Absorbed queries [H, C] for wgmma; then the CTA's partial result on its way to global memory."""
+        return self.queries_or_vectors[0][0]
+
+    @property
+    def q_rope(self) -> Any:
+        """Rotary part of the queries [H, R] for wgmma."""
+        return self.queries_or_vectors[0][1]
+
+    @property
+    def exchange(self) -> Any:
+        """Partial result [H, C] that one consumer hands to the other."""
+        return self.queries_or_vectors[0][2]
+
+    @property
+    def partials(self) -> Any:
+        """Partial results of one head for the combine, PARTIAL_STAGES copies for each consumer."""
+        return self.queries_or_vectors[1]
+
+    @property
+    def vector(self) -> Any:
+        """Operand of a gemv as received from the other CTAs, or one head's query for each consumer."""
+        return self.queries_or_vectors[2]
+
+    @property
+    def p(self) -> Any:
+        """Softmax probabilities [H, TILE_TOKENS] of each consumer's tile, for the product with the values."""
+        return self.p_or_scratch[0]
+
+    @property
+    def scratch(self) -> Any:
+        """Scratch of each consumer for reductions across its warps."""
+        return self.p_or_scratch[1]
+
+    @property
+    def new_token_scratch(self) -> Any:
+        """Two vectors [C + R] of each consumer: the new token before and after norm and RoPE, or a query and it.
+
+        These are narrow, so that they are reduced within a warp, without `scratch`.
+        """
+        return self.p_or_scratch[2]
 
 
-def shared(shape: LayerShape, blocks: int, dtype) -> dict[str, Any]:
-    """What `Shared` holds; tiles of the cache use the ring too, and the sums over threads what holds weights."""
-    D, _, C, R, _, _, H, _ = shape
-    pair = 2 * SLOT
-    return {
-        "ring": plgpu.RefUnion(
-            plgpu.SMEM((SLOTS, SLOT), dtype), swizzled_smem(pair // C, C, dtype, SLOTS // 2),
-            swizzled_smem(pair // R, R, dtype, SLOTS // 2),
-        ),
-        # What a consumer exchanges when it reduces scores, 128 H bytes, ends where the other's weights start.
-        "weights": plgpu.RefUnion(
-            swizzled_smem(H, TOKENS, dtype, CONSUMERS), plgpu.SMEM((CONSUMERS, REDUCE_SCRATCH), jnp.float32),
-            plgpu.SMEM((CONSUMERS, 2, REDUCE_SCRATCH), dtype),
-        ),
-        # In turn: vectors of the queries, what the attention takes and then its partials, vectors of what follows.
-        "exchange": plgpu.RefUnion(
-            (swizzled_smem(H, C, dtype), swizzled_smem(H, R, dtype), swizzled_smem(H, C, dtype)),
-            plgpu.SMEM((CONSUMERS * AHEAD, AT_ONCE, C), dtype), plgpu.SMEM((longest_vector(shape),), dtype),
-        ),
-        "parts": plgpu.SMEM(
-            (max(parts_of_rows(shape, blocks)[1], CONSUMERS * VALUES * parts_of_values(shape)),), jnp.float32
-        ),
-        "log2_sum": plgpu.SMEM((H,), jnp.float32),
-        "of_head": plgpu.SMEM((partial_slots(blocks),), jnp.float32),
-        "shares": plgpu.SMEM((partial_slots(blocks),), jnp.float32),
-        "latent": plgpu.SMEM((CONSUMERS, C), jnp.float32),
-        "residual": plgpu.SMEM((D,), dtype),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
-        "tokens_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS // 2),
-        "empty": plgpu.Barrier(num_arrivals=1, num_barriers=SLOTS),
-        "partials_full": plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS * AHEAD),
-        "of_head_full": plgpu.Barrier(num_arrivals=1),
-        "residual_full": plgpu.Barrier(num_arrivals=1),
-    }  # fmt: skip
-
-
-def shared_bytes(shape: LayerShape, blocks: int) -> int:
-    """All of it, with the alignment that Pallas gives each array."""
+def smem_bytes(shape: LayerShape, num_ctas: int) -> int:
+    """Shared memory of a CTA, with the alignment that Pallas gives each array."""
 
     def size(x) -> int:
         if isinstance(x, plgpu.Barrier):
             return 8 * int(np.prod(x.num_barriers))
         return -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
 
-    return sum(map(size, shared(shape, blocks, jnp.bfloat16).values()))
-
-
-def out_types(shape: LayerShape, blocks: int, dtype) -> list[jax.ShapeDtypeStruct]:
-    """Of what the kernel writes, in the order of `Refs`."""
-    D, C, H = shape.D, shape.C, shape.H
-    slots = partial_slots(blocks)
-    of = jax.ShapeDtypeStruct
-    return [of((D,), dtype), of((slots, H, C), dtype), of((H, slots), jnp.float32)]
+    return sum(map(size, Smem.types(shape, num_ctas, jnp.bfloat16)))

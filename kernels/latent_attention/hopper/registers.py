@@ -105,6 +105,13 @@ def reduce_max(x, layout, scratch_ref) -> Any:
     return _reduce("max", x, 0, layout, SPLAT, scratch_ref)
 
 
+def rms_norm(x, gamma, eps: float, layout, scratch_ref) -> Any:
+    """RMSNorm of a vector x in this layout, computed in float32, in the type of x."""
+    dtype, x = x.dtype, x.astype(jnp.float32)
+    factor = lax.rsqrt(reduce_sum(x * x, layout, scratch_ref) / x.size + eps)
+    return (x * factor * gamma).astype(dtype)
+
+
 def vecmat(x, matrix, scratch_ref) -> Any:
     """x [rows] times a matrix [rows, VECMAT_COLUMNS]: [VECMAT_COLUMNS], in `VECMAT_TILE.reduce((0,))`."""
     factors = plgpu.layout_cast(lax.broadcast_in_dim(x, matrix.shape, [0]), VECMAT_TILE)

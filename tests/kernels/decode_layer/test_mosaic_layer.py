@@ -1,4 +1,4 @@
-"""The kernel of a whole layer as far as a machine without such a GPU can tell; tests/gpu has its numbers."""
+"""The fused decoder layer as far as a machine without a Hopper GPU can tell; tests/gpu checks its results."""
 
 import functools
 
@@ -28,18 +28,18 @@ HOPPER = make_gpu((9, 0), 132)
     ],
     ids=str,
 )
-def test_what_it_takes_lowers_for_cuda(shape, dtype, num_sms):
+def test_supported_shapes_lower_for_cuda(shape, dtype, num_sms):
     assert mosaic_layer.why_not(shape, dtype, dtype, 1024, make_gpu((9, 0), num_sms)) is None
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=num_sms)
     weights = jax.eval_shape(lambda: random_weights(shape, dtype, jax.random.key(0)))
     of = jax.ShapeDtypeStruct
     angles, cache = of((shape.R // 2,), jnp.float32), (of((1, 1024, shape.C), dtype), of((1, 1024, shape.R), dtype))
-    board = jax.eval_shape(lambda: mosaic_layer.init_workspace(shape))
+    workspace = jax.eval_shape(lambda: mosaic_layer.init_workspace(shape))
     op = functools.partial(mosaic_layer.decode_layer, shape, eps=1e-6, scale=0.1)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
         lowered = (
             jax.jit(op)
-            .trace(weights, of((shape.D,), dtype), angles, angles, of((1,), jnp.int32), cache, board)
+            .trace(weights, of((shape.D,), dtype), angles, angles, of((1,), jnp.int32), cache, workspace)
             .lower(lowering_platforms=("cuda",))
         )
     assert "mosaic_gpu" in lowered.as_text()
@@ -50,16 +50,16 @@ def test_what_it_takes_lowers_for_cuda(shape, dtype, num_sms):
     [
         ({}, {"gpu": make_gpu((8, 0), 108)}, "Hopper"),
         ({}, {"gpu": None}, "no GPU"),
-        ({}, {"dtype": "float32", "cache_dtype": "float32"}, "16-bit numbers"),
+        ({}, {"dtype": "float32", "cache_dtype": "float32"}, "bfloat16 or float16"),
         ({}, {"cache_dtype": "int8"}, "bfloat16 and int8"),
         ({}, {"capacity": 1000}, "multiple of 64"),
         ({"C": 512}, {}, "C of 256"),
         ({"R": 32}, {}, "R of 64"),
         ({"H": 64}, {}, "up to 32 heads"),
-        ({"H": 12}, {}, "in eights"),
-        ({"N": 60}, {}, "in eights"),
+        ({"H": 12}, {}, "multiples of 8 for H and N"),
+        ({"N": 60}, {}, "multiples of 8 for H and N"),
         ({"N": 328}, {}, "N up to 320"),
-        ({}, {"gpu": make_gpu((9, 0), 16)}, "a multiprocessor a head"),
+        ({}, {"gpu": make_gpu((9, 0), 16)}, "an SM per head"),
         ({"D": 7168}, {}, "do not fit"),
         ({"D": 1024}, {}, "do not fit"),
         ({"F": 12288}, {}, "do not fit"),
@@ -70,7 +70,7 @@ def test_what_it_takes_lowers_for_cuda(shape, dtype, num_sms):
     ],
     ids=str,
 )
-def test_it_says_why_it_cannot_run(shape, others, reason):
+def test_why_not_names_the_reason(shape, others, reason):
     usual = {"dtype": "bfloat16", "cache_dtype": "bfloat16", "capacity": 1024, "gpu": HOPPER}
     assert mosaic_layer.why_not(INFINITE_1B, **usual) is None
     assert reason in (mosaic_layer.why_not(INFINITE_1B._replace(**shape), **usual | others) or "")

@@ -1,0 +1,113 @@
+"""The projections of the layer: matrices that come through the pipeline, times a vector, rows to consumers in tiles.
+
+Both consumers multiply tiles, each its own (`consumer_tile_range`); their partial sums meet in shared memory, and
+consumer 0 adds them up and hands the results to an epilogue: `publish`, `residual`, `swiglu`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from latent_attention.decode_layer import gemv
+from latent_attention.decode_layer.consumer_context import ConsumerContext
+from latent_attention.decode_layer.tile_stream import (
+    NUM_CONSUMERS,
+    NUM_STAGES,
+    CtaPartition,
+    consumer_tile_range,
+    num_prefetched,
+    stage_of,
+)
+from latent_attention.hopper import registers as regs
+
+Epilogue = Callable[..., None]
+"""Called with indices of rows [128] and their results [128], `ONE_PER_THREAD`; of two matrices with both results."""
+
+
+class Projections:
+    """The streamed projections of one consumer warpgroup."""
+
+    def __init__(self, context: ConsumerContext):
+        self.context, self.smem, self.num_ctas, self.wg = context, context.smem, context.num_ctas, context.wg
+
+    def prefetch(self, name: str) -> list:
+        """This consumer's first tiles of a matrix, in registers: their stages are free for the producer again."""
+        part = self.context.partition[name]
+        first, _ = consumer_tile_range(self.wg, part)
+        return [
+            self._load_tile(part, first + m * NUM_CONSUMERS) for m in range(num_prefetched(part.stream, self.num_ctas))
+        ]
+
+    def multiply(self, name: str, x, epilogue: Epilogue, num_matrices: int = 1, prefetched: Sequence[Any] = ()) -> None:
+        """Multiplies the CTA's rows of a matrix, and calls the epilogue with the results.
+
+        Args:
+            name: the tile stream.
+            x: the operand, `gemv.load_vector`.
+            epilogue: see `Epilogue`.
+            num_matrices: 2 if each tile has rows of two matrices.
+            prefetched: of `prefetch`. These tiles come after those in the pipeline by now, so that the producer refills
+                the pipeline while they are multiplied.
+        """
+        part = self.context.partition[name]
+        stream = part.stream
+        first, steps = consumer_tile_range(self.wg, part)
+
+        def tile(m, w):
+            row = (first + m * NUM_CONSUMERS) * stream.rows
+            partials = self.smem.gemv_partials.at[pl.ds(row * stream.partials, stream.rows * stream.partials)]
+            gemv.gemv(x, w, partials, stream.partials)
+
+        def step(m, _):
+            tile(m, self._load_tile(part, first + m * NUM_CONSUMERS))
+
+            @pl.when(m == jnp.minimum(len(prefetched) + NUM_STAGES // NUM_CONSUMERS, steps) - 1)
+            def _():
+                for n, w in enumerate(prefetched):
+                    tile(n, w)
+
+        lax.fori_loop(len(prefetched), steps, step, None)
+        self.context.cta_barrier()
+        pl.when(self.wg == 0)(lambda: self._reduce(part, epilogue, num_matrices))
+
+    def _load_tile(self, part: CtaPartition, i) -> Any:
+        """Loads the CTA's i-th tile into registers and frees its stage."""
+        stream, stage = part.stream, stage_of(part.first_index + i)
+        plgpu.barrier_wait(self.smem.produced.at[stage])
+        w = gemv.load_rows(self.smem.stages.at[stage, pl.ds(0, stream.rows * stream.width)], stream.rows, stream.width)
+        plgpu.barrier_arrive(self.smem.consumed.at[stage])
+        return w
+
+    def _reduce(self, part: CtaPartition, epilogue: Epilogue, num_matrices: int) -> None:
+        """Adds up the partial sums of all of the CTA's rows."""
+        stream, first_tile, num_tiles, _ = part
+        rows, partials = stream.rows // num_matrices, self.smem.gemv_partials
+
+        def step(i, _):
+            # 128 rows; beyond the last row, that one again.
+            n = jnp.minimum(regs.element_indices() + i * 128, num_tiles * rows - 1)
+            tile = lax.div(n, rows)
+            row = n - tile * rows
+            sums = [
+                gemv.reduce_partials(partials, tile * stream.rows + matrix * rows + row, stream.partials)
+                for matrix in range(num_matrices)
+            ]
+            epilogue((first_tile + tile * self.num_ctas) * rows + row, *sums)
+
+        lax.fori_loop(0, lax.div(num_tiles * rows + 127, 128), step, None)
+
+    def publish(self, words) -> Epilogue:
+        """Epilogue that hands the results to all CTAs through a mailbox."""
+        return lambda rows, y: self.context.publish(words, rows, y)
+
+    def residual(self, write: Epilogue) -> Epilogue:
+        """Epilogue that adds the residual before it writes."""
+        return lambda rows, y: write(rows, y + regs.gather(self.smem.residual, rows))
+
+    def swiglu(self, write: Epilogue) -> Epilogue:
+        """Epilogue that writes SwiGLU of the results of two matrices."""
+        return lambda rows, gate, up: write(rows, gate / (1 + jnp.exp(-gate)) * up)

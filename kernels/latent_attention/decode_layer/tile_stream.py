@@ -1,0 +1,195 @@
+"""The tile stream: all that a CTA copies through the pipeline, in order, by a static round-robin schedule.
+
+Each weight matrix, and the cache, is a `TileStream`: tiles of some whole rows, which are contiguous, or of 64 tokens.
+(The up-projection of keys and values, `kv_b`, and what is small is not streamed: consumers load it from global memory.)
+The tiles of all streams, as if they were one list, go to the CTAs round-robin, so that any two CTAs have the same
+number of them, give or take one. A CTA's part of a stream is its `CtaPartition`, and the two consumers take its tiles
+in turn (`consumer_tile_range`). Producer and consumers compute all of this alike; nothing of it is communicated.
+
+A tile of a matrix takes one stage of the pipeline, one of the cache two, the first of which is even.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from latent_attention.call_shapes import LayerShape
+from latent_attention.decode_layer import gemv
+
+STAGE_ELEMENTS = 10240
+"""16-bit elements of a pipeline stage: 20 KiB."""
+NUM_STAGES = 8
+"""Stages of the pipeline. A multiple of 4, as each stage, and each pair of them, belongs to one of the two
+consumers."""
+NUM_CONSUMERS = 2
+"""Consumer warpgroups of a CTA."""
+TILE_TOKENS = 64
+"""Tokens of a tile of the cache: M of wgmma."""
+MAX_TILES_IN_FLIGHT = 3
+"""Tiles of matrices being copied at a time. They suffice for full bandwidth; with more, all other memory traffic of the
+kernel (mailboxes, barriers, partial results) waits longer."""
+_THROTTLED_TILES = 6
+"""Tiles of `o` that are copied one at a time: they have room in the pipeline long before they are needed, and so delay
+other traffic least."""
+_MAX_PREFETCHED = 2
+"""Tiles that a consumer prefetches into registers; there is no room for more."""
+_NARROW_ROW_STEP = 8
+"""Tiles of narrow rows (`gemv.is_narrow`) have a multiple of this many rows, two for each warp."""
+_TILE_OVERHEAD = 4096
+"""Fixed cost of a tile, as the number of elements that are read in that time."""
+
+
+class TileRows(NamedTuple):
+    """Rows of a tile of each matrix."""
+
+    qkv_a: int
+    """Of the down-projections of queries and of keys and values, whose tiles form one list."""
+    q_b: int
+    o: int
+    gate: int
+    """Of `gate`; a tile has as many of `up`."""
+    down: int
+
+
+class TileStream(NamedTuple):
+    """A matrix, or the cache, as tiles of `rows` rows of `width` elements."""
+
+    num_tiles: Any
+    rows: int
+    width: int
+    halves: Callable[[Any], list]
+    """Global references to the two halves of tile i, copied separately; empty for a tile of the cache."""
+    partials: int
+    """Partial sums for each row, see `gemv.partials_per_row`."""
+    stages: int = 1
+    """Pipeline stages of a tile."""
+    throttled: int = 0
+    """How many of a CTA's first tiles are copied one at a time."""
+
+
+class CtaPartition(NamedTuple):
+    """The tiles of a stream that one CTA has: first_tile + i * num_ctas for i < num_tiles."""
+
+    stream: TileStream
+    first_tile: Any
+    num_tiles: Any
+    first_index: Any
+    """Running index of the pipeline stage of its first tile, counted from the start of the kernel (`stage_of`)."""
+
+
+def choose_tile_rows(outs: tuple[int, ...], width: int, num_ctas: int, step: int = 1) -> int:
+    """Rows of a tile of matrices [out, width] with which the busiest CTA finishes first; 0 if none fits a stage."""
+    common = math.gcd(*outs)
+    step *= _NARROW_ROW_STEP if gemv.is_narrow(width) else 1
+    fitting = [rows for rows in range(step, STAGE_ELEMENTS // width + 1, step) if common % rows == 0]
+    return min(fitting, key=lambda rows: -(-sum(outs) // rows // num_ctas) * (rows * width + _TILE_OVERHEAD), default=0)
+
+
+def tile_rows(shape: LayerShape, num_ctas: int) -> TileRows:
+    """Rows of a tile of every matrix."""
+    D, Q, C, R, N, V, H, F = shape
+    return TileRows(
+        qkv_a=choose_tile_rows((Q, C + R), D, num_ctas), q_b=choose_tile_rows((H * (N + R),), Q, num_ctas),
+        o=choose_tile_rows((D,), H * V, num_ctas), gate=choose_tile_rows((2 * F,), D, num_ctas, 2) // 2,
+        down=choose_tile_rows((D,), F, num_ctas),
+    )  # fmt: skip
+
+
+def partials_per_row(shape: LayerShape, num_ctas: int) -> tuple[TileRows, int]:
+    """`gemv.partials_per_row` of each matrix, and the most partial sums that a CTA has of any one of them."""
+    D, Q, C, R, N, V, H, F = shape
+    rows = tile_rows(shape, num_ctas)
+    both = rows._replace(gate=2 * rows.gate)
+    outs, widths = TileRows(Q + C + R, H * (N + R), D, 2 * F, D), TileRows(D, Q, H * V, D, F)
+    most = [-(-out // n // num_ctas) * n for out, n in zip(outs, both, strict=True)]
+    partials = TileRows(*map(gemv.partials_per_row, widths, both, most))
+    return partials, max(n * each for n, each in zip(most, partials, strict=True))
+
+
+def tile_streams(shape: LayerShape, num_ctas: int, refs, kv_len) -> dict[str, TileStream]:
+    """All streams, in the order in which they are copied. The matrices of `refs` are flat."""
+    D, Q, C, R, N, V, H, F = shape
+    rows, (partials, _) = tile_rows(shape, num_ctas), partials_per_row(shape, num_ctas)
+
+    def matrix(ref, out: int, width: int, rows: int, partials: int) -> TileStream:
+        half = rows * width // 2
+
+        def halves(tile) -> list:
+            start = 2 * half * tile
+            return [ref.at[pl.ds(start, half)], ref.at[pl.ds(start + half, half)]]
+
+        return TileStream(out // rows, rows, width, halves, partials)
+
+    def gate_and_up(tile) -> list:
+        n = rows.gate * D
+        return [ref.at[pl.ds(tile * n, n)] for ref in (refs.gate, refs.up)]
+
+    return {
+        "q_a": matrix(refs.q_a, Q, D, rows.qkv_a, partials.qkv_a),
+        "kv_a": matrix(refs.kv_a, C + R, D, rows.qkv_a, partials.qkv_a),
+        "q_b": matrix(refs.q_b, H * (N + R), Q, rows.q_b, partials.q_b),
+        "tokens": TileStream(
+            lax.div(kv_len + TILE_TOKENS - 1, TILE_TOKENS), TILE_TOKENS, C + R, lambda tile: [], 0, stages=2
+        ),
+        "o": matrix(refs.o, D, H * V, rows.o, partials.o)._replace(throttled=_THROTTLED_TILES),
+        "gate_up": TileStream(F // rows.gate, 2 * rows.gate, D, gate_and_up, partials.gate),
+        "down": matrix(refs.down, D, F, rows.down, partials.down),
+    }
+
+
+def partition(streams: dict[str, TileStream], cta, num_ctas: int) -> Iterator[tuple[str, CtaPartition]]:
+    """The part of every stream that this CTA has."""
+    index, offset = jnp.int32(0), jnp.int32(0)
+    for name, stream in streams.items():
+        first_tile = lax.rem(cta + num_ctas - offset, num_ctas)
+        num_tiles = lax.div(jnp.maximum(stream.num_tiles - first_tile + num_ctas - 1, 0), num_ctas)
+        index += lax.rem(index, stream.stages)  # a pair of stages starts at an even one
+        yield name, CtaPartition(stream, first_tile, num_tiles, index)
+        index, offset = index + num_tiles * stream.stages, lax.rem(offset + stream.num_tiles, num_ctas)
+
+
+def consumer_partition(shape: LayerShape, num_ctas: int, refs, cta) -> dict[str, CtaPartition]:
+    """`partition` with the two down-projections as one, `qkv_a`: same operand, and tiles that form one list."""
+    parts = dict(partition(tile_streams(shape, num_ctas, refs, cache_length(refs)), cta, num_ctas))
+    q_a, kv_a = parts.pop("q_a"), parts.pop("kv_a")
+    parts["qkv_a"] = q_a._replace(num_tiles=q_a.num_tiles + kv_a.num_tiles)
+    return parts
+
+
+def stage_of(index):
+    """The pipeline stage of a running index."""
+    return lax.rem(index, NUM_STAGES)
+
+
+def owner(index):
+    """The consumer to which a stage, or a pair of stages, belongs, by its running index (of pairs: half of it).
+
+    Always the same one for a stage, so that this consumer sees every phase of the stage's mbarriers.
+    """
+    return lax.rem(index, NUM_CONSUMERS)
+
+
+def consumer_tile_range(wg, part: CtaPartition) -> tuple[Any, Any]:
+    """(first, count) of a consumer's tiles among the CTA's: first, first + 2, first + 4, ..."""
+    first = lax.rem(wg + owner(lax.div(part.first_index, part.stream.stages)), NUM_CONSUMERS)
+    return first, lax.div(part.num_tiles - first + NUM_CONSUMERS - 1, NUM_CONSUMERS)
+
+
+def num_prefetched(stream: TileStream, num_ctas: int) -> int:
+    """Tiles of a matrix that each consumer prefetches into registers: fewer than any consumer has of it."""
+    return max(min(stream.num_tiles // num_ctas // NUM_CONSUMERS - 1, _MAX_PREFETCHED), 0)
+
+
+def token_tile(shape: LayerShape, smem, pair) -> tuple[Any, Any]:
+    """Latents [TILE_TOKENS, C] and, behind them, rotary keys [TILE_TOKENS, R] in a pair of stages."""
+    rope_rows = pl.ds(TILE_TOKENS * shape.C // shape.R, TILE_TOKENS)
+    return smem.c_tiles.at[pair, pl.ds(0, TILE_TOKENS)], smem.rope_tiles.at[pair, rope_rows]
+
+
+def cache_length(refs) -> Any:
+    """kv_len: the number of valid tokens in the cache, before the new one."""
+    return jnp.minimum(refs.length[0], refs.c.shape[1])
