@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from mla_jax.errors import InputError, one_line_errors
-from mla_jax.evals.report import replacing
 from mla_jax.evals.sweep import markdown_table, plot_sweep, read_sweep
+from mla_jax.files import atomic_file
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
             raise InputError(f"{folder} is no folder; name that of a sweep, which holds a folder for each run")
         runs = read_sweep(folder)
         table = markdown_table(runs)
-        with replacing(folder / "sweep.md") as partial:
+        with atomic_file(folder / "sweep.md") as partial:
             partial.write_text(f"# {folder.name}\n\n{table}\n![Results](sweep.png)\n", encoding="utf-8")
         plot_sweep(runs, folder / "sweep.png", title=folder.name)
         print(table)

@@ -8,7 +8,6 @@ RUN/trackers.json, goodput.json, tensorboard/, wandb/, profile/, eval/
 """
 
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, Tra
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed.decisions import broadcast_decision
 from mla_jax.errors import InputError, first_line
+from mla_jax.files import atomic_file, atomic_folder
 from mla_jax.state import TrainState
 
 CONFIG = "config.yaml"
@@ -125,23 +125,18 @@ def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokeniz
     if run_dir.exists():
         raise InputError(f"{run_dir} exists; choose another folder")
     check_tokenizer(tokenizer, model)
-    partial = run_dir.with_name(run_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        tokenizer.save(partial / TOKENIZER)
+    with atomic_folder(run_dir) as folder:
+        tokenizer.save(folder / TOKENIZER)
         with deferred_write_errors(params) as params:
-            checkpoints = Checkpoints(partial)
+            checkpoints = Checkpoints(folder)
             try:
                 state = TrainState(jnp.zeros((), jnp.int32), params, ())
                 checkpoints.save(0, state, {"tokenizer": tokenizer.fingerprint})
                 checkpoints.wait()
             finally:
                 checkpoints.close()
-        _write_model(partial, model)
-        _write_config(partial, OmegaConf.create({"name": run_dir.name, "model": dataclasses.asdict(model)}))
-        partial.rename(run_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _write_model(folder, model)
+        _write_config(folder, OmegaConf.create({"name": run_dir.name, "model": dataclasses.asdict(model)}))
     return run_dir
 
 
@@ -174,7 +169,5 @@ def _read_config(run_dir: Path) -> DictConfig:
 
 
 def _write_config(run_dir: Path, config: DictConfig) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    partial = run_dir / (CONFIG + ".partial")
-    OmegaConf.save(config, partial)
-    partial.replace(run_dir / CONFIG)
+    with atomic_file(run_dir / CONFIG) as partial:
+        OmegaConf.save(config, partial)

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from mla_jax.data.needle import vocabulary
 from mla_jax.errors import InputError, UsageError
+from mla_jax.files import atomic_file
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -151,20 +152,15 @@ class Tokenizer:
             TOKENIZER_FILE: self._backend.to_str(pretty=True),
             CONFIG_FILE: json.dumps(self._config, indent=2, ensure_ascii=False) + "\n",
         }
-        partial = {name: folder / f".{name}.partial" for name in files}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                partial[name].write_text(content, encoding="utf-8")
-            for name in files:
-                partial[name].replace(folder / name)
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                for path in partial.values():
-                    path.unlink(missing_ok=True)
-                if created:
+            with contextlib.ExitStack() as both:
+                for name, content in files.items():
+                    both.enter_context(atomic_file(folder / name)).write_text(content, encoding="utf-8")
+        except InputError as e:
+            if created:
+                with contextlib.suppress(OSError):
                     folder.rmdir()
-            raise InputError(f"could not save the tokenizer in {folder} ({e.strerror or e})") from e
+            raise InputError(f"could not save the tokenizer: {e}") from e
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -1,8 +1,6 @@
 """Results over a grid of lengths and one more param, depth for instance: a table in text and a heatmap."""
 
-import contextlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +11,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mla_jax.errors import InputError
 from mla_jax.evals.results import Cell, totals_by_length
+from mla_jax.files import atomic_file
 
 COLORS = "YlGnBu"
 """Pale yellow (0) to dark blue (1): one hue after the other, so that lightness alone tells the order."""
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes `content`; a file of that name is replaced only by a complete one.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the name `path` when the block ends well and vanishes when it does not."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as e:
-        raise InputError(f"could not write {path} ({e.strerror}); free space or name another folder") from e
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def format_length(tokens: int) -> str:
@@ -123,7 +97,7 @@ def plot_heatmap(
     axes.set_title(f"{subtitle}\n{legend}".strip(), fontsize=8, color="#505050", pad=22 if trained_lengths else 6)
     bar = figure.colorbar(scale, ax=axes, aspect=30, ticks=[0, 0.25, 0.5, 0.75, 1], format=_percent)
     bar.set_label("accuracy")
-    with replacing(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, format="png")
 
 

@@ -14,9 +14,10 @@ from mla_jax.checkpoint.run_folder import Run
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.provenance import provenance
-from mla_jax.evals.report import format_table, plot_heatmap, write_json
+from mla_jax.evals.report import format_table, plot_heatmap
 from mla_jax.evals.results import Cell, Failure, Results, read_results
 from mla_jax.evals.task import Params, Task
+from mla_jax.files import write_json
 from mla_jax.inference.generator import Generator
 from mla_jax.model.cache import bytes_per_token
 

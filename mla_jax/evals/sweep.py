@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 
 from mla_jax.config import flatten
 from mla_jax.errors import InputError
-from mla_jax.evals.report import COLORS, replacing
+from mla_jax.evals.report import COLORS
 from mla_jax.evals.results import results_of_run
+from mla_jax.files import atomic_file
 from mla_jax.training.summary import SUMMARY
 
 NAMES = ("name", "run_dir")
@@ -122,7 +123,7 @@ def plot_sweep(runs: Sequence[SweptRun], path: Path, *, title: str) -> None:
     if rest:
         panels[0].legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=12, weight="bold")
-    with replacing(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, format="png")
 
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mla_jax.errors import InputError
+from mla_jax.files import write_json
 from mla_jax.observability.step_time import KINDS
 
 FILE = "goodput.json"
@@ -77,7 +79,5 @@ class Goodput:
         if not self._write:
             return
         account = {"started": self._started, "seconds": self._seconds, "marks": self._marks}
-        partial = self._path.with_suffix(".partial")
-        with contextlib.suppress(OSError):  # a full disk is for the checkpoints to report
-            partial.write_text(json.dumps(account), encoding="utf-8")
-            partial.replace(self._path)
+        with contextlib.suppress(InputError):  # a full disk is for the checkpoints to report
+            write_json(self._path, account, indent=None)

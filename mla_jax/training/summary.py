@@ -1,6 +1,6 @@
 """The outcome of a finished run, in a file for those who compare runs."""
 
-from mla_jax.evals.report import write_json
+from mla_jax.files import write_json
 from mla_jax.training.loop import TrainResult
 
 SUMMARY = "summary.json"

@@ -17,12 +17,13 @@ import numpy as np
 
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError, one_line_errors
+from mla_jax.files import write_json
 from mla_jax.inference.generator import PREFILL_CHUNK, Context, Generator
 from mla_jax.inference.memory import GRANULE, MemoryPlan, most_that_fits
 from mla_jax.model.transformer import init_params
 from mla_jax.observability.flops import forward_flops, nominal_peak
 from tools.bench import ceilings, generation, sizes
-from tools.bench.report import origin, write_json
+from tools.bench.report import origin
 from tools.bench.steps import compose_config
 
 DECODE = ["1k", "8k", "32k", "128k", "512k", "1M"]

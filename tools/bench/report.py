@@ -2,14 +2,13 @@
 
 import contextlib
 import importlib.metadata
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from latent_attention import UnavailableError
 from mla_jax.evals.provenance import provenance
+from mla_jax.files import write_json
 from tools.bench.peers import PeerMissing
 from tools.bench.timing import Timing
 
@@ -80,11 +79,3 @@ def publish(
     results["rows"] += rows
     if path:
         write_json(path, results)
-
-
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Writes the report; the file is complete whenever it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, path)

@@ -4,7 +4,6 @@ Keys and tensors are those of llama.cpp's src/models/deepseek2.cpp and conversio
 in its absorbed form, as one key head of the width of the latent cache, and kv_b is split into its key and value halves.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mla_jax.bridge.hf.layout import HfTensor
 from mla_jax.bridge.hf.reader import HfCheckpoint, open_checkpoint
 from mla_jax.config import ModelConfig, require_choice
 from mla_jax.errors import InputError, UsageError
+from mla_jax.files import atomic_file
 from mla_jax.model.rope import attention_factor, softmax_scale
 
 TYPES = ("f16", "bf16", "q8_0")
@@ -52,7 +52,7 @@ def export_gguf(hf_dir: str | Path, out: str | Path, *, type: str = "f16", overw
     out = Path(out)
     _check_free(out, overwrite)
     checkpoint = open_checkpoint(hf_dir)
-    with _renamed_when_complete(out) as partial:
+    with atomic_file(out) as partial:
         check_representable(checkpoint.config)
         writer = gguf.GGUFWriter(partial, "deepseek2")
         try:
@@ -207,17 +207,3 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out} exists; choose another file, or replace it with --overwrite")
     if not out.is_file() or out.open("rb").read(4) != b"GGUF":
         raise InputError(f"{out} is not a GGUF file, so it is not overwritten; choose another name")
-
-
-@contextlib.contextmanager
-def _renamed_when_complete(out: Path) -> Iterator[Path]:
-    """A file beside `out` that takes its place if the body ends well, and is removed otherwise."""
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(out)
-    except OSError as e:
-        raise InputError(f"could not write {out} ({e}); nothing was left behind") from e
-    finally:
-        partial.unlink(missing_ok=True)

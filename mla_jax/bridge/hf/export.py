@@ -1,12 +1,8 @@
 """Writes a model as a Hugging Face folder that DeepseekV3ForCausalLM loads, and vLLM too."""
 
-import contextlib
 import itertools
-import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +18,7 @@ from mla_jax.config import ModelConfig, require_choice
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.results import Results
+from mla_jax.files import atomic_folder, write_json
 
 
 def export(
@@ -66,10 +63,10 @@ def export(
     check_tokenizer(tokenizer, config)
     special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     hf_config = to_hf(config, dtype=dtype, special_ids=special_ids)
-    with _renamed_when_complete(out) as folder:
+    with atomic_folder(out) as folder:
         _write_weights(config, params, folder, dtype, max_shard_bytes)
-        _write_json(folder / "config.json", hf_config)
-        _write_json(folder / "generation_config.json", {**special_ids, "do_sample": False})
+        write_json(folder / "config.json", hf_config)
+        write_json(folder / "generation_config.json", {**special_ids, "do_sample": False})
         tokenizer.save(folder)
         (folder / "README.md").write_text(model_card(out.name, config, dtype, results), encoding="utf-8")
     return out
@@ -84,30 +81,6 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise InputError(
             f"{out} is not an export (it has no config.json), so it is not overwritten; choose another folder"
         )
-
-
-@contextlib.contextmanager
-def _renamed_when_complete(out: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` if the body ends well, and is removed otherwise."""
-    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-        try:
-            partial.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"could not write {out} ({e}); nothing was left behind") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_weights(config: ModelConfig, params: dict, folder: Path, dtype: str, max_shard_bytes: int) -> None:
@@ -125,12 +98,15 @@ def _write_weights(config: ModelConfig, params: dict, folder: Path, dtype: str, 
         for tensor in shard:
             _convert(tensor, params, dtype, arrays[tensor.name])
         # transformers refuses files that do not say whose tensors these are.
-        save_file(arrays, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+        except SafetensorError as e:  # a full disk, for instance
+            raise OSError(str(e)) from e
         weight_map |= {t.name: file for t in shard}
     if len(shards) > 1:
         total = sum(t.size for shard in shards for t in shard) * itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _shards(all_tensors: list[HfTensor], itemsize: int, max_shard_bytes: int) -> list[list[HfTensor]]:
@@ -167,7 +143,3 @@ def check_values(name: str, array: np.ndarray, converted: np.ndarray, dtype: str
         raise InputError(f"{name} has values that are NaN or infinite; export an earlier checkpoint")
     largest = np.abs(array).max()
     raise InputError(f"{name} reaches {largest:.3g}, too large for {dtype}; export as {instead}")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,50 @@
+"""Files and folders appear complete or not at all, and what was there before stays until then."""
+
+import json
+
+import pytest
+
+from mla_jax.errors import InputError
+from mla_jax.files import atomic_file, atomic_folder, write_json
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_file_takes_its_place_when_the_block_ends(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"x": 1})
+    with atomic_file(path) as partial:
+        partial.write_text("2")
+        assert json.loads(path.read_text()) == {"x": 1}
+    assert path.read_text() == "2" and names(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "full"), InputError)]
+)
+def test_a_failed_block_leaves_what_was_there(tmp_path, error, raised):
+    for atomic, old in ((atomic_file, tmp_path / "file"), (atomic_folder, tmp_path / "folder")):
+        old.write_text("old") if atomic is atomic_file else old.mkdir()
+        with pytest.raises(raised), atomic(old) as partial:
+            if atomic is atomic_file:
+                partial.write_text("new")
+            raise error
+    assert names(tmp_path) == ["file", "folder"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_the_error_names_the_path_and_the_reason(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"could not write .*file/x \(.+\); nothing was left behind"):
+        write_json(tmp_path / "file" / "x", {})
+
+
+def test_a_folder_replaces_one_with_content_and_what_a_killed_process_left(tmp_path):
+    for stale in ("out", "out.partial", "out.old"):
+        (tmp_path / stale).mkdir()
+        (tmp_path / stale / "junk").write_text("")
+    with atomic_folder(tmp_path / "out") as partial:
+        assert names(partial) == []
+        (partial / "x").write_text("")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["x"]
