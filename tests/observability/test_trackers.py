@@ -16,7 +16,8 @@ from mla_jax.config import TrackerConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.observability import trackers as trackers_module
 from mla_jax.observability.environment import environment
-from mla_jax.observability.trackers import Trackers, check_installed, mlflow_uri
+from mla_jax.observability.trackers import Trackers, check_installed
+from mla_jax.observability.trackers.mlflow import mlflow_uri
 from tiny import make_config, train
 
 ALL = TrackerConfig(names=["tensorboard", "wandb", "mlflow"], wandb_mode="offline")

@@ -1,0 +1,123 @@
+"""Where metrics go besides the terminal: TensorBoard, Weights & Biases, MLflow, or several of them.
+
+RUN/trackers.json keeps the id that each tracker knows the run by and the last step it was given, so a resumed run goes
+on in the same run of each. Steps after the last checkpoint come twice then. TensorBoard hides the first ones. W&B and
+MLflow cannot take back what they have (W&B ignores an older step, MLflow keeps both), so they get no step twice.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+
+from mla_jax.config import SftConfig, TrackerConfig
+from mla_jax.distributed.decisions import broadcast_decision
+from mla_jax.errors import InputError, UsageError, first_line
+from mla_jax.files import write_json
+from mla_jax.observability.environment import environment
+from mla_jax.observability.trackers.mlflow import MlflowTracker
+from mla_jax.observability.trackers.tensorboard import TensorBoardTracker
+from mla_jax.observability.trackers.tracker import Tracker
+from mla_jax.observability.trackers.wandb import WandbTracker
+
+FILE = "trackers.json"
+
+
+class Trackers:
+    """The trackers that the config names; none on processes but the first.
+
+    One that fails while training is reported once and training goes on; it is tried again at the next metrics.
+
+    Args:
+        config: of the run; `config.tracker` says which.
+        run_dir: the run folder, which must exist.
+        step: finished steps that this process starts from.
+
+    Raises:
+        InputError: a tracker cannot start a new run, or RUN/trackers.json cannot be read.
+    """
+
+    def __init__(self, config: SftConfig, run_dir: Path, step: int):
+        self._path = run_dir / FILE
+        self._failed: set[str] = set()
+        self._trackers: dict[str, Tracker] = {}
+        if config.tracker.names:
+            broadcast_decision(lambda: self._start(config, run_dir, step))
+
+    def _start(self, config: SftConfig, run_dir: Path, step: int) -> None:
+        if jax.process_index() != 0:
+            return
+        self._known = self._read()
+        start = {"config": dataclasses.asdict(config), "environment": environment()}
+        for name in config.tracker.names:
+            known = self._known.get(name, {})
+            try:
+                self._trackers[name] = _make(name, config, run_dir, step, known, start)
+            except Exception as e:
+                if name not in self._known:
+                    raise InputError(
+                        f"tracker {name} cannot start ({first_line(e)}); see docs/training.md, or leave it out of "
+                        "tracker.names"
+                    ) from e
+                # A run that is requeued at night shall not end because a server is away.
+                print(
+                    f"tracker {name} cannot go on with run {known.get('id')} ({first_line(e)}); training goes on "
+                    f"without it; to begin a new run there, delete {self._path}"
+                )
+            self._known[name] = known
+        self._write()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Records `metrics` at `step` with all trackers."""
+        for name, tracker in self._trackers.items():
+            known = self._known[name]
+            if name == "tensorboard" or step > known.get("last_step", -1):
+                try:
+                    tracker.log(step, metrics)
+                    known["last_step"] = step
+                except Exception as e:
+                    self._report(name, e)
+        if self._trackers:
+            self._write()
+
+    def close(self, finished: bool) -> None:
+        """Writes what is buffered; `finished` is False if training stops before its end."""
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close(finished)
+            except Exception as e:
+                self._report(name, e)
+
+    def _report(self, name: str, e: Exception) -> None:
+        if name not in self._failed:
+            self._failed.add(name)
+            print(f"tracker {name} failed ({first_line(e)}); training goes on, later failures are not reported")
+
+    def _read(self) -> dict[str, dict]:
+        if not self._path.exists():
+            return {}
+        try:
+            return {name: dict(known) for name, known in json.loads(self._path.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError, TypeError) as e:
+            raise InputError(f"{self._path} cannot be read ({e}); delete it to begin new runs in the trackers") from e
+
+    def _write(self) -> None:
+        try:
+            write_json(self._path, self._known)
+        except InputError as e:
+            self._report(FILE, e)
+
+
+def check_installed(config: TrackerConfig) -> None:
+    """Raises UsageError for the first tracker whose package is missing, naming the extra to install."""
+    for name, package in (("wandb", "wandb"), ("mlflow", "mlflow"), ("mlflow", "sqlalchemy"), ("mlflow", "alembic")):
+        if name in config.names and importlib.util.find_spec(package) is None:
+            raise UsageError(f"tracker {name} needs the package {package}: pip install 'infinitecontext[{name}]'")
+
+
+def _make(name: str, config: SftConfig, run_dir: Path, step: int, known: dict, start: dict) -> Tracker:
+    if name == "tensorboard":
+        return TensorBoardTracker(run_dir, step, start)
+    return {"wandb": WandbTracker, "mlflow": MlflowTracker}[name](config, run_dir, known, start)

@@ -1,0 +1,44 @@
+"""Metrics in Weights & Biases."""
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mla_jax.config import SftConfig
+from mla_jax.observability.trackers.tracker import CLOSE_SECONDS
+
+
+class WandbTracker:
+    """A run on a W&B server, or files in RUN/wandb for `wandb sync`. Account and key are W&B's own business.
+
+    `known["id"]` is the run's id, chosen here the first time.
+    """
+
+    def __init__(self, config: SftConfig, run_dir: Path, known: dict, start: dict):
+        import wandb
+
+        known.setdefault("id", uuid.uuid4().hex[:12])
+        mode: Any = config.tracker.wandb_mode  # None: WANDB_MODE decides
+        self._run = wandb.init(
+            project=config.tracker.project,
+            name=config.name,
+            id=known["id"],
+            resume="allow",
+            mode=mode,
+            dir=str(run_dir),
+            config=start["config"] | {"environment": start["environment"]},
+            allow_val_change=True,  # a resumed run may have another config
+            settings=wandb.Settings(
+                console="off",
+                finish_timeout=CLOSE_SECONDS,
+                x_transaction_log_flush_interval=1.0,  # a killed process loses metrics of so many seconds, not of 15
+            ),
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Hands the metrics to W&B's own process."""
+        self._run.log(metrics, step=step, commit=True)
+
+    def close(self, finished: bool) -> None:
+        """Waits for uploads; a run that was stopped counts as failed until it is resumed."""
+        self._run.finish(exit_code=0 if finished else 1)
