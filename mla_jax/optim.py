@@ -14,27 +14,26 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from mla_jax.config import OptimConfig, StageConfig
 from mla_jax.mesh import with_auto_sharding
+from mla_jax.model.layers import is_norm
 
 
-def _layer_matrices(params: Any) -> Any:
-    """Muon's axes for each weight of the stacked layers [L, in, out]; None (AdamW) for norms, embedding and head."""
-    dimensions = {name: None for name in params}
-    return dimensions | {
-        "layers": jax.tree.map(lambda w: MuonDimensionNumbers(1, 2) if w.ndim == 3 else None, params["layers"])
-    }
+def _muon_axes(params: Any) -> Any:
+    """Muon's axes of each matrix of the stacked layers [L, in, out]; None (AdamW) for norms, embedding and head."""
+    return jax.tree.map_with_path(
+        lambda path, _: MuonDimensionNumbers(1, 2) if path[0].key == "layers" and not is_norm(path) else None, params
+    )
 
 
-def _matrices(params: dict) -> dict:
-    """Which parameters decay: matrices, not norm scales."""
-    decays = {name: name != "norm" for name in params}
-    return decays | {"layers": jax.tree.map(lambda w: w.ndim == 3, params["layers"])}
+def _decays(params: dict) -> dict:
+    """Weight decay for matrices, embedding and head, not for norms."""
+    return jax.tree.map_with_path(lambda path, _: not is_norm(path), params)
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Clipping, then AdamW or Muon, at learning rate 1 (multiply its updates by the rate)."""
     if config.name == "adamw":
         rule = optax.adamw(
-            1.0, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_matrices
+            1.0, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_decays
         )
     else:
         rule = muon(
@@ -45,7 +44,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
             adam_b2=config.b2,
             eps=config.eps,
             adam_learning_rate=config.adam_lr_ratio,
-            muon_weight_dimension_numbers=_layer_matrices,
+            muon_weight_dimension_numbers=_muon_axes,
         )
     rule = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 

@@ -38,7 +38,7 @@ def test_wsd_is_flat_then_falls_linearly():
 
 def _params():
     rng = np.random.default_rng(0)
-    shapes = {"embed_tokens": (6, 4), "norm": (4,), "layers": {"w": (2, 4, 8), "scale": (2, 4)}}
+    shapes = {"embed_tokens": (6, 4), "norm": (4,), "layers": {"w": (2, 4, 8), "input_layernorm": (2, 4)}}
     return jax.tree.map(
         lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: type(s) is tuple
     )
@@ -48,7 +48,7 @@ def test_adamw_equals_torch():
     torch = pytest.importorskip("torch")
     config = OptimConfig(name="adamw", weight_decay=0.1, clip_norm=0.5)
     params, optimizer = _params(), make_optimizer(config)
-    names = ["embed_tokens", "layers/scale", "layers/w", "norm"]
+    names = ["embed_tokens", "layers/input_layernorm", "layers/w", "norm"]
     decays = {"embed_tokens", "layers/w"}
     theirs = {
         n: torch.nn.Parameter(torch.tensor(np.array(x))) for n, x in zip(names, jax.tree.leaves(params), strict=True)

@@ -17,6 +17,7 @@ from mla_jax.config import ModelConfig
 from mla_jax.data.chat import render
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError, UsageError, one_line_errors
+from mla_jax.hardware import GIB, peak_memory
 from mla_jax.inference.generator import PREFILL_CHUNK, Context, Generator
 from mla_jax.inference.sampling import Sampling
 from mla_jax.inference.text_stream import TextStream
@@ -92,8 +93,8 @@ def _summary(prompt: int, read: int, started: float, arrivals: list[tuple[float,
     if len(arrivals) > 1:
         seconds = arrivals[-1][0] - arrivals[0][0]
         text += f", then {(written - arrivals[0][1]) / seconds:.1f} tokens/s"
-    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return text + (f"; peak {peak / 2**30:.2f} GiB of device memory" if peak else "")
+    peak = peak_memory()
+    return text + (f"; peak {peak / GIB:.2f} GiB of device memory" if peak else "")
 
 
 def _sampling(args: argparse.Namespace, turn: int = 0) -> Sampling:

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError, one_line_errors
+from mla_jax.hardware import GIB, GPU_MEMORY_GIB, RESERVED_BYTES
 from mla_jax.inference.generator import PREFILL_CHUNK
-from mla_jax.inference.memory import GIB, GPUS, RESERVED, MemoryPlan, most_that_fits
+from mla_jax.inference.memory import MemoryPlan, most_that_fits
 from tools.bench.steps import compose_config
 
 MODES = {"{0} / {0}": (False, None), "{0} / 8": (False, "int8"), "8 / 8": (True, "int8")}
@@ -28,9 +29,9 @@ def longest_context(config: ModelConfig, limit: int, rows: int, chunk: int, int8
 
 def _gib(gpu: str) -> float:
     try:
-        return GPUS[gpu] if gpu in GPUS else float(gpu)
+        return GPU_MEMORY_GIB[gpu] if gpu in GPU_MEMORY_GIB else float(gpu)
     except ValueError:
-        raise UsageError(f"gpu={gpu} is unknown; known: {', '.join(GPUS)}, or a number of GiB") from None
+        raise UsageError(f"gpu={gpu} is unknown; known: {', '.join(GPU_MEMORY_GIB)}, or a number of GiB") from None
 
 
 def _split(pairs: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -61,7 +62,7 @@ def report(config: ModelConfig, gpus: dict[str, float], rows: int, chunk: int) -
     ]
     bits = 8 * jnp.dtype(config.dtype).itemsize
     for gpu, gib in gpus.items():
-        limit = round(gib * GIB) - RESERVED
+        limit = round(gib * GIB) - RESERVED_BYTES
         for mode, (int8, dtype) in MODES.items():
             tokens = longest_context(config, limit, rows, chunk, int8, dtype)
 
@@ -97,13 +98,13 @@ def main() -> None:
             overrides.insert(0, "model=infinite_1b")
         config = compose_config(overrides).model
         rows, chunk = _number(own, "rows", 1), _number(own, "prefill_chunk", PREFILL_CHUNK)
-        gpus = {own["gpu"]: _gib(own["gpu"])} if "gpu" in own else dict(GPUS)
+        gpus = {own["gpu"]: _gib(own["gpu"])} if "gpu" in own else dict(GPU_MEMORY_GIB)
         print(report(config, gpus, rows, chunk))
         print(
             f"\n{rows} sequence{'s' * (rows > 1)} of at most {config.max_position_embeddings:,} tokens (the model's "
-            f"limit), prompt and answer together.\n{RESERVED / GIB:.1f} GiB of each GPU are left to the CUDA context "
-            "and libraries; JAX must be allowed to take\nthe rest: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (its default is "
-            "0.75)."
+            f"limit), prompt and answer together.\n{RESERVED_BYTES / GIB:.1f} GiB of each GPU are left to the CUDA "
+            "context and libraries; JAX must be allowed to take\nthe rest: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (its "
+            "default is 0.75)."
         )
 
 

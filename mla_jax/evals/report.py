@@ -13,17 +13,10 @@ from matplotlib.patches import Rectangle
 
 from mla_jax.evals.results import Cell, totals_by_length
 from mla_jax.files import atomic_file
+from mla_jax.lengths import format_length
 
 COLORS = "YlGnBu"
 """Pale yellow (0) to dark blue (1): one hue after the other, so that lightness alone tells the order."""
-
-
-def format_length(tokens: int) -> str:
-    """256 -> "256", 131072 -> "128k", 1048576 -> "1M"."""
-    for unit, suffix in ((1 << 20, "M"), (1 << 10, "k")):
-        if tokens >= unit and tokens % unit == 0:
-            return f"{tokens // unit}{suffix}"
-    return str(tokens)
 
 
 def _format_row(name: str, value: Any) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
-from mla_jax.inference.memory import GRANULE, MemoryPlan, device_limit, most_that_fits, room_for, round_up
+from mla_jax.hardware import available_memory
+from mla_jax.inference.memory import GRANULE, MemoryPlan, most_that_fits, room_for, round_up
 from mla_jax.inference.prompts import check_prompts, common_prefix, seen_tokens
 from mla_jax.inference.sampling import Sampling, SamplingPlan, choose, knobs
 from mla_jax.model import decoder, fused_decode
@@ -142,7 +143,7 @@ class Generator:
         if prefill_chunk < 1:
             raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         self.config, self.cache_dtype, self.prefill_chunk = config, cache_dtype, prefill_chunk
-        self.memory_limit = device_limit() if memory_limit is None else memory_limit
+        self.memory_limit = available_memory() if memory_limit is None else memory_limit
         self._plan = functools.partial(
             MemoryPlan.of, config, cache_dtype=cache_dtype, int8_weights=int8_weights, prefill_chunk=prefill_chunk
         )

@@ -11,21 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax.config import ModelConfig
+from mla_jax.hardware import GIB
 from mla_jax.model.cache import bytes_per_token
+from mla_jax.model.layers import is_norm
 from mla_jax.model.mla import CACHE_CHUNK, MIN_CACHE_CHUNK
 from mla_jax.model.transformer import abstract_params
 
-GIB = 2**30
 GRANULE = 64
 """Chunks and capacities are multiples of this."""
-RESERVED = round(0.7 * GIB)
-"""Of a GPU, what the CUDA context, its kernels and libraries take beside what a program allocates."""
-GPUS = {
-    "rtx2070super": 8, "rtx3060": 12, "rtx3090": 24, "rtx4060ti": 16, "rtx4070": 12, "rtx4080": 16, "rtx4090": 24,
-    "rtx5090": 32, "t4": 15, "l4": 22.5, "a10": 22.5, "l40s": 45, "a100_40gb": 39.5, "a100_80gb": 79.3,
-    "h100": 79.6, "h200": 140.4, "b200": 179,
-}  # fmt: skip
-"""GiB that `nvidia-smi` shows, rounded down where models differ; error correction takes a part of the nominal size."""
 _MARGIN = 1.25
 """For what the compiler and libraries take beyond the arrays that are counted: 0.785 GiB where 0.71 were counted, with
 `infinite_1b` and an int8 cache of 1M tokens on an H100."""
@@ -75,7 +68,7 @@ def _weights(config: ModelConfig, int8: bool) -> int:
     size = jnp.dtype(config.dtype).itemsize
 
     def of_leaf(path: tuple, x: jax.ShapeDtypeStruct) -> int:
-        if "norm" in path[-1].key:
+        if is_norm(path):
             return x.size * x.dtype.itemsize
         if int8 and path[0].key == "layers":
             return x.size + 4 * x.size // x.shape[1]
@@ -108,9 +101,3 @@ def most_that_fits(total: Callable[[int], int], limit: int, step: int = GRANULE)
         middle = (fits + too_many) // 2
         fits, too_many = (middle, too_many) if total(middle * step) <= limit else (fits, middle)
     return fits * step
-
-
-def device_limit() -> int | None:
-    """Bytes that JAX may still take of the default device; None where it does not say (CPUs)."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None

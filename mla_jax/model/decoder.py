@@ -14,13 +14,9 @@ from flax import nnx
 from latent_attention import quantize
 from mla_jax.config import ModelConfig
 from mla_jax.model.cache import LatentCache, LayerCache
-from mla_jax.model.layers import InferenceWeight, matmul, rms_norm
+from mla_jax.model.layers import InferenceWeight, is_norm, matmul, rms_norm
 from mla_jax.model.rope import CosSin, rope_cos_sin
 from mla_jax.model.transformer import Layer, embed
-
-
-def _is_norm(path: tuple) -> bool:
-    return "norm" in path[-1].key
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -28,7 +24,7 @@ def _converted(config: ModelConfig, weights: dict, int8: bool) -> dict:
     """Matrices in the compute type or in int8, so that decoding reads no more bytes than it must; norms as they are."""
 
     def convert(path: tuple, x: jax.Array) -> jax.Array | InferenceWeight:
-        if _is_norm(path):
+        if is_norm(path):
             return x
         if path[-1].key == "embed_tokens":  # a table, of which tokens choose rows
             return x.astype(config.dtype)

@@ -98,6 +98,11 @@ def split_tokens(x: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
+def is_norm(path: tuple) -> bool:
+    """True where `path`, of `jax.tree.map_with_path` over the parameters, leads to the weight of an RMSNorm."""
+    return "norm" in path[-1].key
+
+
 def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
     """x / rms(x) * weight over the last axis, in float32 (arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)

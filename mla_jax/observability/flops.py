@@ -16,29 +16,6 @@ import jax.numpy as jnp
 from mla_jax.config import MeshConfig, ModelConfig
 from mla_jax.mesh import make_mesh
 
-NOMINAL_PEAK = {
-    "NVIDIA B200": 2250e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "NVIDIA GeForce RTX 2070 SUPER": 36e12,
-}
-"""FLOP/s of dense bfloat16 products accumulated in float32, by JAX's `device_kind`.
-
-From NVIDIA's data sheets, half of the figure "with sparsity" where they give no other; GeForce from the white papers of
-the architectures, at boost clock. The RTX 2070 SUPER has no bfloat16 in its tensor cores: float16, 40 SMs x 512 FMA x
-1.77 GHz, halved on GeForce for float32 sums.
-"""
-
 
 def forward_flops(model: ModelConfig, batch_size: int, seq_len: int) -> float:
     """FLOPs of one forward pass over [batch_size, seq_len] tokens in the expanded form, logits of all tokens included.
@@ -60,11 +37,6 @@ def forward_flops(model: ModelConfig, batch_size: int, seq_len: int) -> float:
 def train_flops(model: ModelConfig, batch_size: int, seq_len: int) -> float:
     """FLOPs of one training step: three times the forward pass."""
     return 3 * forward_flops(model, batch_size, seq_len)
-
-
-def nominal_peak(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s that the vendor states for one device; None for a device that is not in the table."""
-    return NOMINAL_PEAK.get(device_kind)
 
 
 def measured_peak(size: int = 8192, products: int = 20) -> float:

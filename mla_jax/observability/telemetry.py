@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 
 from mla_jax.config import SftConfig
-from mla_jax.observability.flops import measured_peak, nominal_peak, train_flops
+from mla_jax.hardware import GIB, nominal_peak, peak_memory
+from mla_jax.observability.flops import measured_peak, train_flops
 from mla_jax.observability.goodput import Goodput
 from mla_jax.observability.gpu_utilization import DeviceBusy, find_nvml
 from mla_jax.observability.profiling import StepProfiler
@@ -86,6 +87,7 @@ class Telemetry:
         spent = {kind: total[kind] - self._window_start[kind] for kind in KINDS}
         wall = sum(spent.values())
         self.tokens_per_second = self._tokens / wall
+        memory = peak_memory()
         mfu = {name: self._flops / wall / peak for name, peak in self._peaks.items()}
         measured = (
             {
@@ -93,7 +95,7 @@ class Telemetry:
                 "time/step_seconds": wall / self._steps,
                 "utilisation/tflops_per_device": self._flops / wall / jax.device_count() / 1e12,
                 "utilisation/device_busy": self._busy.mean(),
-                "memory/peak_gib": peak_memory_gib(),
+                "memory/peak_gib": memory and memory / GIB,
             }
             | {f"time/{kind}": seconds / wall for kind, seconds in spent.items()}
             | {f"utilisation/{name}": share for name, share in mfu.items()}
@@ -115,10 +117,3 @@ class Telemetry:
         self._profiler.close()
         self._busy.close()
         self._trackers.close(finished)
-
-
-def peak_memory_gib() -> float | None:
-    """The most GiB in use at one time on any GPU of this process since it started; None where JAX does not count."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
-    return max(peaks) / 2**30 if peaks else None

@@ -5,7 +5,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from mla_jax.observability.flops import measured_peak, nominal_peak
+from mla_jax.hardware import nominal_peak
+from mla_jax.observability.flops import measured_peak
 from mla_jax.observability.gpu_utilization import DeviceBusy, find_nvml
 from mla_jax.observability.profiling import StepProfiler
 from tools.trace_summary import find_trace, read_kernels, summarize

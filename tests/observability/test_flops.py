@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mla_jax.hardware import NOMINAL_PEAK, nominal_peak
 from mla_jax.model.transformer import abstract_params, bind
-from mla_jax.observability.flops import NOMINAL_PEAK, forward_flops, measured_peak, nominal_peak, train_flops
+from mla_jax.observability.flops import forward_flops, measured_peak, train_flops
 from tiny import MODEL
 
 

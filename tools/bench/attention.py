@@ -17,7 +17,8 @@ import numpy as np
 
 from latent_attention import IMPLEMENTATIONS, UnavailableError, attention
 from mla_jax.errors import UsageError, one_line_errors
-from tools.bench import ceilings, float64, report, sizes
+from mla_jax.lengths import LENGTH_PATTERN, format_length, parse_length
+from tools.bench import ceilings, float64, report
 from tools.bench.timing import has_torch_gpu, time_jax, time_torch
 
 DEFAULT_SHAPES = [f"{width}:1x{tokens}" for width in ("128/128x32", "192/128x16") for tokens in ("4k", "32k", "128k")]
@@ -38,11 +39,11 @@ class Shape(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Shape":
         """Of `K/VxHEADS:BATCHxTOKENS`, 192/128x16:1x32k for instance."""
-        match = re.fullmatch(rf"(\d+)/(\d+)x(\d+):(\d+)x{sizes.PATTERN}", text)
+        match = re.fullmatch(rf"(\d+)/(\d+)x(\d+):(\d+)x{LENGTH_PATTERN}", text)
         if match is None:
             raise UsageError(f"shape {text!r} is not K/VxHEADS:BATCHxTOKENS, 192/128x16:1x32k for instance")
         *numbers, tokens = match.groups()
-        return cls(*(int(number) for number in numbers), sizes.parse(tokens))  # pyright: ignore[reportCallIssue]
+        return cls(*(int(number) for number in numbers), parse_length(tokens))  # pyright: ignore[reportCallIssue]
 
     def flops(self, backward: bool) -> float:
         """Of the products, over the half of all pairs of tokens that is causal.
@@ -56,7 +57,7 @@ class Shape(NamedTuple):
         return 2 * widths * self.batch * self.heads * self.tokens**2 / 2
 
     def __str__(self) -> str:
-        size = f"{self.batch} x {sizes.show(self.tokens)}"
+        size = f"{self.batch} x {format_length(self.tokens)}"
         return f"qk {self.qk_width}, v {self.v_width}, {self.heads} heads, {size}"
 
 
@@ -91,7 +92,7 @@ def ours(problem: Problem, implementation: str, backward: bool):
     """(results, timing) of one of our implementations."""
     most = _MOST_TOKENS.get(implementation, problem.shape.tokens)
     if problem.shape.tokens > most:
-        raise UnavailableError(f"not run beyond {sizes.show(most)} tokens, where it is slow")
+        raise UnavailableError(f"not run beyond {format_length(most)} tokens, where it is slow")
 
     def forward(q, k, v):
         return attention(q, k, v, scale=problem.scale, implementation=implementation)

@@ -17,7 +17,8 @@ import numpy as np
 
 from latent_attention import IMPLEMENTATIONS, decode, quantize_cache
 from mla_jax.errors import UsageError, one_line_errors
-from tools.bench import ceilings, float64, peers, report, sizes
+from mla_jax.lengths import LENGTH_PATTERN, format_length, parse_length
+from tools.bench import ceilings, float64, peers, report
 from tools.bench.timing import has_torch_gpu, time_jax, time_torch, turns_for
 
 DEFAULT_SHAPES = [
@@ -40,11 +41,11 @@ class Shape(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Shape":
         """Of `WIDTH+ROPExHEADS:BATCHxTOKENS`, 256+64x32:1x128k for instance."""
-        match = re.fullmatch(rf"(\d+)\+(\d+)x(\d+):(\d+)x{sizes.PATTERN}", text)
+        match = re.fullmatch(rf"(\d+)\+(\d+)x(\d+):(\d+)x{LENGTH_PATTERN}", text)
         if match is None:
             raise UsageError(f"shape {text!r} is not WIDTH+ROPExHEADS:BATCHxTOKENS, 256+64x32:1x128k for instance")
         *numbers, tokens = match.groups()
-        return cls(*(int(number) for number in numbers), sizes.parse(tokens))  # pyright: ignore[reportCallIssue]
+        return cls(*(int(number) for number in numbers), parse_length(tokens))  # pyright: ignore[reportCallIssue]
 
     def cache_bytes(self, cache: str) -> int:
         """What a step must read: the cache, once."""
@@ -56,7 +57,7 @@ class Shape(NamedTuple):
         return 2 * self.batch * self.tokens * self.heads * (2 * self.c_width + self.rope_width)
 
     def __str__(self) -> str:
-        size = f"{self.batch} x {sizes.show(self.tokens)}"
+        size = f"{self.batch} x {format_length(self.tokens)}"
         return f"{self.c_width}+{self.rope_width}, {self.heads} heads, {size}"
 
 

@@ -18,11 +18,13 @@ import numpy as np
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError, one_line_errors
 from mla_jax.files import write_json
+from mla_jax.hardware import nominal_peak, peak_memory
 from mla_jax.inference.generator import PREFILL_CHUNK, Context, Generator
 from mla_jax.inference.memory import GRANULE, MemoryPlan, most_that_fits
+from mla_jax.lengths import format_length, parse_length
 from mla_jax.model.transformer import init_params
-from mla_jax.observability.flops import forward_flops, nominal_peak
-from tools.bench import ceilings, generation, sizes
+from mla_jax.observability.flops import forward_flops
+from tools.bench import ceilings, generation
 from tools.bench.report import origin
 from tools.bench.steps import compose_config
 
@@ -81,7 +83,7 @@ class Bench:
                 self.add(
                     {"what": "decode", "name": self._name(), "rows": rows, "tokens": tokens, "ms": timed.seconds * 1e3}
                     | {"tokens_per_second": rows / timed.seconds, "spread": timed.spread}
-                    | {"of_read_ceiling": self._share(timed), "peak_bytes": generation.peak_bytes()}
+                    | {"of_read_ceiling": self._share(timed), "peak_bytes": peak_memory()}
                 )
 
     def read(self, lengths: list[int]) -> None:
@@ -105,7 +107,7 @@ class Bench:
                 {"what": "read", "name": self._name() + (", held" if self.args.held else ""), "tokens": tokens}
                 | marks
                 | {"of_nominal": flops / marks["prefill_seconds"] / peak if flops and peak else None}
-                | {"peak_bytes": generation.peak_bytes(), "planned_bytes": plan.total}
+                | {"peak_bytes": peak_memory(), "planned_bytes": plan.total}
                 | {"cache_bytes": sum(x.nbytes for x in jax.tree.leaves(context.layers))}
             )
 
@@ -155,7 +157,7 @@ def _shown(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
         return f"{value / 2**30:.3f} GiB"
     if key == "tokens":
-        return sizes.show(value)
+        return format_length(value)
     if key in ("of_read_ceiling", "of_nominal", "spread"):
         return f"{value:.1%}"
     return f"{value:,.3f}" if isinstance(value, float) else str(value)
@@ -188,11 +190,11 @@ def main() -> None:
             args.overrides.insert(0, "model=infinite_1b")
         bench = Bench(compose_config(args.overrides).model, args)
         if args.decode is not None:
-            bench.decode([sizes.parse(text) for text in args.decode or DECODE])
+            bench.decode([parse_length(text) for text in args.decode or DECODE])
         if args.read:
-            bench.read([sizes.parse(text) for text in args.read])
+            bench.read([parse_length(text) for text in args.read])
         if args.peers is not None:
-            bench.peers(args.peers or PEERS, [sizes.parse(text) for text in args.peer_tokens])
+            bench.peers(args.peers or PEERS, [parse_length(text) for text in args.peer_tokens])
 
 
 if __name__ == "__main__":

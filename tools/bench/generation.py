@@ -80,8 +80,3 @@ def run_through(generator: Generator, context: Context, prompt: list[int], new: 
 
     generator.generate([prompt], max_new_tokens=new, context=context, on_prefill=read, on_tokens=shown)
     return marks | {"seconds": time.perf_counter() - start}
-
-
-def peak_bytes() -> int | None:
-    """The most that JAX has had allocated on the device since the process started."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

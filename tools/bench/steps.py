@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from experiments.entry import CONF, as_usage_errors
 from mla_jax.config import ModelConfig, SftConfig, register_schemas
 from mla_jax.errors import UsageError
+from mla_jax.lengths import LENGTH_PATTERN, format_length, parse_length
 from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.mesh import place_batch, rows_here
 from mla_jax.optim import make_optimizer
 from mla_jax.state import abstract_state
 from mla_jax.training.step import make_train_step
-from tools.bench import sizes
 
 
 class Shape(NamedTuple):
@@ -30,13 +30,13 @@ class Shape(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Shape":
         """Of `BATCHxTOKENS`, 4x8k for instance."""
-        match = re.fullmatch(rf"(\d+)x{sizes.PATTERN}", text)
+        match = re.fullmatch(rf"(\d+)x{LENGTH_PATTERN}", text)
         if match is None:
             raise UsageError(f"shape {text!r} is not BATCHxTOKENS, 4x8k for instance")
-        return cls(int(match[1]), sizes.parse(match[2]))
+        return cls(int(match[1]), parse_length(match[2]))
 
     def __str__(self) -> str:
-        return f"{self.batch} x {sizes.show(self.tokens)}"
+        return f"{self.batch} x {format_length(self.tokens)}"
 
 
 def compose_config(overrides: list[str]) -> SftConfig:

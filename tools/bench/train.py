@@ -15,8 +15,9 @@ import jax
 
 from mla_jax.config import ModelConfig, SftConfig
 from mla_jax.errors import one_line_errors
+from mla_jax.hardware import nominal_peak
 from mla_jax.mesh import make_mesh
-from mla_jax.observability.flops import nominal_peak, train_flops
+from mla_jax.observability.flops import train_flops
 from mla_jax.optim import make_optimizer
 from mla_jax.state import init_state
 from tools.bench import ceilings, report
