@@ -1,4 +1,4 @@
-"""From the command line to a typed config: Hydra composes, the schemas check, errors end as one line."""
+"""From the command line to a typed config: Hydra composes, the schemas validate, errors end as one line."""
 
 import contextlib
 import dataclasses
@@ -78,7 +78,7 @@ def _job_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _slurm_errors() -> Iterator[None]:
-    """What `+cluster=...` lacks on this machine as UsageErrors."""
+    """Turns what `+cluster=...` lacks on this machine into UsageErrors."""
     try:
         yield
     except HydraException as e:
@@ -96,7 +96,7 @@ def _slurm_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_usage_errors() -> Iterator[None]:
-    """Hydra's and OmegaConf's errors as UsageErrors, with their cause."""
+    """Turns Hydra's and OmegaConf's errors into UsageErrors that state their cause."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as e:

@@ -1,4 +1,4 @@
-"""The two errors a user can cause, and how they and others are told in one line."""
+"""The two errors that a user can cause, and their one-line form."""
 
 import contextlib
 import sys

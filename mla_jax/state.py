@@ -1,4 +1,4 @@
-"""What a training step carries: a plain pytree of arrays."""
+"""Training state: a plain pytree of arrays."""
 
 from typing import NamedTuple
 

@@ -46,7 +46,7 @@ class LazyArray:
     shape: tuple[int, ...]
     dtype: np.dtype
     stacked: bool
-    """Whether the first axis is the layers."""
+    """True if the first axis is the layers."""
     fill: Callable[[Leaf], None]
     """Sets all values of an array of this shape, one of `chunk_slices` after the other."""
 

@@ -1,4 +1,4 @@
-"""What the model is trained on."""
+"""Training data sets."""
 
 from typing import Optional
 
@@ -9,7 +9,7 @@ from mla_jax.config.schema import require, require_at_least, require_choice, sch
 
 @schema
 class DataConfig:
-    """What every data set has in common. `seq_len` and batch size belong to the training stages."""
+    """Keys that every data set has. `seq_len` and batch size belong to the training stages."""
 
     tokenizer: str = MISSING
     """`bytes`, `needle-bpe` (built in, see `mla_jax.data.tokenizer`), or the path of a tokenizer.json / HF folder."""
@@ -28,7 +28,7 @@ class NeedleDataConfig(DataConfig):
     tasks: dict[str, float] = MISSING
     """Weight of each task: passkey, single, multi_key, multi_value, multi_query, variable_tracking, absent_key."""
     haystacks: dict[str, float] = MISSING
-    """Weight of each filler: noise (repeated sentences), words (random words), needles (only needles), text."""
+    """Weight of each haystack: noise (repeated sentences), words (random words), needles (only needles), text."""
     text_folder: Optional[str] = None
     """Folder of .txt / .md files for the `text` haystack."""
     max_needles: int = 64

@@ -1,4 +1,4 @@
-"""`experiments.evaluate`: which run, and the evaluation."""
+"""Configuration of `experiments.evaluate`: which run, and the evaluation."""
 
 from typing import Optional
 
@@ -14,7 +14,7 @@ class PasskeyConfig:
     lengths: list[int] = MISSING
     """Prompt lengths in tokens."""
     depths: list[float] = MISSING
-    """Where the key lies: 0 at the start, 1 at the end."""
+    """Positions of the key in the prompt: 0 at the start, 1 at the end."""
     samples: int = MISSING
     """Prompts in each cell."""
     batch_size: int = 8
@@ -36,7 +36,7 @@ class PasskeyConfig:
 
 @schema
 class EvaluateConfig:
-    """`python -m experiments.evaluate run=RUN_DIR`."""
+    """Configuration of `python -m experiments.evaluate run=RUN_DIR`."""
 
     run: str = MISSING
     step: str = "latest"

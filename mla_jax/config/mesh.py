@@ -10,9 +10,9 @@ class MeshConfig:
     data: int = 1
     """Replicas of the weights (across nodes: HSDP)."""
     fsdp: int = -1
-    """Devices over which weights, gradients and optimizer state are shared out, and rows of the batch spread."""
+    """Devices over which weights, gradients and optimizer state are sharded, and rows of the batch too."""
     context: int = 1
-    """Devices over which the tokens of each training sequence are spread."""
+    """Devices over which the tokens of each training sequence are sharded."""
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.context)

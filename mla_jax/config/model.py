@@ -1,4 +1,4 @@
-"""The model's shape, and how it is computed."""
+"""The model: its shape, and how it is computed."""
 
 from typing import Optional
 
@@ -26,9 +26,9 @@ class YarnConfig:
 
 
 REMAT_NAMES = ("layer_input", "latents", "queries", "latent_attention", "attention_residual", "gate", "up")
-"""Results inside a layer that rematerialization can keep: see `ModelConfig.saved`."""
+"""Activations of a layer that rematerialization can keep, by `checkpoint_name`: see `ModelConfig.saved`."""
 NUMERICALLY_NEUTRAL_KEYS = ("remat", "saved", "offloaded", "mlp_chunk", "unroll", "attention", "decode")
-"""Keys of a model that change neither its weights nor, but for rounding, its results."""
+"""Keys of ModelConfig that change neither weights nor, but for rounding, results: a resumed run may change them."""
 
 
 @schema
@@ -56,17 +56,17 @@ class ModelConfig:
     """Compute type of activations; parameters are kept in `param_dtype`, softmax, norms and loss in float32."""
     param_dtype: str = "float32"
     remat: str = "full"
-    """What the backward pass recomputes in each layer: `none` (nothing), `dots` (all but matrix products), `names` (all
-    but what `saved` and `offloaded` name) or `full` (all)."""
+    """Rematerialization: the backward pass recomputes in each layer nothing (`none`), all but matrix products (`dots`),
+    all but what `saved` and `offloaded` name (`names`) or everything (`full`)."""
     saved: tuple[str, ...] = ()
-    """Under `remat=names`: results kept in device memory, of REMAT_NAMES; `docs/training.md` says what each takes."""
+    """Under `remat=names`: activations of REMAT_NAMES kept in device memory; see `docs/training.md` for their sizes."""
     offloaded: tuple[str, ...] = ()
-    """Under `remat=names`: results kept in the host's memory."""
+    """Under `remat=names`: activations kept in host memory."""
     mlp_chunk: Optional[int] = None
     """Tokens of a sequence whose feed-forward activations exist at one time; None for all."""
     unroll: int = 1
-    """Layers of training written out one after the other instead of as a loop: fewer copies of what is kept, more to
-    compile. -1 for all."""
+    """Layers in each iteration of training's scan over layers: more of them need fewer copies of what is kept and more
+    time to compile. -1 unrolls all."""
     attention: str = "auto"
     """Implementation of attention in training and prefill; see `latent_attention.dispatch`."""
     decode: str = "auto"
@@ -108,9 +108,9 @@ class ModelConfig:
 
     @property
     def cache_width(self) -> int:
-        """Numbers the latent cache holds per token and layer: the latent and the shared rotary key."""
+        """Elements of the latent cache per token and layer: the latent and the shared rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    def cache_bytes_per_token(self, bytes_per_number: int = 2) -> int:
+    def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """Bytes of latent cache per token over all layers."""
-        return self.cache_width * self.num_hidden_layers * bytes_per_number
+        return self.cache_width * self.num_hidden_layers * bytes_per_element

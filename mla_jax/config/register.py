@@ -13,7 +13,7 @@ from mla_jax.config.train import TrainConfig
 
 
 def register_schemas() -> None:
-    """Puts the schemas where the files in `conf/` name them (idempotent)."""
+    """Registers every schema under the group and name by which the files in `conf/` extend it (idempotent)."""
     store = ConfigStore.instance()
     store.store(name="sft_schema", node=SftConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)

@@ -1,4 +1,4 @@
-"""`experiments.sft`: everything that a training run is made of."""
+"""Configuration of `experiments.sft`: everything that a training run is made of."""
 
 from typing import Optional
 
@@ -15,11 +15,11 @@ from mla_jax.config.train import TrainConfig
 
 @schema
 class SftConfig:
-    """`python -m experiments.sft`."""
+    """Configuration of `python -m experiments.sft`."""
 
     name: str = MISSING
     run_dir: str = MISSING
-    """Where everything of this run is kept: config, tokenizer, checkpoints, metrics, evaluations."""
+    """The run folder: config, tokenizer, checkpoints, metrics, evaluations."""
     seed: int = 0
     init_from: Optional[str] = None
     """A run whose newest parameters to start from; a checkpoint of this run itself takes precedence."""

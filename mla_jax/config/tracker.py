@@ -9,7 +9,7 @@ from mla_jax.config.schema import require, require_choice, schema
 
 @schema
 class TrackerConfig:
-    """Where metrics go besides the terminal."""
+    """Experiment trackers that get the metrics."""
 
     names: list[str] = MISSING
     """Any of `tensorboard`, `wandb`, `mlflow`; empty for none."""

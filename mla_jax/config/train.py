@@ -20,7 +20,7 @@ class StageConfig:
     """The most optimizer steps in this stage."""
     learning_rate: float = MISSING
     accuracy: Optional[float] = None
-    """Go on to the next stage as soon as answer-token accuracy over `train.log_every` steps reaches this."""
+    """Go on to the next stage as soon as the accuracy over `train.log_every` steps (of answer tokens) reaches this."""
     previous_fraction: float = 0.0
     """Share of steps taken at the previous stage's length and batch size."""
     position_skip_fraction: float = 0.0
@@ -55,7 +55,7 @@ class TrainConfig:
     keep_best: int = 1
     """The best checkpoints that are kept besides; 0 for none."""
     best_metric: str = "answer_accuracy"
-    """What is best over the last `log_every` steps, in the last stage reached: a metric of the loss, such as `loss`."""
+    """The metric of the loss, over the last `log_every` steps, that ranks checkpoints; a later stage ranks higher."""
     nonfinite: str = "stop"
     """At a step whose loss or gradient is not finite: `stop`, or `skip` it and leave parameters and moments alone."""
     profile: list[int] = field(default_factory=list)

@@ -1,1 +1,1 @@
-"""Tokenizers and training data: synthetic needles (`needle`), JSONL chats (`text`), batches of both (`pipeline`)."""
+"""Tokenizers and training data: synthetic needles (`needle`), JSONL chats (`jsonl`), batches of both (`pipeline`)."""

@@ -114,7 +114,7 @@ def _encode(record: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, n
 
 
 def pack(documents: Documents, seq_len: int, path: str) -> list[list[int]]:
-    """Rows of at most `seq_len` tokens that hold each document that fits once; longest first into the fullest row.
+    """Rows of at most `seq_len` tokens that hold each document that fits once, by best-fit decreasing bin packing.
 
     Documents that are too long are left out, and one line says how many: cut off, they would teach to stop anywhere.
 

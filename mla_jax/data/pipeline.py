@@ -1,4 +1,4 @@
-"""From a data config to batches: random-access sources of whole batches, which Grain reads ahead.
+"""Batches of a data config: random-access sources of whole batches, which Grain reads ahead.
 
 Batch i of a stage is a pure function of (config, seed, stage, i). So a position in the data is one number, the same
 for any number of workers, and a resumed run sees the batches it would have seen.
@@ -18,7 +18,7 @@ from mla_jax.data.workers import Batch, BatchSource, WorkerProcesses
 from mla_jax.errors import UsageError
 
 Rows = dict[int, np.ndarray]
-"""Which rows of a batch of each size are wanted, ascending."""
+"""Rows that this process makes, ascending, by batch size."""
 
 ENDLESS = 2**48
 """Batches in a source: more than any run takes."""
@@ -201,12 +201,12 @@ class JsonlBatches:
 
 
 def shifted(x: np.ndarray, last: float) -> np.ndarray:
-    """[B, T] moved one to the left, with `last` in the last column."""
+    """[B, T] shifted one to the left, with `last` in the last column."""
     return np.concatenate([x[:, 1:], np.full_like(x[:, :1], last)], axis=1)
 
 
 def position_skips(rng: np.random.Generator, length: int, most: int) -> np.ndarray:
-    """What to add to `length` positions: 1 to 3 jumps at random places, log-uniformly 1 to `most` in all; int32."""
+    """Offsets to add to `length` positions: 1 to 3 jumps at random places, log-uniformly 1 to `most` in all; int32."""
     total = int(np.exp(rng.uniform(0, np.log(most + 1))))
     jumps = rng.multinomial(total, rng.dirichlet(np.ones(rng.integers(1, 4))))
     skips = np.zeros(length, np.int64)

@@ -43,7 +43,7 @@ USUAL_SPECIAL_TOKENS = {
     "eos_token": (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<eos>"),
     "pad_token": (PAD, "<pad>", "[PAD]", "<｜▁pad▁｜>"),
 }
-"""What special tokens are called where a tokenizer.json comes alone."""
+"""Usual names of special tokens, tried in this order where a tokenizer.json comes alone."""
 
 
 class Encoded(NamedTuple):
@@ -114,7 +114,7 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_with_words(self, text: str) -> Encoded:
-        """`encode` with the place of each token in the text."""
+        """`encode` with the word and the characters of each token."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         words = np.array([-1 if word is None else word for word in encoding.word_ids], np.int64)
@@ -126,7 +126,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what turns text into ids; equal for a tokenizer and its saved copy."""
+        """SHA-256 (hex) of everything that turns text into ids; equal for a tokenizer and its saved copy."""
         content = json.loads(self._backend.to_str())
         model = content["model"]
         canonical = {

@@ -1,7 +1,7 @@
-"""Batches made by worker processes, each at the end of a connection of its own.
+"""Batches made by worker processes, each over a pipe of its own.
 
-A worker that is killed while it sends a batch closes its connection, and whoever waits for that batch hears of it. In a
-queue, such as Grain's own workers (0.2.18) share with their reader, half a batch is waited for without end.
+A worker that is killed while it sends a batch closes its pipe, so the reader gets an end of file. In a queue, such as
+Grain's own workers (0.2.18) share with their reader, the reader would wait for the rest of the batch forever.
 """
 
 import contextlib
@@ -116,14 +116,14 @@ def _answer(source: BatchSource, index: int) -> Batch | Exception:
         return e
 
 
-_waiting = threading.RLock()
-"""Of two threads that wait for the same process, one would not hear that it has ended."""
+_wait_lock = threading.RLock()
+"""Serialises waits for processes: of two threads that wait for the same one, one would miss its end."""
 
 
 def _kill(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.kill()
-    with _waiting:
+    with _wait_lock:
         for process in processes:
             process.join()
 
@@ -133,7 +133,7 @@ def _death_as_input_error(process: BaseProcess) -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as e:
-        with _waiting:
+        with _wait_lock:
             process.join(1)
         killed = process.exitcode == -signal.SIGKILL
         hint = "out of memory perhaps: lower data.workers" if killed else "see what it printed"

@@ -26,9 +26,9 @@ from mla_jax.config import flatten
 from mla_jax.errors import InputError, UsageError
 
 JOIN_TIMEOUT_S = 300
-"""How long a process waits for the others; MLA_JOIN_TIMEOUT_S in the environment overrides it."""
+"""Seconds that a process waits for the others to join; MLA_JOIN_TIMEOUT_S in the environment overrides it."""
 SHUTDOWN_TIMEOUT_S = 20
-"""How long a process that ends waits for the others; one that failed must not keep its job alive for long."""
+"""Seconds that a process that ends waits for the others; one that failed must not keep its job alive for long."""
 
 
 @dataclass(frozen=True)

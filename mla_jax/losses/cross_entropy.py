@@ -67,28 +67,28 @@ def chunked_cross_entropy(
     which the backward pass only has to scale.
 
     Args:
-        head_DX: makes logits of the model's output; see `Transformer.head`.
+        head_DX: projects the model's output to logits; see `Transformer.head`.
         h_BTD: the model's output.
         targets_BT: int32 token ids.
         weights_BT: float32 loss weight of each target, 0 to leave it out.
         chunk: tokens of a sequence whose logits exist at one time.
     """
 
-    def of_device(h_BTD, targets_BT, weights_BT, head_DX) -> LossSums:
-        """Sums [1, 1] of the tokens that are here."""
+    def local_sums(h_BTD, targets_BT, weights_BT, head_DX) -> LossSums:
+        """Sums [1, 1] over the tokens of this device."""
         sums = _sums(head_DX, h_BTD, targets_BT, weights_BT, min(chunk, h_BTD.shape[1]))
         return jax.tree.map(lambda x: x[None, None], sums)
 
-    parts = mesh.per_device(of_device, h_BTD, targets_BT, weights_BT, mesh.all_gather(head_DX))
-    return jax.tree.map(jnp.sum, parts)
+    by_device = mesh.per_device(local_sums, h_BTD, targets_BT, weights_BT, mesh.all_gather(head_DX))
+    return jax.tree.map(jnp.sum, by_device)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sums(head_DX, h_BTD, targets_BT, weights_BT, chunk: int) -> LossSums:
     def body(total: LossSums, xs) -> tuple[LossSums, None]:
-        return jax.tree.map(jnp.add, total, _of_chunk(head_DX, *xs)[0]), None
+        return jax.tree.map(jnp.add, total, _chunk_sums(head_DX, *xs)[0]), None
 
-    return jax.lax.scan(body, no_sums(), _chunks(chunk, h_BTD, targets_BT, weights_BT))[0]
+    return jax.lax.scan(body, _zero_sums(), _chunks(chunk, h_BTD, targets_BT, weights_BT))[0]
 
 
 def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, chunk: int):
@@ -97,14 +97,14 @@ def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, chunk: int):
     def body(carry, xs):
         total, d_head_DX = carry
         h_BtD, targets_Bt, weights_Bt = xs
-        sums, logits_BtX, lse_Bt = _of_chunk(head_DX, *xs)
+        sums, logits_BtX, lse_Bt = _chunk_sums(head_DX, *xs)
         target_BtX = jax.nn.one_hot(targets_Bt, logits_BtX.shape[-1])
         d_logits_BtX = (jnp.exp(logits_BtX - lse_Bt[..., None]) - target_BtX) * weights_Bt[..., None]
         d_logits_BtX = d_logits_BtX.astype(h_BtD.dtype)
         d_head_DX += jnp.einsum("btd,btx->dx", h_BtD, d_logits_BtX, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, sums), d_head_DX), matmul(d_logits_BtX, head_DX.T)
 
-    start = no_sums(), jnp.zeros(head_DX.shape, jnp.float32)
+    start = _zero_sums(), jnp.zeros(head_DX.shape, jnp.float32)
     (total, d_head_DX), d_h_nBtD = jax.lax.scan(body, start, _chunks(chunk, h_BTD, targets_BT, weights_BT))
     d_h_BTD = jnp.moveaxis(d_h_nBtD, 0, 1).reshape(h_BTD.shape[0], -1, h_BTD.shape[2])[:, : h_BTD.shape[1]]
     return total, (d_head_DX.astype(head_DX.dtype), d_h_BTD)
@@ -118,8 +118,8 @@ def _sums_backward(_, gradients, d_sums: LossSums):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _of_chunk(head_DX, h_BtD, targets_Bt, weights_Bt) -> tuple[LossSums, jax.Array, jax.Array]:
-    """Sums, logits and their log-sum-exp."""
+def _chunk_sums(head_DX, h_BtD, targets_Bt, weights_Bt) -> tuple[LossSums, jax.Array, jax.Array]:
+    """The sums over a chunk, its logits and their log-sum-exp."""
     logits_BtX = matmul(h_BtD, head_DX, jnp.float32)
     highest_Bt = jnp.max(logits_BtX, axis=-1)
     lse_Bt = highest_Bt + jnp.log(jnp.sum(jnp.exp(logits_BtX - highest_Bt[..., None]), axis=-1))
@@ -138,6 +138,5 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(split_tokens(x, chunk) for x in arrays)  # padding has weight 0
 
 
-def no_sums() -> LossSums:
-    """Zeros to start from."""
+def _zero_sums() -> LossSums:
     return LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))

@@ -1,1 +1,1 @@
-"""What a run reports: metrics, goodput, FLOPs, traces, and the trackers they go to."""
+"""Reporting of a run: metrics, goodput, FLOPs, traces, and the trackers they go to."""

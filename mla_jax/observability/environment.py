@@ -1,4 +1,4 @@
-"""What a run or a measurement was made with: source revision, versions, devices, SLURM job."""
+"""Environment of a run or a measurement: source revision, versions, devices, SLURM job."""
 
 import importlib.metadata
 import os
@@ -33,7 +33,7 @@ def git_revision() -> str | None:
 
 
 def command_line() -> str:
-    """How this process was started."""
+    """The command that started this process."""
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 

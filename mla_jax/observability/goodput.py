@@ -17,7 +17,7 @@ from mla_jax.observability.step_time import KINDS
 
 FILE = "goodput.json"
 _MARKS = 50
-"""Checkpoints whose productive time is remembered: more than are kept, to restore any of them."""
+"""Checkpoints whose productive time is remembered: more than are kept, so that any of them can be restored."""
 
 
 class Goodput:

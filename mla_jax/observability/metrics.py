@@ -1,4 +1,4 @@
-"""Training metrics: sums over a window of steps, and the line or bar a person watches."""
+"""Training metrics: sums over a window of steps, and the progress line or bar."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ class Window:
 
     steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)
-    """What the training step returns, added up by name: the sums of the loss, grad_norm and skipped."""
+    """Results of the training steps, added up by name: the sums of the loss, grad_norm and skipped."""
 
     @property
     def skipped(self) -> float:

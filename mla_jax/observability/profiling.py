@@ -1,4 +1,4 @@
-"""A trace of some steps, for TensorBoard, Perfetto and `tools.trace_summary`."""
+"""A profiler trace of some steps, for TensorBoard, Perfetto and `tools.trace_summary`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ class StepProfiler:
         self._tracing = False
 
     @contextlib.contextmanager
-    def step(self, given: list[dict[str, jax.Array]]) -> Iterator[None]:
-        """Around the dispatch of a step; `given` holds the results of those dispatched and not yet read.
+    def step(self, pending: list[dict[str, jax.Array]]) -> Iterator[None]:
+        """Around the dispatch of a step; `pending` holds the results of steps dispatched and not yet read.
 
         The device is drained only where the trace begins and ends, so that it holds these steps and no others.
         """
         self._step += 1
         if self._step == self._first:
-            jax.block_until_ready(given)
+            jax.block_until_ready(pending)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # its events would crowd out the kernels'
             jax.profiler.start_trace(self._folder, profiler_options=options)
@@ -37,7 +37,7 @@ class StepProfiler:
         with jax.profiler.StepTraceAnnotation("train", step_num=self._step):
             yield
         if self._step == self._last:
-            jax.block_until_ready(given)
+            jax.block_until_ready(pending)
             self.close()
 
     def close(self) -> None:

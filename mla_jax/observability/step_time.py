@@ -1,4 +1,4 @@
-"""Where the wall time of the training loop goes, without ever waiting for the device."""
+"""Attribution of the training loop's wall time, without ever waiting for the device."""
 
 import contextlib
 import time
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import jax
 
 KINDS = ("compute", "data", "compile", "checkpoint", "other")
-"""What wall time is spent on:
+"""Kinds of wall time:
 
 compute     everything else: the device works, or could, and the host keeps up
-data        the host waited for a batch, and the device had run out of work when it came
+data        the host waited for a batch, and the device had run out of work when it arrived
 compile     tracing and compiling the step for a batch shape not met before in this process
 checkpoint  blocked in saving, once the steps before are done
 other       trackers, and the start of the next stage's data
@@ -34,18 +34,18 @@ class StepClock:
             self._spent[kind] += time.monotonic() - start
 
     @contextlib.contextmanager
-    def wait_for_data(self, given: list[dict[str, jax.Array]]) -> Iterator[None]:
-        """The time inside counts as `data` if the device has by then finished all that it was given.
+    def wait_for_data(self, pending: list[dict[str, jax.Array]]) -> Iterator[None]:
+        """The time inside counts as `data` if the device has by then finished all dispatched steps.
 
-        Steps are dispatched ahead of the device, so a wait during which it still has work costs nothing. A wait that it
-        outlasts counts whole: an upper bound of the time that it stood idle.
+        Steps are dispatched ahead of the device, so a wait during which it still has work costs nothing. A wait that
+        outlasts that work counts whole: an upper bound of the time that the device stood idle.
 
         Args:
-            given: results of the steps that were dispatched and not yet read, the newest last.
+            pending: results of the steps that were dispatched and not yet read, the newest last.
         """
         start = time.monotonic()
         yield
-        if not given or given[-1]["loss"].is_ready():  # pyright: ignore[reportAttributeAccessIssue]
+        if not pending or pending[-1]["loss"].is_ready():  # pyright: ignore[reportAttributeAccessIssue]
             self._spent["data"] += time.monotonic() - start
 
     def seconds(self) -> dict[str, float]:

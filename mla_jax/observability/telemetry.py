@@ -1,4 +1,4 @@
-"""What a training run says about itself: metrics, timing, utilisation, goodput; docs/training.md has definitions."""
+"""Telemetry of a training run: metrics, timing, utilisation, goodput; docs/training.md has definitions."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Telemetry:
     Nothing here waits for the device, but for the two ends of a trace.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         run_dir: the run folder, which must exist.
         step: finished steps that this process starts from.
 
@@ -49,15 +49,15 @@ class Telemetry:
         self._shapes: set[tuple[int, ...]] = set()
         self._tokens, self._flops, self._steps = 0, 0.0, 0
         self.tokens_per_second = 0.0
-        """Of the window last reported."""
+        """Speed in the last window that was reported."""
 
     @contextlib.contextmanager
-    def dispatch(self, shape: tuple[int, ...], given: Results) -> Iterator[None]:
+    def dispatch(self, shape: tuple[int, ...], pending: Results) -> Iterator[None]:
         """Around the call of a training step.
 
         Args:
             shape: [A, B / A, T] of the batch, over all processes.
-            given: results of steps dispatched and not yet read; the step's own are added inside.
+            pending: results of steps dispatched and not yet read; the step's own are added inside.
         """
         accumulation, rows, seq_len = shape
         self._tokens += accumulation * rows * seq_len
@@ -65,7 +65,7 @@ class Telemetry:
         self._steps += 1
         compiles = self.clock.spend("compile") if shape not in self._shapes else contextlib.nullcontext()
         self._shapes.add(shape)
-        with self._profiler.step(given), compiles:
+        with self._profiler.step(pending), compiles:
             yield
 
     @contextlib.contextmanager

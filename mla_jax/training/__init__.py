@@ -1,1 +1,1 @@
-"""The training loop, its step, and reports of sweeps."""
+"""The training loop, its step, and the summary of a finished run."""

@@ -36,7 +36,7 @@ MAX_STEPS_IN_FLIGHT = 2
 
 @dataclass
 class LoopState:
-    """Where a run is: steps finished in all and in the current stage, and the open metrics window.
+    """Progress of a run: steps finished in all and in the current stage, and the open metrics window.
 
     `reported` holds the means of the window before, and the stage that it was in. A checkpoint keeps all of it.
     """
@@ -64,7 +64,7 @@ class LoopState:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: not `finished` after Ctrl-C or SIGTERM, which makes it `terminated` too."""
+    """Outcome of a run: not `finished` after Ctrl-C or SIGTERM, which makes it `terminated` too."""
 
     run_dir: Path
     step: int
@@ -80,7 +80,7 @@ def train(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> TrainRe
     Precedence: a checkpoint of this run, then `init_from`, then random initialisation.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         loss: what is minimised, and what is reported of it.
         make_pipeline: makes the batches of a stage; called with `config.data` again for each.
 

@@ -1,4 +1,4 @@
-"""What needles are hidden in. Each haystack gives exactly as many tokens as asked for, and where its sentences end."""
+"""Haystacks, the filler around needles: each gives exactly as many tokens as asked for, and where its sentences end."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

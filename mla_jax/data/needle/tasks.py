@@ -50,7 +50,7 @@ class NamesUsedUp(Exception):
 
 
 class Names(Protocol):
-    """Where units get their keys and numbers from."""
+    """A source of keys, variables and numbers for units."""
 
     def key(self, near: bool = False) -> Key:
         """A key not given before; if `near`, one that shares a word with a key given before."""

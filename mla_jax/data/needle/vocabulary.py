@@ -25,7 +25,7 @@ FILLER_WORDS = (
         "|"
     ),
 )
-"""What the `words` haystack is made of: key words too, so that a key's words alone give nothing away."""
+"""Words of the `words` haystack: key words too, so that a key's words alone give nothing away."""
 
 NOISE = (
     "The grass is green.",

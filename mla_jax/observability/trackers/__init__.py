@@ -1,4 +1,4 @@
-"""Where metrics go besides the terminal: TensorBoard, Weights & Biases, MLflow, or several of them.
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow, or several of them.
 
 RUN/trackers.json keeps the id that each tracker knows the run by and the last step it was given, so a resumed run goes
 on in the same run of each. Steps after the last checkpoint come twice then. TensorBoard hides the first ones. W&B and
@@ -31,7 +31,7 @@ class Trackers:
     One that fails while training is reported once and training goes on; it is tried again at the next metrics.
 
     Args:
-        config: of the run; `config.tracker` says which.
+        config: the run's configuration; `config.tracker` names the trackers.
         run_dir: the run folder, which must exist.
         step: finished steps that this process starts from.
 

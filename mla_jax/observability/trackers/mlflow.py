@@ -32,9 +32,9 @@ class MlflowTracker:
         else:
             run = self._client.create_run(self._experiment(config.tracker.project), run_name=config.name)
             known["id"] = run.info.run_id
-            for part in _batches_of_100([Param(key, value) for key, value in params.items()]):
+            for part in _in_batches([Param(key, value) for key, value in params.items()]):
                 self._client.log_batch(known["id"], params=part)
-        for part in _batches_of_100([RunTag(key, value) for key, value in tags.items()]):
+        for part in _in_batches([RunTag(key, value) for key, value in tags.items()]):
             self._client.log_batch(known["id"], tags=part)
         self._id = known["id"]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
@@ -90,7 +90,7 @@ class MlflowTracker:
 
 
 def mlflow_uri(config: TrackerConfig, run_dir: Path) -> str:
-    """Where MLflow's store is: as configured, else MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
+    """Address of MLflow's store: as configured, else MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
     beside = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
     return config.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside
 
@@ -102,6 +102,6 @@ def _as_text(tree: dict) -> dict[str, str]:
     }
 
 
-def _batches_of_100(items: list) -> list[list]:
+def _in_batches(items: list) -> list[list]:
     """Lists of at most 100, which one request to MLflow takes."""
     return [items[i : i + 100] for i in range(0, len(items), 100)]
