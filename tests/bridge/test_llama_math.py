@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mla_jax.bridge.llama.factor import factorise, normalised, second_moment
-from mla_jax.bridge.llama.rope import _nearest, decouple
+from mla_jax.bridge.llama.low_rank import low_rank_factors, rms_normalize, second_moment
+from mla_jax.bridge.llama.rope import _fit_rotations, decouple
 
 D = 24
 RNG = np.random.default_rng(0)
@@ -14,16 +14,16 @@ RNG = np.random.default_rng(0)
 def x_ND():
     """Inputs with |x|^2 = D, most of whose energy is in few directions that are no axes."""
     spread = RNG.normal(size=(D, D)) * np.geomspace(1, 0.02, D)[:, None]
-    return normalised(RNG.normal(size=(4000, D)) @ spread)
+    return rms_normalize(RNG.normal(size=(4000, D)) @ spread)
 
 
 def factors(w_YD, x_ND, rank, weights_Y=None):
     weighted = w_YD if weights_Y is None else w_YD * weights_Y[:, None]
-    return factorise(w_YD, weighted.T @ weighted, x_ND, second_moment(x_ND), rank)
+    return low_rank_factors(w_YD, weighted.T @ weighted, x_ND, second_moment(x_ND), rank)
 
 
 def errors_Y(w_YD, made, x_ND):
-    return np.square(x_ND @ w_YD.T - normalised(x_ND @ made.down_RD.T) @ made.up_YR.T).mean(0)
+    return np.square(x_ND @ w_YD.T - rms_normalize(x_ND @ made.down_RD.T) @ made.up_YR.T).mean(0)
 
 
 @pytest.mark.parametrize("outputs", [5, D, 60])
@@ -31,15 +31,15 @@ def test_full_rank_is_exact_on_inputs_never_seen(outputs, x_ND):
     w_YD = RNG.normal(size=(outputs, D))
     made = factors(w_YD, x_ND, D)
     np.testing.assert_allclose(made.down_RD @ made.down_RD.T, np.eye(D), atol=1e-9)
-    assert errors_Y(w_YD, made, normalised(RNG.normal(size=(100, D)))).max() < 1e-12
+    assert errors_Y(w_YD, made, rms_normalize(RNG.normal(size=(100, D)))).max() < 1e-12
     assert made.rms_variation < 1e-9
 
 
 def test_inputs_that_the_texts_do_not_have():
     """Fewer tokens than directions: still exact at full rank."""
-    x_ND = normalised(RNG.normal(size=(10, D)))
+    x_ND = rms_normalize(RNG.normal(size=(10, D)))
     w_YD = RNG.normal(size=(7, D))
-    assert errors_Y(w_YD, factors(w_YD, x_ND, D), normalised(RNG.normal(size=(100, D)))).max() < 1e-12
+    assert errors_Y(w_YD, factors(w_YD, x_ND, D), rms_normalize(RNG.normal(size=(100, D)))).max() < 1e-12
 
 
 def test_activations_choose_the_subspace(x_ND):
@@ -71,7 +71,7 @@ HEADS, GROUPS, N, THETA = 4, 2, 8, 50.0
 FREQUENCIES = THETA ** (-np.arange(0, N, 2) / N)
 
 
-def turned(x_TX, positions_T, frequencies):
+def rotated(x_TX, positions_T, frequencies):
     pairs = (x_TX[:, 0::2] + 1j * x_TX[:, 1::2]) * np.exp(1j * positions_T[:, None] * frequencies)
     return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x_TX.shape)
 
@@ -82,10 +82,10 @@ def scores(q_HND, k_GND, x_TD, positions_T, parts=None):
     for h in range(HEADS):
         q, k = x_TD @ q_HND[h].T, x_TD @ k_GND[h * GROUPS // HEADS].T
         if parts is None:
-            out.append(turned(q, positions_T, FREQUENCIES) @ turned(k, positions_T, FREQUENCIES).T)
+            out.append(rotated(q, positions_T, FREQUENCIES) @ rotated(k, positions_T, FREQUENCIES).T)
         else:
             kept = FREQUENCIES[:: N // len(parts.k_rope_RD)]
-            q_rope, k_rope = (turned(x_TD @ w.T, positions_T, kept) for w in (parts.q_rope_HRD[h], parts.k_rope_RD))
+            q_rope, k_rope = (rotated(x_TD @ w.T, positions_T, kept) for w in (parts.q_rope_HRD[h], parts.k_rope_RD))
             out.append(q @ (x_TD @ parts.k_nope_GND[h * GROUPS // HEADS].T).T + q_rope @ k_rope.T)
     return np.array(out)
 
@@ -128,8 +128,8 @@ def score_error(parts, q_HND, k_GND, x_ND, length=64):
 
 
 @pytest.mark.parametrize("width", [4, 8])
-def test_what_no_longer_turns_is_better_damped_than_stopped(width, x_ND):
-    """Distance 1 alone is the papers' way: nothing is damped, and frequencies that share a slot turn alike."""
+def test_keys_without_position_are_better_damped_than_left_unrotated(width, x_ND):
+    """Distance 1 alone is the papers' way: nothing is damped, and frequencies that share a component rotate alike."""
     q_HND, k_GND = projections(GROUPS)
     ours, stopped = (decouple(q_HND, k_GND, second_moment(x_ND), FREQUENCIES, n, width) for n in (64, 1))
     assert score_error(ours, q_HND, k_GND, x_ND) < 0.8 * score_error(stopped, q_HND, k_GND, x_ND)
@@ -143,15 +143,15 @@ def test_wider_rotary_keys_lose_less(x_ND):
     assert [p.share for p in parts] == sorted(p.share for p in parts)
 
 
-def test_the_nearest_turns_are_a_least_squares_fit():
+def test_rotations_are_fitted_by_least_squares():
     t = np.arange(64)
     root = np.sqrt(1 / (t + 1))
-    turning, still, alone, gain = _nearest(FREQUENCIES, 64, fold=2)
+    rotating, constant, mean, gain = _fit_rotations(FREQUENCIES, 64, fold=2)
     for pair, f in enumerate(FREQUENCIES):
         wanted = np.exp(-1j * f * t)
         columns = np.stack([np.exp(-1j * FREQUENCIES[pair // 2 * 2] * t), np.ones(64)], axis=1)
         both = np.linalg.lstsq(root[:, None] * columns, root * wanted, rcond=None)[0]
         one = np.linalg.lstsq(root[:, None] * columns[:, 1:], root * wanted, rcond=None)[0]
-        np.testing.assert_allclose([turning[pair], still[pair], alone[pair]], [*both, *one], atol=1e-9)
+        np.testing.assert_allclose([rotating[pair], constant[pair], mean[pair]], [*both, *one], atol=1e-9)
         left = [np.square(np.abs(root * (c - wanted))).sum() / (root**2).sum() for c in (columns @ both, one)]
         assert gain[pair] == pytest.approx(left[1] - left[0])

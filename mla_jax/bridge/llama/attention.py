@@ -1,25 +1,25 @@
-"""The attention of one Llama-style layer as latent attention: weights of MLA, and how well they stand for it."""
+"""Conversion of one layer's grouped-query attention to MLA weights, and the errors that it makes."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from mla_jax.bridge.llama.config import LlamaConfig
-from mla_jax.bridge.llama.factor import factorise, normalised, second_moment
 from mla_jax.bridge.llama.layer import LlamaLayer
+from mla_jax.bridge.llama.low_rank import low_rank_factors, rms_normalize, second_moment
 from mla_jax.bridge.llama.rope import Decoupled, decouple
 from mla_jax.config import ModelConfig
 from mla_jax.model.rope import softmax_scale
 
 
 class Converted(NamedTuple):
-    """One layer."""
+    """The latent attention of one layer."""
 
     weights: dict[str, np.ndarray]
-    """Of `self_attn`, by name, [in, out]; float64."""
+    """Weights of `self_attn` by name, [in, out], float64."""
     decoupled: Decoupled
     errors: dict[str, float]
-    """See `docs/importing.md`."""
+    """By the names of `docs/importing.md`."""
 
 
 def convert_attention(
@@ -30,28 +30,28 @@ def convert_attention(
     x_ND: np.ndarray,
     held_out_ND: np.ndarray,
 ) -> Converted:
-    """Latent attention for one layer.
+    """Converts the attention of one layer.
 
     Args:
         source: the checkpoint's attention.
-        target: what it becomes.
-        layer: its weights.
-        length: tokens over which the decoupling of positions is to hold.
+        target: the model that it is converted to.
+        layer: the layer's weights.
+        length: distances in tokens up to which decoupled RoPE is fitted.
         x_ND: normalised inputs of the layer over calibration texts, float32.
-        held_out_ND: other such inputs, to state errors on.
+        held_out_ND: the same over held-out texts, for the errors.
     """
     q_HND, k_GND, v_GND, o_DHN = (np.asarray(w, np.float64) for w in layer[:4])
     d, groups = target.hidden_size, source.kv_heads
     moment_DD = second_moment(x_ND)
-    decoupled = decouple(q_HND, k_GND, moment_DD, source.frequencies, length, target.qk_rope_head_dim)
+    decoupled = decouple(q_HND, k_GND, moment_DD, source.inv_freq, length, target.qk_rope_head_dim)
 
-    key_cost, value_cost = _costs(q_HND, v_GND, o_DHN, moment_DD, source.score_scale)
+    key_cost, value_cost = _costs(q_HND, v_GND, o_DHN, moment_DD, source.softmax_scale)
     k_nope_GND = decoupled.k_nope_GND
     cost_DD = np.zeros((d, d))
     for w, cost in zip((*k_nope_GND, *v_GND), (*key_cost, *value_cost), strict=True):
         cost_DD += w.T @ cost @ w
     kv_YD = np.concatenate([k_nope_GND, v_GND], axis=1).reshape(-1, d)  # of each key head: key, then value
-    kv = factorise(kv_YD, cost_DD, x_ND, moment_DD, target.kv_lora_rank)
+    kv = low_rank_factors(kv_YD, cost_DD, x_ND, moment_DD, target.kv_lora_rank)
     kv_up_RGX = kv.up_YR.T.reshape(target.kv_lora_rank, groups, -1)
     weights = {
         "kv_a_proj_with_mqa": np.concatenate([kv.down_RD, decoupled.k_rope_RD]).T,
@@ -60,12 +60,12 @@ def convert_attention(
         "o_proj": o_DHN.reshape(d, -1).T,
     }
     queries = np.concatenate([q_HND, decoupled.q_rope_HRD], axis=1).reshape(-1, d)
-    queries *= source.score_scale / softmax_scale(target)
+    queries *= source.softmax_scale / softmax_scale(target)
     errors = {}
     if target.q_lora_rank is None:
         weights["q_proj"] = queries.T
     else:
-        q = factorise(queries, queries.T @ queries, x_ND, moment_DD, target.q_lora_rank)
+        q = low_rank_factors(queries, queries.T @ queries, x_ND, moment_DD, target.q_lora_rank)
         weights |= {
             "q_a_proj": q.down_RD.T, "q_a_layernorm": np.ones(target.q_lora_rank), "q_b_proj": q.up_YR.T
         }  # fmt: skip
@@ -80,10 +80,10 @@ def convert_attention(
 
 
 def _costs(q_HND, v_GND, o_DHN, moment_DD, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """[G, N, N] each: what a squared error of keys and of values costs at the output of attention, to first order.
+    """Costs [G, N, N] of a squared error of keys and of values at the output of attention, to first order.
 
-    An error e of a value becomes the error O e of what a head adds to the residual stream. An error e of a key shifts a
-    score by q e, and with it weight to or from a token whose share of the output is O v.
+    An error e of a value becomes an error O e of the head's contribution to the residual stream. An error e of a key
+    shifts a score by q e, and so moves probability to or from a token that contributes O v.
     """
     heads, n, _ = q_HND.shape
     groups = len(v_GND)
@@ -98,7 +98,7 @@ def _costs(q_HND, v_GND, o_DHN, moment_DD, scale: float) -> tuple[np.ndarray, np
 
 
 def _error(w_YD: np.ndarray, down_RD: np.ndarray, up_YR: np.ndarray, x_ND: np.ndarray) -> float:
-    """Energy of what the factors, norm included, get wrong, as a share of that of the outputs."""
+    """Energy of the error of low-rank factors with their norm, as a share of the outputs' energy."""
     wanted_NY = x_ND @ w_YD.T
-    got_NY = normalised(x_ND @ down_RD.T) @ up_YR.T
+    got_NY = rms_normalize(x_ND @ down_RD.T) @ up_YR.T
     return float(np.square(wanted_NY - got_NY).sum() / np.square(wanted_NY).sum())

@@ -1,4 +1,4 @@
-"""Calibration texts: what the layers see is measured on them, and perplexity on those that are held out."""
+"""Calibration texts: layer inputs are measured on them, and perplexity on held-out ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from mla_jax.errors import InputError
 from mla_jax.losses.cross_entropy import chunked_cross_entropy
 
 HELD_OUT = 8
-"""One sequence in so many, from the end of the text, is held out."""
+"""One in this many sequences is held out; these are the last ones of the text."""
 _LONGEST_TOKEN = 16
-"""Characters a token that are read, at most; texts have 3 to 5."""
+"""Characters read for each token wanted; texts have 3 to 5."""
 _TOKENS_AT_ONCE = 8192
 _LOSS_CHUNK = 256
 
@@ -26,11 +26,11 @@ class Calibration:
 
     tokens_BT: np.ndarray
     held_out: int
-    """The last so many sequences."""
+    """Number of sequences at the end that are held out."""
 
     @property
     def fitted(self) -> int:
-        """How many sequences are not held out."""
+        """Number of sequences that are not held out."""
         return len(self.tokens_BT) - self.held_out
 
 
@@ -65,14 +65,14 @@ def read_calibration(path: str | Path, tokenizer: Tokenizer, tokens: int, length
 
 
 def in_batches(function: Callable, rows_BTX: np.ndarray) -> np.ndarray:
-    """function(rows) over a few rows at a time, on the host."""
+    """Concatenates function(rows) over small batches of rows, on the host."""
     size = max(_TOKENS_AT_ONCE // rows_BTX.shape[1], 1)
     parts = [np.asarray(function(rows_BTX[i : i + size])) for i in range(0, len(rows_BTX), size)]
     return np.concatenate(parts)
 
 
 def perplexity(h_BTD: np.ndarray, head_DX: np.ndarray, tokens_BT: np.ndarray) -> float:
-    """Of each token given those before it, from the model's normalised output."""
+    """Perplexity of tokens, each given those before it, from hidden states after the final norm."""
     losses = [_loss(h_TD[None], head_DX, row_T[None]) for h_TD, row_T in zip(h_BTD, tokens_BT, strict=True)]
     return float(np.exp(np.mean(losses)))
 

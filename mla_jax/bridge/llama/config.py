@@ -1,4 +1,4 @@
-"""config.json of a Llama-style checkpoint (Llama, Mistral, Qwen): what it says, and the MLA it can become."""
+"""config.json of a Llama-style checkpoint (Llama, Mistral, Qwen), and the config of the MLA model made of it."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ LLAMA_STYLE = ("llama", "mistral", "qwen2", "qwen3")
 """Values of model_type that are converted."""
 _ORIGINAL = "original_max_position_embeddings"
 WIDEST_ROPE = 64
-"""The default: DeepSeek's own width, and what vLLM's and FlashAttention's kernels are made for."""
+"""The default of the RoPE key's width: DeepSeek's own, which vLLM's and FlashAttention's kernels support."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The shape of the latent attention to make; widths in numbers."""
+    """Widths of the latent attention to make."""
 
     kv_lora_rank: int
     qk_rope_head_dim: int | None = None
@@ -31,26 +31,26 @@ class Ranks:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Grouped-query attention with rotary positions, SwiGLU, pre-norm."""
+    """The attention of a pre-norm decoder with grouped-query attention, RoPE and SwiGLU."""
 
     model_type: str
     heads: int
     kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    frequencies: np.ndarray
-    """Radians per token of each of the head_dim / 2 rotary pairs."""
-    score_scale: float
-    """Factor of the attention scores: head_dim^-1/2, times YaRN's factor of cos and sin squared."""
+    inv_freq: np.ndarray
+    """Frequencies of the head_dim / 2 RoPE pairs, radians per token."""
+    softmax_scale: float
+    """Factor of the attention scores: head_dim^-1/2, times the square of YaRN's attention_factor."""
 
     @property
     def cache_width(self) -> int:
-        """Numbers it caches per token and layer."""
+        """Elements that its KV cache has per token and layer."""
         return 2 * self.kv_heads * self.head_dim
 
 
 def read_config(hf: dict[str, Any]) -> LlamaConfig:
-    """What config.json says of attention.
+    """The attention that config.json describes.
 
     Raises:
         InputError: something that latent attention, or the model here, cannot represent; names the key and the reason.
@@ -66,20 +66,20 @@ def read_config(hf: dict[str, Any]) -> LlamaConfig:
     windowed = hf.get("use_sliding_window", True) and hf.get("sliding_window") is not None
     if windowed and _integer(hf, "sliding_window") < _integer(hf, "max_position_embeddings"):
         raise InputError(f"sliding_window is {hf['sliding_window']}; the model here attends to everything")
-    frequencies, amplitude = _rotation(hf, head_dim)
+    inv_freq, attention_factor = _source_rope(hf, head_dim)
     return LlamaConfig(
         model_type=hf["model_type"],
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=float(hf.get("rms_norm_eps") or NORM_EPS),
-        frequencies=frequencies,
-        score_scale=head_dim**-0.5 * amplitude**2,
+        inv_freq=inv_freq,
+        softmax_scale=head_dim**-0.5 * attention_factor**2,
     )
 
 
 def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied: bool, dtype: str) -> ModelConfig:
-    """The model that the checkpoint becomes. Head widths stay; each head also gets its share of the rotary part.
+    """The model that the checkpoint is converted to. Head widths stay; each head also attends to the RoPE key.
 
     Raises:
         UsageError: ranks that this checkpoint cannot have.
@@ -107,7 +107,7 @@ def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied
             "v_head_dim": source.head_dim,
             **dataclasses.asdict(ranks),
             "rope_scaling": None,
-            "rope_parameters": _target_rope(hf, source.frequencies[:: source.head_dim // ranks.qk_rope_head_dim]),
+            "rope_parameters": _target_rope(hf, source.inv_freq[:: source.head_dim // ranks.qk_rope_head_dim]),
         },
         tied=tied,
         dtype=dtype,
@@ -115,8 +115,8 @@ def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied
 
 
 def frequency_error(source: LlamaConfig, target: ModelConfig) -> float:
-    """Largest relative difference between a frequency that is kept and the one it gets; 0 but for scaled positions."""
-    kept = source.frequencies[:: source.head_dim // target.qk_rope_head_dim]
+    """Largest relative difference between a kept frequency and the target's; 0 unless RoPE is scaled."""
+    kept = source.inv_freq[:: source.head_dim // target.qk_rope_head_dim]
     return float(np.abs(rope.inv_freq(target) / kept - 1).max())
 
 
@@ -145,7 +145,7 @@ def _rope(hf: dict) -> dict[str, Any]:
 def _target_rope(hf: dict, kept: np.ndarray) -> dict[str, Any]:
     """The target's rope_parameters: for Llama 3's scaling the YaRN whose frequencies are nearest to those `kept`.
 
-    With both mscale keys the factor of cos and sin is 1; the temperature that they give is taken out of the queries.
+    With both mscale keys attention_factor is 1; the queries are divided by the temperature that the keys give.
     """
     settings = _rope(hf)
     if settings["rope_type"] == "llama3":
@@ -170,33 +170,34 @@ def _nearest_yarn(kept: np.ndarray, theta: float, factor: float, original: float
 
     low, high = min(((low, high) for high in pairs[1:].tolist() for low in range(high)), key=error)
 
-    def turns(pair: float) -> float:
+    def rotations(pair: float) -> float:
+        """Full rotations over the original context."""
         return original * theta ** (-pair / len(kept)) / (2 * math.pi)
 
     # YaRN rounds the first pair down and the last one up.
-    return {"beta_fast": turns(low + 0.5), "beta_slow": turns(high - 0.5)}
+    return {"beta_fast": rotations(low + 0.5), "beta_slow": rotations(high - 0.5)}
 
 
-def _rotation(hf: dict, head_dim: int) -> tuple[np.ndarray, float]:
-    """Frequencies of the source and its factor of cos and sin, as transformers' modeling_rope_utils has them."""
+def _source_rope(hf: dict, head_dim: int) -> tuple[np.ndarray, float]:
+    """inv_freq and attention_factor of the source, as in transformers' modeling_rope_utils."""
     settings = _rope(hf)
     if settings["rope_type"] == "llama3":
         for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if type(settings.get(key)) not in (int, float):
                 raise InputError(f"rope_type llama3 needs {key}, a number; it is {settings.get(key)!r}")
-        frequencies = settings["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        turns = settings["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        inv_freq = settings["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        rotations = settings["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
         low, high = settings["low_freq_factor"], settings["high_freq_factor"]
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        return frequencies * (kept + (1 - kept) / settings["factor"]), 1.0
+        kept = np.clip((rotations - low) / (high - low), 0, 1)
+        return inv_freq * (kept + (1 - kept) / settings["factor"]), 1.0
     if settings["rope_type"] == "default":
         return settings["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim), 1.0
-    # YaRN is YaRN in both, over the whole width of a head here.
-    as_ours = {
+    # Read as a DeepSeek config whose RoPE part is the whole head: YaRN means the same there.
+    as_deepseek = {
         **hf, "model_type": "deepseek_v3", "first_k_dense_replace": hf.get("num_hidden_layers"),
         "num_key_value_heads": None, "rms_norm_eps": NORM_EPS, "qk_nope_head_dim": 1, "v_head_dim": 1,
         "kv_lora_rank": 1, "q_lora_rank": None, "qk_rope_head_dim": head_dim,
         "rope_scaling": None, "rope_parameters": settings,
     }  # fmt: skip
-    config = from_hf(as_ours, tied=False, dtype="float32")
+    config = from_hf(as_deepseek, tied=False, dtype="float32")
     return rope.inv_freq(config), rope.attention_factor(config.rope_scaling)

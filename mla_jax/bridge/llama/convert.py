@@ -1,4 +1,4 @@
-"""Makes a latent-attention model of a Llama-style checkpoint: layer by layer, with texts running alongside.
+"""Converts a Llama-style checkpoint to MLA, layer by layer, with the calibration texts propagated along.
 
 The residual stream is scaled so that norms with the epsilon of the source do the same with that of DeepSeek-V3: a norm
 of s h with epsilon s^2 e is the norm of h with epsilon e.
@@ -14,7 +14,7 @@ from mla_jax.bridge.hf.layout import EMBEDDING, HEAD
 from mla_jax.bridge.llama.attention import convert_attention
 from mla_jax.bridge.llama.calibration import Calibration, in_batches, perplexity, read_calibration
 from mla_jax.bridge.llama.config import Ranks, frequency_error, target_config
-from mla_jax.bridge.llama.layer import LlamaLayer, Rotary, forward, forward_decoupled, norm, turns
+from mla_jax.bridge.llama.layer import LlamaLayer, Rotary, cos_sin, forward, forward_decoupled, norm
 from mla_jax.bridge.llama.report import Report
 from mla_jax.bridge.llama.source import FINAL_NORM, LlamaCheckpoint
 from mla_jax.checkpoint.run_folder import check_tokenizer
@@ -28,7 +28,7 @@ from mla_jax.model.transformer import abstract_params, bind
 def convert(
     hf_dir: str | Path, ranks: Ranks, texts: str | Path, *, tokens: int = 65_536, length: int = 1024
 ) -> tuple[ModelConfig, dict, Tokenizer, Report]:
-    """Reads, converts, and says what conversion costs.
+    """Reads and converts a checkpoint, and measures what the conversion costs.
 
     Args:
         hf_dir: folder with config.json, safetensors and tokenizer.json.
@@ -38,7 +38,7 @@ def convert(
         length: tokens of a sequence.
 
     Returns:
-        As `hf_import.load`, and the report.
+        Config, parameters and tokenizer as `bridge.hf.reader.load` returns them, and the report.
 
     Raises:
         InputError: the checkpoint cannot be read or represented, or the text is too short.
@@ -54,13 +54,15 @@ def convert(
 
 
 class _Conversion:
+    """The conversion of one checkpoint: what its layers share, and the parameters being filled."""
+
     def __init__(self, source: LlamaCheckpoint, target: ModelConfig, calibration: Calibration):
         self.source, self.target, self.calibration = source, target, calibration
         self.scale = (target.rms_norm_eps / source.config.rms_norm_eps) ** 0.5
-        self.how = {"eps": source.config.rms_norm_eps, "scale": source.config.score_scale}
+        self.norm_and_scale = {"eps": source.config.rms_norm_eps, "scale": source.config.softmax_scale}
         length = calibration.tokens_BT.shape[1]
-        self.turns = turns(source.config.frequencies, length)
-        self.target_turns = turns(inv_freq(target), length)
+        self.source_rope = cos_sin(source.config.inv_freq, length)
+        self.target_rope = cos_sin(inv_freq(target), length)
         self.params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(target))
 
     def run(self) -> tuple[dict, Report]:
@@ -84,19 +86,19 @@ class _Conversion:
         leaves = with_concrete_shardings(abstract_params(self.target))
         params = jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), self.params, leaves)
 
-        def of(h_BTD: np.ndarray) -> float:
-            return perplexity(norm(h_BTD, self.how["eps"]) * final_norm_D, head_XD.T, held_out)
+        def held_out_perplexity(h_BTD: np.ndarray) -> float:
+            return perplexity(norm(h_BTD, self.norm_and_scale["eps"]) * final_norm_D, head_XD.T, held_out)
 
         perplexities = {
-            "source": of(h_BTD[fitted:]),
-            "positions_decoupled": of(decoupled_BTD),
+            "source": held_out_perplexity(h_BTD[fitted:]),
+            "positions_decoupled": held_out_perplexity(decoupled_BTD),
             "converted": converted_perplexity(self.target, params, held_out),
         }
         return params, self._report(errors, perplexities)
 
     def _layer(self, i: int, layer: LlamaLayer, h_BTD, decoupled_BTD):
-        """Converts layer i; hidden states behind it, of the source and with decoupled positions, and its errors."""
-        x_BTD = norm(h_BTD, self.how["eps"])
+        """Converts layer i. Returns the hidden states after it, of the source and with decoupled RoPE, and errors."""
+        x_BTD = norm(h_BTD, self.norm_and_scale["eps"])
         x_ND, held_out_ND = (
             x.reshape(-1, x.shape[-1]) for x in (x_BTD[: self.calibration.fitted], x_BTD[self.calibration.fitted :])
         )
@@ -104,22 +106,22 @@ class _Conversion:
             self.source.config, self.target, layer, h_BTD.shape[1], x_ND, held_out_ND
         )
 
-        of_layer = self.params["layers"]
+        layers = self.params["layers"]
         for name, weight in attention.items():
-            of_layer["self_attn"][name][i] = weight * (self.scale if name == "o_proj" else 1)
-        of_layer["input_layernorm"][i] = 1
-        of_layer["post_attention_layernorm"][i] = layer.mlp_norm_D
-        of_layer["mlp"]["gate_proj"][i] = layer.gate_FD.T
-        of_layer["mlp"]["up_proj"][i] = layer.up_FD.T
-        of_layer["mlp"]["down_proj"][i] = layer.down_DF.T * self.scale
+            layers["self_attn"][name][i] = weight * (self.scale if name == "o_proj" else 1)
+        layers["input_layernorm"][i] = 1
+        layers["post_attention_layernorm"][i] = layer.mlp_norm_D
+        layers["mlp"]["gate_proj"][i] = layer.gate_FD.T
+        layers["mlp"]["up_proj"][i] = layer.up_FD.T
+        layers["mlp"]["down_proj"][i] = layer.down_DF.T * self.scale
 
         rotary = Rotary(
-            decoupled.q_rope_HRD.astype(np.float32), decoupled.k_rope_RD.astype(np.float32), self.target_turns
+            decoupled.q_rope_HRD.astype(np.float32), decoupled.k_rope_RD.astype(np.float32), self.target_rope
         )
         k_nope_GND = decoupled.k_nope_GND.astype(np.float32)
-        after = in_batches(lambda h: forward(h, layer, self.turns, **self.how), h_BTD)
+        after = in_batches(lambda h: forward(h, layer, self.source_rope, **self.norm_and_scale), h_BTD)
         decoupled_after = in_batches(
-            lambda h: forward_decoupled(h, layer, k_nope_GND, rotary, **self.how), decoupled_BTD
+            lambda h: forward_decoupled(h, layer, k_nope_GND, rotary, **self.norm_and_scale), decoupled_BTD
         )
         return after, decoupled_after, errors
 

@@ -1,4 +1,4 @@
-"""A Llama-style decoder layer as it is, and with its rotary positions decoupled: what conversion is compared with."""
+"""A Llama-style decoder layer, unchanged and with decoupled RoPE: the references that a conversion is compared with."""
 
 import functools
 from typing import NamedTuple
@@ -10,8 +10,8 @@ import numpy as np
 import latent_attention
 from mla_jax.model.rope import apply_rope
 
-Turns = tuple[np.ndarray, np.ndarray]
-"""cos and sin, float32 [T, pairs]."""
+CosSin = tuple[np.ndarray, np.ndarray]
+"""cos and sin of RoPE's angles, float32 [T, pairs]."""
 
 
 class LlamaLayer(NamedTuple):
@@ -28,16 +28,16 @@ class LlamaLayer(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """The decoupled rotary part that is added to the scores of the keys without position."""
+    """The decoupled RoPE part of queries and keys; its scores are added to those of the keys without position."""
 
     q_HRD: np.ndarray
     k_RD: np.ndarray
-    turns: Turns
+    cos_sin: CosSin
 
 
-def turns(frequencies: np.ndarray, length: int) -> Turns:
-    """Of positions 0 to length - 1."""
-    angles = np.arange(length)[:, None] * frequencies
+def cos_sin(inv_freq: np.ndarray, length: int) -> CosSin:
+    """cos and sin for positions 0 to length - 1; `inv_freq` in radians per token."""
+    angles = np.arange(length)[:, None] * inv_freq
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
@@ -47,10 +47,10 @@ def norm(h_BTD, eps: float):
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "scale"))
-def forward(h_BTD: jax.Array, layer: LlamaLayer, positions: Turns, *, eps: float, scale: float) -> jax.Array:
-    """The layer as it is, [B, T, D] to [B, T, D]."""
+def forward(h_BTD: jax.Array, layer: LlamaLayer, rope: CosSin, *, eps: float, scale: float) -> jax.Array:
+    """The unchanged layer, [B, T, D] to [B, T, D]."""
     x_BTD = norm(h_BTD, eps)
-    q, k = (_turned(_project(x_BTD, w), positions) for w in (layer.q_HND, layer.k_GND))
+    q, k = (_apply_rope(_project(x_BTD, w), rope) for w in (layer.q_HND, layer.k_GND))
     return _rest(h_BTD, layer, q, k, _project(x_BTD, layer.v_GND), eps, scale)
 
 
@@ -58,10 +58,10 @@ def forward(h_BTD: jax.Array, layer: LlamaLayer, positions: Turns, *, eps: float
 def forward_decoupled(
     h_BTD: jax.Array, layer: LlamaLayer, k_nope_GND: np.ndarray, rotary: Rotary, *, eps: float, scale: float
 ) -> jax.Array:
-    """The layer with its keys split in two, nothing else about it changed."""
+    """The layer with its keys split into a RoPE part and a part without position, and nothing else changed."""
     x_BTD = norm(h_BTD, eps)
-    q_BTHR = _turned(_project(x_BTD, rotary.q_HRD), rotary.turns)
-    k_BT1R = _turned(_project(x_BTD, rotary.k_RD[None]), rotary.turns)
+    q_BTHR = _apply_rope(_project(x_BTD, rotary.q_HRD), rotary.cos_sin)
+    k_BT1R = _apply_rope(_project(x_BTD, rotary.k_RD[None]), rotary.cos_sin)
     k_BTGN = _project(x_BTD, k_nope_GND)
     k_BTGR = jnp.broadcast_to(k_BT1R, (*k_BTGN.shape[:3], k_BT1R.shape[-1]))
     q = jnp.concatenate([_project(x_BTD, layer.q_HND), q_BTHR], axis=-1)
@@ -73,8 +73,8 @@ def _project(x_BTD: jax.Array, w_HND: jax.Array | np.ndarray) -> jax.Array:
     return jnp.einsum("btd,hnd->bthn", x_BTD, w_HND)
 
 
-def _turned(x_BTHN: jax.Array, positions: Turns) -> jax.Array:
-    cos, sin = (jnp.asarray(x)[:, None] for x in positions)
+def _apply_rope(x_BTHN: jax.Array, rope: CosSin) -> jax.Array:
+    cos, sin = (jnp.asarray(x)[:, None] for x in rope)
     return apply_rope(x_BTHN, cos, sin)
 
 

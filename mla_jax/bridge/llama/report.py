@@ -1,4 +1,4 @@
-"""What a conversion cost: for people and, as JSON, for programs. `docs/importing.md` says what the figures mean."""
+"""The errors of a conversion, as text and as JSON. `docs/importing.md` says what the figures mean."""
 
 import dataclasses
 import json
@@ -17,14 +17,14 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Report:
-    """Errors are shares of energy, on held-out text."""
+    """The shape that was made and its errors, which are shares of energy on held-out text."""
 
     model_type: str
     kv_lora_rank: int
     qk_rope_head_dim: int
     q_lora_rank: int | None
     cache_width: dict[str, int]
-    """Numbers cached per token and layer, `source` and `converted`."""
+    """Cached elements per token and layer, `source` and `converted`."""
     sequence_length: int
     fitted_tokens: int
     held_out_tokens: int
@@ -49,7 +49,7 @@ class Report:
             f"  {'source':<42}{self.perplexity['source']:>10.3f}",
             f"  {'positions decoupled, nothing factored':<42}{self.perplexity['positions_decoupled']:>10.3f}",
             f"  {'converted':<42}{self.perplexity['converted']:>10.3f}",
-            f"numbers cached a token and layer: {before} before, {after} after ({after / before:.1%})",
+            f"cached elements per token and layer: {before} before, {after} after ({after / before:.1%})",
         ]
         if self.frequency_error > 1e-6:
             lines.append(f"rotary frequencies differ by up to {self.frequency_error:.1%} (YaRN for Llama 3's scaling)")

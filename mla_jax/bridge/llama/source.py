@@ -17,13 +17,13 @@ FINAL_NORM = "model.norm.weight"
 
 
 def is_llama_style(hf_dir: str | Path) -> bool:
-    """Whether config.json names an architecture that is converted and not just read."""
+    """Whether config.json names an architecture that has to be converted."""
     path = Path(hf_dir) / "config.json"
     return path.is_file() and read_json(path).get("model_type") in LLAMA_STYLE
 
 
 class LlamaCheckpoint:
-    """A folder with config.json, safetensors and tokenizer.json; only what is asked for is in memory."""
+    """A folder with config.json, safetensors and tokenizer.json; a tensor is in memory once it is read."""
 
     def __init__(self, folder: Path):
         """Raises InputError if a file is missing or damaged, or for what cannot be represented."""
@@ -31,7 +31,7 @@ class LlamaCheckpoint:
         self._stored = Stored(folder)
         for name in [name for name in self._stored.shapes if name.endswith("rotary_emb.inv_freq")]:
             del self._stored.shapes[name]  # older files hold these; config.json says the same
-        self._refuse_what_is_not_linear(folder)
+        self._refuse_nonlinear_projections(folder)
         try:
             self.config: LlamaConfig = read_config(self.hf)
         except InputError as e:
@@ -63,7 +63,7 @@ class LlamaCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor outside the layers, float32."""
-        return self._read(name).astype(np.float32)
+        return self._stored.read(name).astype(np.float32)
 
     def layer(self, number: int) -> LlamaLayer:
         """The weights of one layer."""
@@ -93,10 +93,7 @@ class LlamaCheckpoint:
             down_DF=read("mlp.down_proj"),
         )
 
-    def _read(self, name: str) -> np.ndarray:
-        return self._stored.read(name)
-
-    def _refuse_what_is_not_linear(self, folder: Path) -> None:
+    def _refuse_nonlinear_projections(self, folder: Path) -> None:
         for name in sorted(self._stored.shapes):
             if name.endswith((".q_norm.weight", ".k_norm.weight")):
                 raise InputError(
@@ -104,7 +101,7 @@ class LlamaCheckpoint:
                     "which cannot divide by their length: this checkpoint cannot be converted"
                 )
             if name.endswith("_proj.bias"):
-                if self._read(name).any():
+                if self._stored.read(name).any():
                     raise InputError(
                         f"{folder} has biases ({name}); the latent attention of DeepSeek-V3 has none, and a matrix "
                         "cannot add a constant: this checkpoint cannot be converted"
