@@ -1,6 +1,6 @@
 """Configuration of `experiments.sft`: everything that a training run is made of."""
 
-from typing import Optional
+from typing import ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -17,6 +17,9 @@ from mla_jax.config.train import TrainConfig
 class SftConfig:
     """Configuration of `python -m experiments.sft`."""
 
+    METRICS: ClassVar[tuple[str, ...]] = ("answer_accuracy", "loss")
+    """Metrics of the loss, which `train.best_metric` can name."""
+
     name: str = MISSING
     run_dir: str = MISSING
     """The run folder: config, tokenizer, checkpoints, metrics, evaluations."""
@@ -31,7 +34,7 @@ class SftConfig:
     train: TrainConfig = MISSING
 
     def __post_init__(self):
-        require_choice("train.best_metric", self.train.best_metric, ("answer_accuracy", "loss"))
+        require_choice("train.best_metric", self.train.best_metric, self.METRICS)
         longest = max(stage.seq_len for stage in self.train.stages)
         require(
             longest <= self.model.max_position_embeddings,
