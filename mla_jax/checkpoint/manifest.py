@@ -22,7 +22,7 @@ def write_manifest(folder: Path) -> None:
     Files beside them are left out: Orbax still writes the time of completion there, and reads nothing that matters.
     """
     names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if p.is_file())
-    with ThreadPoolExecutor(_THREADS) as threads:  # CRC-32 leaves the interpreter to other threads
+    with ThreadPoolExecutor(_THREADS) as threads:  # zlib.crc32 releases the GIL
         entries = threads.map(lambda name: ((folder / name).stat().st_size, _crc32(folder / name)), names)
         text = json.dumps({"files": dict(zip(names, entries, strict=True))}, indent=0)
     (folder / MANIFEST).write_text(text)

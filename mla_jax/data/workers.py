@@ -22,8 +22,7 @@ import numpy as np
 from mla_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
-"""Arrays [b, T] of the rows that were asked for: tokens, targets, positions int32, weights float32, and segments int32
-where rows hold several documents."""
+"""Arrays [b, T] by name, of the rows that this process makes; `make_pipeline` lists those of fine-tuning."""
 
 
 class BatchSource(Protocol):

@@ -138,7 +138,7 @@ def _end_after(timeout: float, process: Process) -> Iterator[None]:
 
 
 def _check_name(host: str) -> None:
-    try:  # JAX would wait for a name that nobody knows until its time is over
+    try:  # JAX would retry a name that does not resolve until its timeout
         socket.getaddrinfo(host, None)
     except OSError as e:
         raise InputError(
@@ -155,7 +155,7 @@ def _check_port(port: int) -> None:
     except OSError as e:
         if e.errno == errno.EADDRINUSE:
             raise InputError(
-                f"port {port}, at which the processes meet, is taken on {socket.gethostname()}; end what listens there "
+                f"port {port}, the coordinator's, is taken on {socket.gethostname()}; end what listens there "
                 "or set JAX_COORDINATOR_PORT to a free one"
             ) from e
         raise InputError(f"port {port} cannot be used on {socket.gethostname()} ({e.strerror})") from e
