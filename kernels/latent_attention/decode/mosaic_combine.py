@@ -1,225 +1,209 @@
-"""Second kernel of the decode on Hopper: merges the partial results of each sequence (split-KV, FlashDecoding).
+"""Second kernel of the decode on Hopper: merges the splits of each sequence (FlashDecoding's reduction).
 
-A block takes some columns and rows of the output of one sequence; a thread reads 4 rows at a time. If sequences have
-many slots, the warps of a block take different slots and meet in shared memory; if few, they take different columns.
+With the accumulator O_s, running max m_s and row sum l_s of each split s, as `mosaic_split_kv` leaves them in base 2:
+
+    m = max over s of m_s     l = sum over s of 2^(m_s - m) l_s     out = (sum over s of 2^(m_s - m) O_s) / l
+    log-sum-exp = (m + log2 l) ln 2
+
+A CTA has a tile of columns and rows of the output of one sequence. If sequences have many splits, the warps of a CTA
+take different splits and are merged through shared memory; if few, they take different columns.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu.utils import vector_concat, vector_slice
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import gpu
 
-from latent_attention.hopper.smem_tiles import LOWEST, load_as, tiled_layout
+from latent_attention.decode.mosaic_combine_layout import CombineTile, broadcast
+from latent_attention.hopper.smem_tiles import LOWEST, load_as
 
-_VECTOR = 4
-"""Rows that a thread reads at a time: 16 bytes."""
-_MOST_ROWS = 32
-"""Of a block: whole lines of 128 bytes."""
-_VALUES_AT_ONCE = 64
-"""Numbers of the partial outputs that a thread holds."""
-_MOST_BESIDE = 8
-"""Slots that a warpgroup reads side by side: two a warp."""
-_MOST_WARPGROUPS = 4
-_SLOTS_A_THREAD = 4
-"""What a thread should have to read before more of them share the slots."""
+_MAX_ROWS = 32
+"""Rows of a tile at most: a cache line of 128 bytes."""
+_MAX_ELEMENTS = 64
+"""Elements of partial outputs that a thread loads at a time."""
+_MAX_PARALLEL_SPLITS = 8
+"""Splits that a warpgroup loads side by side: two a warp."""
+_MAX_WARPGROUPS = 4
+_SPLITS_PER_THREAD = 4
+"""Splits that a thread should have to load before more threads share them."""
 _PAD = 4
-"""Between columns in shared memory, so that threads that read different columns find different banks."""
+"""Elements between columns in shared memory, against bank conflicts."""
 
 
-class _Tile:
-    """Who reads what of a block [columns, rows], or [slots side by side, columns, rows], of the partial outputs.
+class _Config(NamedTuple):
+    """How a CTA works."""
 
-    Each thread has `_VECTOR` rows of each of `wide` columns that lie together.
-    """
+    tile: CombineTile
+    parallel_splits: int
+    warpgroups: int
+    unroll: int
+    """Splits that a thread loads before it uses them."""
 
-    def __init__(self, rows: int, beside: int, wide: int):
-        beside_in_warp = max(beside // 4, 1)
-        across = math.gcd(rows // _VECTOR, 32 // _VECTOR)
-        down = 32 // (across * beside_in_warp)
-        self.rows, self.wide, self.columns = rows, wide, 4 * beside_in_warp // beside * down * wide
-        self.values = beside * self.columns * rows // 128  # of each thread
-        self.warp = down * wide, _VECTOR * across  # columns, rows
-        all_warps = self.columns, self.warp[1]
-        if beside == 1:
-            self.shape, slots_axis = (self.columns, rows), ()
-            self.layout = tiled_layout(all_warps, self.warp, (wide, _VECTOR), warps=(-6,), lanes=(-4, -3))
-        else:
-            self.shape, slots_axis = (beside, self.columns, rows), (0,)
-            tiles = (beside, *all_warps), (beside_in_warp, *self.warp), (1, wide, _VECTOR)
-            self.layout = tiled_layout(*tiles, warps=(-9, -8), lanes=(-6, -5, -4))
-        self.stats_shape, self.stats_layout = (*self.shape[:-2], rows), self.layout.reduce((len(slots_axis),))
-        self.slots_layout = self.layout.reduce((1, 2)) if slots_axis else None
-        self.stats_axes = *slots_axis, len(self.shape) - 1
+    @property
+    def parts(self) -> int:
+        """Splits that the CTA loads in parallel, and partial results that it merges through shared memory."""
+        return self.parallel_splits * self.warpgroups
 
-    def over_columns(self, x):
-        """[.., rows] -> [.., columns, rows]."""
-        return _spread(x, self.shape, self.stats_axes, self.layout)
 
-    def transpose(self, x):
-        """[columns, rows] -> [rows, columns], within each thread."""
-        shape, (down, across) = (self.rows, self.columns), self.warp
-        layout = tiled_layout(
-            (across, self.columns), (across, down), (_VECTOR, self.wide), (1, self.wide), warps=(-7,), lanes=(-5, -6)
-        )
+def _configure(batch: int, row_blocks: int, splits: int, c_width: int, row_block: int, num_sms: int) -> _Config:
+    rows = max(n for n in range(8, min(row_block, _MAX_ROWS) + 1, 8) if row_block % n == 0)
+    expected = -(-(splits - batch) // batch)  # splits of a sequence
+    parallel_splits = 1
+    while parallel_splits < _MAX_PARALLEL_SPLITS and 2 * parallel_splits * _SPLITS_PER_THREAD <= expected:
+        parallel_splits *= 2
+    warpgroups = min(max(expected // (parallel_splits * _SPLITS_PER_THREAD), 1), _MAX_WARPGROUPS)
+    tile = CombineTile(rows, parallel_splits, 1)
+    # Wide tiles load fewer statistics and store longer runs, but each SM should have a CTA or two.
+    work = batch * row_blocks * (row_block // rows) * c_width
+    while c_width % (2 * tile.columns) == 0 and tile.elements <= 16 and work // (2 * tile.columns) >= 3 * num_sms // 2:
+        tile = CombineTile(rows, parallel_splits, 2 * tile.thread_columns)
+    unroll = max(min(-(-expected // (parallel_splits * warpgroups)), _MAX_ELEMENTS // tile.elements), 1)
+    return _Config(tile, parallel_splits, warpgroups, unroll)
 
-        @plgpu.inline_mgpu(arg_types=(self.layout,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=layout))
-        def transpose(_, x):
-            given = x.registers.reshape(-1, self.wide)
-            turned = np.empty((len(given), _VECTOR), dtype=object)
-            for i, j in np.ndindex(turned.shape):
-                turned[i, j] = vector_concat([vector_slice(column, slice(j, j + 1)) for column in given[i]])
-            to = layout.to_mgpu()
-            return mgpu.FragmentedArray(
-                _registers=turned.reshape(to.registers_shape(shape)), _layout=to, _is_signed=None
-            )
 
-        return transpose(x)  # pyright: ignore[reportCallIssue]
+class _Accumulator:
+    """Phase 1: one warpgroup's online softmax over its splits of a sequence."""
 
-    def merged(self):
-        """The layout of [columns, rows], one number a thread, in which lanes lie along columns, as in the output."""
-        lane_columns = min(self.columns, 8)
-        lane_rows = 32 // lane_columns
-        row_warps = math.gcd(4, self.rows // lane_rows)
-        column_warps = math.gcd(4 // row_warps, self.columns // lane_columns)
-        copies = 4 // (row_warps * column_warps)
-        tiles = (column_warps * lane_columns, row_warps * lane_rows), (lane_columns, lane_rows), (1, 1)
-        return tiled_layout(*tiles, warps=(-6, -5, *([plgpu.Replicated(copies)] if copies > 1 else [])), lanes=(-4, -3))
+    def __init__(self, config: _Config, partial_ref, stats_ref, first, count, wg, column, row):
+        self.config, self.partial_ref, self.stats_ref = config, partial_ref, stats_ref
+        self.first, self.count, self.end = first, count, first + count
+        self.wg, self.column, self.row = wg, column, row
+        self.lane = 0
+        if config.parallel_splits > 1:
+            layout = config.tile.splits_layout
+            self.lane = plgpu.broadcasted_iota(jnp.int32, (config.parallel_splits,), 0, layout=layout)
+
+    def run(self):
+        """(acc, m_i, l_i) of the splits that are each thread's, acc not divided by l_i."""
+        tile, unroll = self.config.tile, self.config.unroll
+        m_i, l_i = (_filled(value, tile.stats_shape, tile.stats_layout) for value in (LOWEST, 0))
+
+        def step(n, carry):
+            acc, m_i, l_i = carry
+            loaded = [self._load(n * unroll + u) for u in range(unroll)]
+            new_m_i = m_i
+            for _, m_s, _ in loaded:
+                new_m_i = jnp.maximum(new_m_i, m_s)
+            alpha = jnp.exp2(m_i - new_m_i)
+            acc, l_i = acc * tile.over_columns(alpha), l_i * alpha
+            for o_s, m_s, l_s in loaded:
+                weight = jnp.exp2(m_s - new_m_i)
+                acc, l_i = acc + o_s * tile.over_columns(weight), l_i + l_s * weight
+            return acc, new_m_i, l_i
+
+        splits_per_step = self.config.parts * unroll
+        steps = lax.div(self.count + splits_per_step - 1, splits_per_step)
+        return lax.fori_loop(0, steps, step, (_filled(0, tile.shape, tile.layout), m_i, l_i))
+
+    def _load(self, number):
+        """(O_s, m_s, l_s) of this thread's split of this number; beyond the sequence's splits, those of nothing."""
+        (tile, parallel_splits, warpgroups, _), first = self.config, self.first
+        index = first + (number * warpgroups + self.wg) * parallel_splits
+        # Clamped to splits of the sequence. What is loaded twice, or is not the sequence's and may be NaN, is masked.
+        start = jnp.maximum(jnp.minimum(index, self.end - parallel_splits), 0)
+        here = start if parallel_splits == 1 else pl.ds(start, parallel_splits)
+        m_s, l_s = (load_as(self.stats_ref.at[here, i, self.row], tile.stats_layout) for i in range(2))
+        o_s = load_as(self.partial_ref.at[here, self.column, self.row], tile.layout)
+        split = self.lane + start
+        valid = valid_stats = jnp.logical_and(split >= index, split < self.end)
+        if parallel_splits > 1:
+            valid = broadcast(valid, tile.shape, [0], tile.layout)
+            valid_stats = broadcast(valid_stats, tile.stats_shape, [0], tile.stats_layout)
+        m_s, l_s = jnp.where(valid_stats, m_s, 2 * LOWEST), jnp.where(valid_stats, l_s, 0.0)
+        return jnp.where(valid, o_s, 0.0), m_s, l_s
+
+
+def _merge_parts(config: _Config, acc_smem, stats_smem):
+    """Phase 2: (acc, m_i, l_i) of all parts of the CTA, from shared memory."""
+    rows, columns = config.tile.rows, config.tile.columns
+    layout = config.tile.merged_layout()
+    stats_layout = layout.reduce((0,))
+    stats = [[load_as(stats_smem.at[i, j], stats_layout) for j in range(2)] for i in range(config.parts)]
+    acc, m_i, l_i = _filled(0, (columns, rows), layout), stats[0][0], _filled(0, (rows,), stats_layout)
+    for m_s, _ in stats:
+        m_i = jnp.maximum(m_i, m_s)
+    for i, (m_s, l_s) in enumerate(stats):
+        weight = jnp.exp2(m_s - m_i)
+        o_s = load_as(acc_smem.at[i, :, pl.ds(0, rows)], layout)
+        acc, l_i = acc + o_s * broadcast(weight, (columns, rows), [1], layout), l_i + l_s * weight
+    return acc, m_i, l_i
 
 
 @plgpu.inline_mgpu()
-def _meet(_):
-    """All threads of the block have come here, and what they have written to shared memory is there."""
+def _cta_barrier(_):
+    """Waits for all threads of the CTA; shared memory written by any of them before is visible (`__syncthreads`)."""
     gpu.barrier()
-
-
-def _spread(x, shape, axes, layout):
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, axes), layout)
 
 
 def _filled(value, shape, layout):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def _divisor_and_lse(peak, total):
-    """What to divide by, and the natural logarithm of the sum of all weights: -inf if there are none."""
-    seen = total > 0
-    divisor = jnp.where(seen, total, jnp.ones_like(total))
-    lse = (peak + jnp.log2(divisor)) * math.log(2)
-    return divisor, jnp.where(seen, lse, jnp.full_like(lse, -jnp.inf))
+def _normalizer_and_lse(m_i, l_i):
+    """What to divide by, 1 if nothing was seen, and the natural log-sum-exp, -inf if nothing was seen."""
+    seen = l_i > 0
+    normalizer = jnp.where(seen, l_i, jnp.ones_like(l_i))
+    lse = (m_i + jnp.log2(normalizer)) * math.log(2)
+    return normalizer, jnp.where(seen, lse, jnp.full_like(lse, -jnp.inf))
 
 
-def combine(partial_KPCR, stats_KP2R, slots_B2, *, dtype, num_sms: int):
-    """out [B, K * R, C] of `dtype` and lse [B, K * R] float32, from the results of `partials` in K blocks of R rows.
+def combine(partial_KPCR, stats_KP2R, splits_B2, *, dtype, num_sms: int):
+    """Merges the splits of each sequence; in names, K are blocks of R rows and P are split indices.
 
-    `slots_B2` are the first slot and the number of slots of each sequence, as in `Schedule`; `num_sms` is the number of
-    multiprocessors to keep busy.
+    Args:
+        partial_KPCR: see `mosaic_split_kv.partials`.
+        stats_KP2R: see there.
+        splits_B2: `Schedule.splits_B2`.
+        dtype: of the output.
+        num_sms: SMs to keep busy.
+
+    Returns:
+        out [B, K * R, C] of `dtype` and lse [B, K * R] float32.
     """
-    row_blocks, slots, c_width, row_block = partial_KPCR.shape
-    batch = slots_B2.shape[0]
-    rows = max(n for n in range(8, min(row_block, _MOST_ROWS) + 1, 8) if row_block % n == 0)
-    row_tiles = row_block // rows
+    row_blocks, splits, c_width, row_block = partial_KPCR.shape
+    batch = splits_B2.shape[0]
+    config = _configure(batch, row_blocks, splits, c_width, row_block, num_sms)
+    tile, parallel_splits = config.tile, config.parallel_splits
+    rows, columns, row_tiles = tile.rows, tile.columns, row_block // tile.rows
 
-    expected = -(-(slots - batch) // batch)  # slots of a sequence
-    beside = 1
-    while beside < _MOST_BESIDE and 2 * beside * _SLOTS_A_THREAD <= expected:
-        beside *= 2
-    warpgroups = min(max(expected // (beside * _SLOTS_A_THREAD), 1), _MOST_WARPGROUPS)
-    tile = _Tile(rows, beside, 1)
-    # Wide tiles read fewer statistics and write longer runs, but each multiprocessor should have a block or two.
-    work = batch * row_blocks * row_tiles * c_width
-    while c_width % (2 * tile.columns) == 0 and tile.values <= 16 and work // (2 * tile.columns) >= 3 * num_sms // 2:
-        tile = _Tile(rows, beside, 2 * tile.wide)
-    columns, parts = tile.columns, beside * warpgroups
-    at_once = max(min(-(-expected // parts), _VALUES_AT_ONCE // tile.values), 1)
-    merged, merged_stats = tile.merged(), tile.merged().reduce((0,))
-
-    def gather(partial_ref, stats_ref, first, count, wg, column, row):
-        """(outputs, peaks, sums), not divided, of the slots that are this thread's."""
-        end = first + count
-        mine = plgpu.broadcasted_iota(jnp.int32, (beside,), 0, layout=tile.slots_layout) if beside > 1 else 0
-
-        def load(number):
-            index = first + (number * warpgroups + wg) * beside
-            # Past the end it reads again what the sequence has. Whatever else it reads, which may be NaN, is left out.
-            start = jnp.maximum(jnp.minimum(index, end - beside), 0)
-            here = start if beside == 1 else pl.ds(start, beside)
-            peak, total = (load_as(stats_ref.at[here, i, row], tile.stats_layout) for i in range(2))
-            part = load_as(partial_ref.at[here, column, row], tile.layout)
-            slot = mine + start
-            valid = valid_stats = jnp.logical_and(slot >= index, slot < end)
-            if beside > 1:
-                valid = _spread(valid, tile.shape, [0], tile.layout)
-                valid_stats = _spread(valid_stats, tile.stats_shape, [0], tile.stats_layout)
-            peak, total = jnp.where(valid_stats, peak, 2 * LOWEST), jnp.where(valid_stats, total, 0.0)
-            return jnp.where(valid, part, 0.0), peak, total
-
-        def step(n, carry):
-            acc, peak, total = carry
-            found = [load(n * at_once + u) for u in range(at_once)]
-            new_peak = peak
-            for _, part_peak, _ in found:
-                new_peak = jnp.maximum(new_peak, part_peak)
-            shrink = jnp.exp2(peak - new_peak)
-            acc, total = acc * tile.over_columns(shrink), total * shrink
-            for part, part_peak, part_total in found:
-                weight = jnp.exp2(part_peak - new_peak)
-                acc, total = acc + part * tile.over_columns(weight), total + part_total * weight
-            return acc, new_peak, total
-
-        peak, total = (_filled(value, tile.stats_shape, tile.stats_layout) for value in (LOWEST, 0))
-        together = parts * at_once
-        steps = lax.div(count + together - 1, together)
-        return lax.fori_loop(0, steps, step, (_filled(0, tile.shape, tile.layout), peak, total))
-
-    def merge(acc_s, stats_s):
-        """The same of all threads, from shared memory."""
-        stats = [[load_as(stats_s.at[i, j], merged_stats) for j in range(2)] for i in range(parts)]
-        acc, peak, total = _filled(0, (columns, rows), merged), stats[0][0], _filled(0, (rows,), merged_stats)
-        for part_peak, _ in stats:
-            peak = jnp.maximum(peak, part_peak)
-        for i, (part_peak, part_total) in enumerate(stats):
-            weight = jnp.exp2(part_peak - peak)
-            part = load_as(acc_s.at[i, :, pl.ds(0, rows)], merged)
-            acc, total = acc + part * _spread(weight, (columns, rows), [1], merged), total + part_total * weight
-        return acc, peak, total
-
-    def kernel(partial_ref, stats_ref, slots_ref, out_ref, lse_ref, *scratch):
-        chunk, b, block, wg = (lax.axis_index(name) for name in ("chunk", "batch", "block", "wg"))
-        k, row = lax.div(block, row_tiles), pl.ds(lax.rem(block, row_tiles) * rows, rows)
-        column, out_row = pl.ds(chunk * columns, columns), pl.ds(block * rows, rows)
-        found = gather(partial_ref.at[k], stats_ref.at[k], slots_ref[b, 0], slots_ref[b, 1], wg, column, row)
+    def kernel(partial_ref, stats_ref, splits_ref, out_ref, lse_ref, *scratch):
+        chunk, b, row_tile, wg = (lax.axis_index(name) for name in ("chunk", "batch", "row_tile", "wg"))
+        k, row = lax.div(row_tile, row_tiles), pl.ds(lax.rem(row_tile, row_tiles) * rows, rows)
+        column, out_row = pl.ds(chunk * columns, columns), pl.ds(row_tile * rows, rows)
+        first, count = splits_ref[b, 0], splits_ref[b, 1]
+        own = _Accumulator(config, partial_ref.at[k], stats_ref.at[k], first, count, wg, column, row).run()
 
         def store_lse(lse):
             @pl.when(chunk == 0)
             def _():
                 lse_ref[b, out_row] = lse
 
-        if beside == 1:
-            divisor, lse = _divisor_and_lse(*found[1:])
-            out_ref[b, out_row, column] = tile.transpose(found[0] * tile.over_columns(1 / divisor)).astype(dtype)
+        if parallel_splits == 1:  # then there is one warpgroup
+            normalizer, lse = _normalizer_and_lse(*own[1:])
+            out_ref[b, out_row, column] = tile.transpose(own[0] * tile.over_columns(1 / normalizer)).astype(dtype)
             store_lse(lse)
             return
-        acc_s, stats_s = scratch
-        mine = pl.ds(wg * beside, beside)
-        acc_s[mine, :, pl.ds(0, rows)], stats_s[mine, 0], stats_s[mine, 1] = found
-        _meet()  # pyright: ignore[reportCallIssue]
+        acc_smem, stats_smem = scratch
+        parts = pl.ds(wg * parallel_splits, parallel_splits)
+        acc_smem[parts, :, pl.ds(0, rows)], stats_smem[parts, 0], stats_smem[parts, 1] = own
+        _cta_barrier()  # pyright: ignore[reportCallIssue]
 
         @pl.when(wg == 0)
         def _():
-            acc, peak, total = merge(acc_s, stats_s)
-            divisor, lse = _divisor_and_lse(peak, total)
-            out = acc * _spread(1 / divisor, (columns, rows), [1], merged)
+            acc, m_i, l_i = _merge_parts(config, acc_smem, stats_smem)
+            normalizer, lse = _normalizer_and_lse(m_i, l_i)
+            out = acc * broadcast(1 / normalizer, (columns, rows), [1], tile.merged_layout())
             out_ref.at[b, out_row, column].transpose((1, 0))[...] = out.astype(dtype)
             store_lse(lse)
 
-    scratch = [plgpu.SMEM((parts, columns, rows + _PAD), jnp.float32), plgpu.SMEM((parts, 2, rows), jnp.float32)]
+    scratch = [
+        plgpu.SMEM((config.parts, columns, rows + _PAD), jnp.float32), plgpu.SMEM((config.parts, 2, rows), jnp.float32)
+    ]  # fmt: skip
     return plgpu.kernel(
         kernel,
         out_type=[
@@ -227,11 +211,11 @@ def combine(partial_KPCR, stats_KP2R, slots_B2, *, dtype, num_sms: int):
             jax.ShapeDtypeStruct((batch, row_blocks * row_block), jnp.float32),
         ],
         grid=(c_width // columns, batch, row_blocks * row_tiles),
-        grid_names=("chunk", "batch", "block"),
-        num_threads=warpgroups,
+        grid_names=("chunk", "batch", "row_tile"),
+        num_threads=config.warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-        scratch_types=scratch if beside > 1 else [],
-    )(partial_KPCR, stats_KP2R, slots_B2)
+        scratch_types=scratch if parallel_splits > 1 else [],
+    )(partial_KPCR, stats_KP2R, splits_B2)
