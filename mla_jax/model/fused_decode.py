@@ -99,7 +99,7 @@ def step(
             config, layer_weights, h_D, cos_sin, layer_cache, cache.lengths_B, workspace
         )
         layers.append(layer_cache)
-    logits_X = triton.scores(h_D, weights["norm"], head, eps=config.rms_norm_eps)
+    logits_X = triton.logits(h_D, weights["norm"], head, eps=config.rms_norm_eps)
     return logits_X[None], LatentCache(tuple(layers), cache.lengths_B + 1), workspace
 
 

@@ -12,7 +12,7 @@ _PACKAGE = "mla_jax.bridge.vllm"
 
 
 def register() -> None:
-    """Puts our backends where `choose` says; changes nothing the second time.
+    """Registers our backends as `choose` says; a second call changes nothing.
 
     Raises:
         ValueError: INFINITECONTEXT_VLLM has an unknown value.

@@ -1,4 +1,4 @@
-"""vLLM's interface of an MLA decode backend, served by `latent_attention`'s Triton kernel."""
+"""An MLA decode backend for vLLM: `latent_attention`'s Triton kernel."""
 
 # pyright: reportMissingImports=false, reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
 
@@ -23,7 +23,7 @@ _WIDTHS = sorted({c + r for c in range(64, 513, 64) for r in (32, 64)})
 
 
 def _decode(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
-    """`forward_mqa` of vLLM: queries [tokens, heads, C + R], as many tokens for each sequence; cache [P, S, C + R]."""
+    """vLLM's `forward_mqa`: queries [tokens, heads, C + R], as many of each sequence; cache [P, S, C + R]."""
     q = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
     c = self.kv_lora_rank
     cache, lengths = kv_c_and_k_pe_cache, attn_metadata.decode.seq_lens.to(torch.int32)
@@ -39,14 +39,14 @@ def _decode(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
 
 
 class Metadata(MLACommonMetadata):
-    """vLLM's, without its list of widths."""
+    """vLLM's metadata, without its check of a list of widths."""
 
     def __post_init__(self):
         pass
 
 
 class Builder(MLACommonMetadataBuilder):
-    """Makes `Metadata`; speculative decoding may ask several tokens of each sequence at once."""
+    """Builder of `Metadata`; with speculative decoding there may be several query tokens of each sequence."""
 
     _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_BATCH
     query_len_support: ClassVar = QueryLenSupport.UNIFORM
@@ -56,45 +56,45 @@ class Builder(MLACommonMetadataBuilder):
 
 
 class Impl(TritonMLAImpl):
-    """A layer on a GPU."""
+    """Attention of a layer on a GPU."""
 
     supports_dcp: bool = False
     forward_mqa = _decode
 
 
 class Backend(TritonMLABackend):
-    """What vLLM asks before it takes the kernel for a model on a GPU."""
+    """Capabilities of the kernel, by which vLLM selects a backend for a model on a GPU."""
 
     supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:
-        """One of vLLM's names."""
+        """The backend's name in vLLM's registry."""
         return "CUSTOM"
 
     @staticmethod
     def get_impl_cls():
-        """The layer."""
+        """The class of a layer's attention."""
         return Impl
 
     @staticmethod
     def get_builder_cls():
-        """What makes its metadata."""
+        """The class that builds its metadata."""
         return Builder
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        """Widths of the cache."""
+        """Supported widths of the cache, C + R."""
         return _WIDTHS
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        """How the keys are dealt out depends on the whole batch."""
+        """False: the split-KV schedule depends on the lengths of the whole batch."""
         return False
 
     @classmethod
     def supports_non_causal(cls) -> bool:
-        """The kernel's queries are causal among themselves."""
+        """False: the kernel masks query tokens causally."""
         return False
 
     @classmethod
@@ -111,25 +111,25 @@ class Backend(TritonMLABackend):
 
 
 class CpuImpl(CPUMLAImpl):
-    """A layer on a CPU, in Triton's interpreter."""
+    """Attention of a layer on a CPU, in Triton's interpreter."""
 
     forward_mqa = _decode
 
 
 class CpuBackend(CPUMLABackend):
-    """CPU_MLA for every width."""
+    """vLLM's CPU_MLA for every width."""
 
     @staticmethod
     def get_impl_cls():
-        """The layer."""
+        """The class of a layer's attention."""
         return CpuImpl
 
     @staticmethod
     def get_builder_cls():
-        """What makes its metadata."""
+        """The class that builds its metadata."""
         return Builder
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        """Widths of the cache."""
+        """Supported widths of the cache, C + R."""
         return _WIDTHS

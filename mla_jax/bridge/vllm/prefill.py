@@ -1,4 +1,4 @@
-"""vLLM's interface of an MLA prefill backend, for GPUs that have no FlashAttention."""
+"""An MLA prefill backend for vLLM, on GPUs that have no FlashAttention."""
 
 # pyright: reportMissingImports=false
 
@@ -9,15 +9,15 @@ from mla_jax.bridge.vllm import ragged
 
 
 class Prefill(MLAPrefillBackend):
-    """Expanded attention of new tokens, and of new tokens to cached ones, whose chunks vLLM merges."""
+    """Expanded attention among new tokens, and of new tokens to chunks of the cache, which vLLM merges."""
 
     @staticmethod
     def get_name() -> str:
-        """In vLLM's log."""
+        """The backend's name in vLLM's log."""
         return "INFINITECONTEXT"
 
     def run_prefill_new_tokens(self, q, k, v, return_softmax_lse, out=None, output_scale=None):
-        """Causal attention among the new tokens, each sequence by itself."""
+        """Causal attention of each sequence's new tokens among themselves."""
         if output_scale is not None:
             raise ValueError("8-bit output of prefill is not supported")
         starts, longest = self._prefill_metadata.query_start_loc, self._prefill_metadata.max_query_len

@@ -1,4 +1,4 @@
-"""Attention over ragged sequences laid end to end, by what PyTorch brings for every CUDA GPU from Maxwell on."""
+"""Attention over packed ragged sequences, with PyTorch's kernel for every CUDA GPU from Maxwell on."""
 
 import torch
 
@@ -18,17 +18,17 @@ def attention(
     """Attention of each sequence's queries to its own keys.
 
     PyTorch's memory-efficient kernel (from xFormers, built for sm_50 and newer) runs on CUDA devices: it takes
-    sequences of any lengths in one launch, without the CPU waiting for them. Elsewhere they go one by one.
+    sequences of any lengths in one launch, without a device-to-host sync. Elsewhere sequences are computed one by one.
 
     Args:
-        q: [T, H, K], all sequences end to end.
-        k: [S, H, K].
-        v: [S, H, V].
-        q_starts: int32 [N + 1], where the queries of each sequence start, and T.
-        k_starts: int32 [N + 1].
-        q_longest: the most queries of a sequence.
-        k_longest: the most keys of a sequence.
-        scale: factor of the scores before the softmax.
+        q: queries [T, H, K], sequences packed one after the other.
+        k: keys [S, H, K].
+        v: values [S, H, V].
+        q_starts: cumulative query lengths of the sequences (cu_seqlens), int32 [N + 1].
+        k_starts: cumulative key lengths, int32 [N + 1].
+        q_longest: largest number of queries of a sequence.
+        k_longest: largest number of keys of a sequence.
+        scale: softmax scale.
         causal: query i sees keys 0 to i; there are then as many keys as queries.
 
     Returns:
@@ -47,7 +47,7 @@ def _efficient(q, k, v, q_starts, k_starts, q_longest, k_longest, scale, causal)
     token = torch.arange(tokens, device=q.device, dtype=q_starts.dtype)
     sequence = torch.searchsorted(q_starts[1:], token, right=True)
     lse_TH = lse_NHT[sequence, :, token - q_starts[sequence]]
-    # What the kernel leaves where a sequence has no keys is not documented.
+    # The output of the kernel for a sequence without keys is not documented.
     unseen = (k_starts[1:] == k_starts[:-1])[sequence]
     out = out[0].masked_fill(unseen[:, None, None], 0)
     return out, lse_TH.masked_fill(unseen[:, None], -torch.inf).T.contiguous()

@@ -1,4 +1,4 @@
-"""Which of vLLM's attention backends the plugin takes the place of."""
+"""Choice of the attention backends of vLLM that the plugin overrides."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ VARIABLE = "INFINITECONTEXT_VLLM"
 """Environment variable: off, auto (the default), on."""
 
 CUSTOM = "CUSTOM"
-"""vLLM's name for a backend from outside, which it uses only where its command line says so."""
+"""vLLM's name of a third-party backend, which runs only if the command line names it."""
 _FLASH_ATTENTION = (8, 0)
-_OURS = (7, 5)
+_TRITON = (7, 5)
 _FIRST_TRIED = {7: "FLASH_ATTN_MLA", 8: "FLASH_ATTN_MLA", 9: "FLASH_ATTN_MLA", 10: "FLASHINFER_MLA"}
-"""The MLA backend that vLLM tries first and has others behind, by the major compute capability (platforms/cuda.py)."""
+"""The first MLA backend in vLLM's order, by major compute capability, where others follow it (platforms/cuda.py)."""
 
 
 class Choice(NamedTuple):
-    """The names under which vLLM finds our backends, and why."""
+    """Names of vLLM's backends to override with ours, and the reason."""
 
     decode: tuple[str, ...]
     prefill: tuple[str, ...]
@@ -27,16 +27,16 @@ class Choice(NamedTuple):
 
 
 def choose(mode: str, device: str, capability: tuple[int, int] | None, *, interpreted: bool) -> Choice:
-    """What to register.
+    """Chooses what to register.
 
     `auto` replaces only what cannot run: MLA prefill before Ampere, where there is no FlashAttention. `on` puts our
-    decode kernel first; where it cannot do a model, vLLM goes on to the next of its own.
+    decode kernel first; for a model that it does not support, vLLM falls back to its next backend.
 
     Args:
         mode: off, auto or on.
         device: vLLM's name of the kind of device: cuda, cpu, ...
         capability: of the CUDA device.
-        interpreted: whether Triton kernels run in its interpreter.
+        interpreted: True if Triton kernels run in its interpreter.
 
     Raises:
         ValueError: unknown mode.
@@ -52,7 +52,7 @@ def choose(mode: str, device: str, capability: tuple[int, int] | None, *, interp
     if device != "cuda" or capability is None:
         return Choice((), (), f"there is nothing for {device} devices")
     gpu = f"sm_{capability[0]}{capability[1]}"
-    if capability < _OURS:
+    if capability < _TRITON:
         return Choice((), (), f"Triton needs Turing (sm_75) or newer, this GPU is {gpu}")
     prefill, reason = (CUSTOM,), f"for --attention-backend {CUSTOM} on {gpu}"
     if capability < _FLASH_ATTENTION:
@@ -60,6 +60,6 @@ def choose(mode: str, device: str, capability: tuple[int, int] | None, *, interp
     if mode == "auto":
         return Choice((CUSTOM,), prefill, reason)
     first = _FIRST_TRIED.get(capability[0])
-    if first is None:  # in the place of vLLM's only one, models that ours cannot do would have none
+    if first is None:  # if ours replaced vLLM's only backend, models that ours does not support would have none
         return Choice((CUSTOM,), prefill, f"{reason}, which {VARIABLE}=on does not replace")
     return Choice((CUSTOM, first), prefill, f"{VARIABLE}=on, {reason}")

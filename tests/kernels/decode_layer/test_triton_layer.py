@@ -1,17 +1,17 @@
-"""The kernels for one token as far as a machine without a GPU can tell."""
+"""The Triton kernels of the batch-1 decoder layer as far as a machine without a GPU can tell."""
 
 import re
 
 import pytest
 
-from latent_attention.decode_layer import triton as triton_layer_jax
+from latent_attention.decode_layer.triton import why_not
 from latent_attention.gpu import make_gpu
 from triton_checks import check_interpreted, spilled_bytes
 
 WIDTHS = {"D": 2560, "Q": 768, "C": 256, "R": 64, "N": 64, "V": 128, "H": 32, "F": 7680, "X": 32768}
 MATRICES = {"q_a", "kv_a", "q_b", "kv_b", "o", "gate", "up", "down"}
 CACHE = {"c", "rope", "c_in", "rope_in"}
-FLOATS = {"cos", "sin", "scores", "scales", "scales_in", "gain", "input_gain", "q_gain", "kv_gain"}
+FLOATS = {"cos", "sin", "logits", "scales", "scales_in", "norm", "input_norm", "q_norm", "kv_norm"}
 
 
 def test_in_the_interpreter():
@@ -19,17 +19,17 @@ def test_in_the_interpreter():
 
 
 def compiled(kernel: str, capability: tuple[int, int], int8: bool, cache_int8: bool):
-    """The kernel for `infinite_1b`, compiled for a GPU that need not be here, as `triton_layer_jax` launches it."""
+    """The kernel for `infinite_1b`, compiled as `triton.py` launches it, for a GPU that need not be here."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-    from latent_attention.decode_layer import triton_kernels as triton_layer
+    from latent_attention.decode_layer import triton_kernels
 
-    function = getattr(triton_layer, kernel)
+    function = getattr(triton_kernels, kernel)
     constants = WIDTHS | {
         "C_PADDED": 256, "N_PADDED": 64, "COLUMNS": 64, "INT8": int8, "CACHE_INT8": cache_int8, "ROWS": 16,
-        "CHUNK": 512 if int8 and kernel != "scores_kernel" else 256, "FIRST": 0, "LAST": 3,
+        "CHUNK": 512 if int8 and kernel != "logits_kernel" else 256,
     }  # fmt: skip
 
     def type_of(argument: str) -> str:
@@ -55,7 +55,7 @@ def compiled(kernel: str, capability: tuple[int, int], int8: bool, cache_int8: b
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("kernel", ["before_attention_kernel", "after_attention_kernel", "scores_kernel"])
+@pytest.mark.parametrize("kernel", ["before_attention_kernel", "after_attention_kernel", "logits_kernel"])
 @pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
 def test_weights_are_read_16_bytes_a_thread(capability, kernel, int8, tmp_path):
     built = compiled(kernel, capability, int8, cache_int8=not int8)
@@ -66,6 +66,6 @@ def test_weights_are_read_16_bytes_a_thread(capability, kernel, int8, tmp_path):
 
 
 def test_what_it_cannot_run_on():
-    assert "needs an NVIDIA GPU" in str(triton_layer_jax.why_not("bfloat16", None))
-    assert "not bfloat16 on sm_75" in str(triton_layer_jax.why_not("bfloat16", make_gpu((7, 5), 40)))
-    assert "not float32" in str(triton_layer_jax.why_not("float32", make_gpu((9, 0), 132)))
+    assert "needs an NVIDIA GPU" in str(why_not("bfloat16", None))
+    assert "not bfloat16 on sm_75" in str(why_not("bfloat16", make_gpu((7, 5), 40)))
+    assert "not float32" in str(why_not("float32", make_gpu((9, 0), 132)))

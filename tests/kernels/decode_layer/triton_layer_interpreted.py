@@ -1,12 +1,13 @@
-"""The kernels for one token against PyTorch; run by test_triton_layer.py with TRITON_INTERPRET=1, phase by phase.
+"""The Triton kernels of the batch-1 decoder layer against PyTorch; run by test_triton_layer.py, TRITON_INTERPRET=1.
 
-The interpreter runs one program after the other, so they cannot wait for each other within a launch.
+The interpreter runs one program after the other, so no program can wait at a grid barrier: each phase of a kernel is
+launched on its own here, without the barrier before it.
 """
 
 import pytest
 import torch
 
-from latent_attention.decode_layer import triton_kernels as triton_layer
+from latent_attention.decode_layer import triton_kernels as kernels
 
 EPS = 1e-6
 WIDTHS = {
@@ -36,11 +37,11 @@ def unset(*shape):
     return torch.full(shape, float("nan"))
 
 
-def norm(x, gain):
-    return x * torch.rsqrt((x * x).mean() + EPS) * gain
+def norm(x, gamma):
+    return x * torch.rsqrt((x * x).mean() + EPS) * gamma
 
 
-def rotated(x, cos, sin):
+def apply_rope(x, cos, sin):
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
 
@@ -65,7 +66,7 @@ def test_before_attention(widths, int8, cache_int8, programs, capacity=9, length
     D, Q, C, R, N, V, H, _ = widths.values()
     q_a, kv_a, q_b = matrix(Q, D, int8), matrix(C + R, D, int8), matrix(H * (N + R), Q, int8)
     kv_b = matrix(H * (N + V), C, int8)
-    h, input_gain, q_gain, kv_gain = torch.randn(D), 1 + draw(D), 1 + draw(Q), 1 + draw(C)
+    h, input_norm, q_norm, kv_norm = torch.randn(D), 1 + draw(D), 1 + draw(Q), 1 + draw(C)
     cos, sin = torch.randn(R // 2), torch.randn(R // 2)
     cache_type = torch.int8 if cache_int8 else torch.float32
     c, k_rope = torch.zeros(capacity, C, dtype=cache_type), torch.zeros(capacity, R, dtype=cache_type)
@@ -73,23 +74,31 @@ def test_before_attention(widths, int8, cache_int8, programs, capacity=9, length
     q_out, q_latent, kv, q = unset(H, C + R), unset(Q), unset(C + R), unset(H * (N + R))
 
     def run(length):
-        for phase in range(3):
-            triton_layer.before_attention_kernel[(programs,)](
-                h, input_gain, q_a[0], q_a[1], kv_a[0], kv_a[1], q_gain, q_b[0], q_b[1], kv_gain, kv_b[0], kv_b[1],
-                cos, sin, torch.tensor([length], dtype=torch.int32), c, k_rope, scales, counter, EPS, capacity,
-                q_out, q_latent, kv, q, c, k_rope, scales, counter, D=D, Q=Q, C=C, R=R, N=N, V=V, H=H,
-                C_PADDED=power(C), N_PADDED=power(N), INT8=int8, CACHE_INT8=cache_int8, COLUMNS=16,
-                FIRST=phase, LAST=phase, **TILE,
-            )  # fmt: skip
+        launch, sizes = (programs,), {"C": C, "R": R, "C_PADDED": power(C), "INT8": int8}
+        kernels.down_projections[launch](
+            h, input_norm, q_a[0], q_a[1], kv_a[0], kv_a[1], q_latent, kv, counter, EPS, D=D, Q=Q, C=C, R=R, INT8=int8,
+            **TILE,
+        )  # fmt: skip
+        kernels.query_up_projection[launch](
+            q_latent, q_norm, q_b[0], q_b[1], q, kv, kv_norm, cos, sin, torch.tensor([length], dtype=torch.int32),
+            capacity, c, k_rope, scales, counter, EPS, Q=Q, N=N, H=H, CACHE_INT8=cache_int8, SYNC=False, **sizes,
+            **TILE,
+        )  # fmt: skip
+        kernels.absorb_queries[launch](
+            q, kv_b[0], kv_b[1], cos, sin, q_out, N=N, V=V, H=H, N_PADDED=power(N), COLUMNS=16, **sizes
+        )
 
     run(length)
-    x = norm(h, input_gain)
+    x = norm(h, input_norm)
     latent, key = (kv_a[2] @ x).split([C, R])
-    queries = (q_b[2] @ norm(q_a[2] @ x, q_gain)).reshape(H, N + R)
+    queries = (q_b[2] @ norm(q_a[2] @ x, q_norm)).reshape(H, N + R)
     k_b = kv_b[2].reshape(H, N + V, C)[:, :N]
     absorbed = torch.einsum("hn,hnc->hc", queries[:, :N], k_b)
-    close(q_out, torch.cat([absorbed, rotated(queries[:, N:], cos, sin)], -1))
-    for ours, scale, expected in [(c, scales[0], norm(latent, kv_gain)), (k_rope, scales[1], rotated(key, cos, sin))]:
+    close(q_out, torch.cat([absorbed, apply_rope(queries[:, N:], cos, sin)], -1))
+    for ours, scale, expected in [
+        (c, scales[0], norm(latent, kv_norm)),
+        (k_rope, scales[1], apply_rope(key, cos, sin)),
+    ]:
         if cache_int8:
             close(scale[length], expected.abs().max() / 127)
             close(ours[length] * scale[length], expected, tolerance=0.51 * scale[length].item())
@@ -110,22 +119,26 @@ def test_after_attention(widths, int8, programs):
     D, _, C, _, N, V, H, F = widths.values()
     kv_b, o = matrix(H * (N + V), C, int8), matrix(D, H * V, int8)
     gate, up, down = matrix(F, D, int8), matrix(F, D, int8), matrix(D, F, int8)
-    h, latents, gain = torch.randn(D), torch.randn(H, C), 1 + draw(D)
+    h, latents, gamma = torch.randn(D), torch.randn(H, C), 1 + draw(D)
     out, values, middle, inner = unset(D), unset(H * V), unset(D), unset(F)
     counter = torch.zeros(1, dtype=torch.int32)
-    for phase in range(4):
-        triton_layer.after_attention_kernel[(programs,)](
-            h, latents, kv_b[0], kv_b[1], o[0], o[1], gain, gate[0], gate[1], up[0], up[1], down[0], down[1],
-            counter, EPS, out, values, middle, inner, counter, D=D, C=C, C_PADDED=power(C), N=N, V=V, H=H, F=F,
-            INT8=int8, FIRST=phase, LAST=phase, **TILE,
-        )  # fmt: skip
+    launch, options = (programs,), {"INT8": int8, "ROWS": TILE["ROWS"]}
+    kernels.value_up_projection[launch](
+        latents, kv_b[0], kv_b[1], values, C=C, N=N, V=V, H=H, C_PADDED=power(C), **options
+    )
+    options |= {"SYNC": False, "CHUNK": TILE["CHUNK"]}
+    kernels.projection_and_residual[launch](values, o[0], o[1], h, middle, counter, EPS, OUT=D, K=H * V, **options)
+    kernels.gate_and_up_projection[launch](
+        middle, gamma, gate[0], gate[1], up[0], up[1], inner, counter, EPS, D=D, F=F, **options
+    )
+    kernels.projection_and_residual[launch](inner, down[0], down[1], middle, out, counter, EPS, OUT=D, K=F, **options)
     v_b = kv_b[2].reshape(H, N + V, C)[:, N:]
     h = h + o[2] @ torch.einsum("hc,hvc->hv", latents, v_b).flatten()
-    x = norm(h, gain)
+    x = norm(h, gamma)
     close(out, h + down[2] @ (torch.nn.functional.silu(gate[2] @ x) * (up[2] @ x)))
 
 
-def test_scores():
-    h, gain, head, scores = torch.randn(96), 1 + draw(96), draw(77, 96), unset(77)
-    triton_layer.scores_kernel[(5,)](h, gain, head, EPS, scores, D=96, X=77, **TILE)
-    close(scores, head @ norm(h, gain))
+def test_logits():
+    h, gamma, head, logits = torch.randn(96), 1 + draw(96), draw(77, 96), unset(77)
+    kernels.logits_kernel[(5,)](h, gamma, head, EPS, logits, D=96, X=77, **TILE)
+    close(logits, head @ norm(h, gamma))
