@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from mla_jax.config import (
     MeshConfig,
     ModelConfig,
@@ -15,6 +17,7 @@ from mla_jax.config import (
 )
 from mla_jax.data import pipeline
 from mla_jax.losses.cross_entropy import CrossEntropy
+from mla_jax.model.cache import LatentCache, init_layer
 from mla_jax.training import loop
 
 MODEL = ModelConfig(
@@ -36,6 +39,12 @@ DATA = NeedleDataConfig(
     tasks={"passkey": 1.0, "single": 1.0, "multi_key": 1.0},
     haystacks={"noise": 1.0, "words": 1.0},
 )
+
+
+def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> LatentCache:
+    """A latent cache of all layers that holds no tokens."""
+    layers = tuple(init_layer(config, batch, capacity, dtype) for _ in range(config.num_hidden_layers))
+    return LatentCache(layers, jnp.zeros(batch, jnp.int32))
 
 
 def make_config(run_dir: Path, stages: list[dict] | None = None, **changes) -> SftConfig:

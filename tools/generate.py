@@ -18,8 +18,9 @@ from mla_jax.data.chat import render
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError, UsageError, one_line_errors
 from mla_jax.hardware import GIB, peak_memory
-from mla_jax.inference.generator import PREFILL_CHUNK, Context, Generator
-from mla_jax.inference.sampling import Sampling
+from mla_jax.inference.generator import PREFILL_CHUNK, Generator
+from mla_jax.inference.sampling import SamplingParams
+from mla_jax.inference.session import Session
 from mla_jax.inference.text_stream import TextStream
 
 
@@ -38,12 +39,12 @@ def load(folder: Path, step: str) -> tuple[ModelConfig, dict, Tokenizer]:
         return hf_import.load(folder)
 
 
-class Session:
-    """One conversation or text: streams what the model writes and remembers what it has read."""
+class Conversation:
+    """One conversation or text: streams what the model writes, and keeps the session with what it has read."""
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer, args: argparse.Namespace):
         self.generator, self.tokenizer, self.args = generator, tokenizer, args
-        self.context, self.turn = Context.empty(1), 0
+        self.session, self.turn = Session.empty(1), 0
 
     def write(self, prompt: list[int]) -> str:
         """Streams the continuation to stdout, and what it took to stderr; returns it."""
@@ -68,10 +69,10 @@ class Session:
         try:
             self.generator.generate(
                 [prompt], max_new_tokens=args.max_new_tokens, eos_id=self.tokenizer.eos_id,
-                sampling=_sampling(args, self.turn), context=self.context, on_tokens=show, on_prefill=progress,
+                sampling=_sampling(args, self.turn), session=self.session, on_tokens=show, on_prefill=progress,
             )  # fmt: skip
         except KeyboardInterrupt:
-            self.context = Context.empty(1)  # some of its arrays may be gone
+            self.session = Session.empty(1)  # some of its arrays may be gone
             print(file=sys.stderr)
             if not args.chat:
                 raise
@@ -85,7 +86,7 @@ class Session:
 
 
 def _summary(prompt: int, read: int, started: float, arrivals: list[tuple[float, int]]) -> str:
-    """What it took, on one line. The speed is that of the tokens after those that came first, which came together."""
+    """One line of statistics. The speed leaves out the first tokens, which arrive together after the prompt is read."""
     written = sum(tokens for _, tokens in arrivals)
     text = f"{prompt:,} tokens in, {read:,} of them read now; {written:,} tokens out"
     if arrivals:
@@ -97,24 +98,24 @@ def _summary(prompt: int, read: int, started: float, arrivals: list[tuple[float,
     return text + (f"; peak {peak / GIB:.2f} GiB of device memory" if peak else "")
 
 
-def _sampling(args: argparse.Namespace, turn: int = 0) -> Sampling:
-    """Of the arguments; each turn of a chat draws anew."""
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
+def _sampling(args: argparse.Namespace, turn: int = 0) -> SamplingParams:
+    """The arguments' sampling parameters; each turn of a chat has a seed of its own."""
+    sampling = SamplingParams(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)})
     return dataclasses.replace(sampling, seed=sampling.seed + turn)
 
 
-def _chat(session: Session) -> None:
+def _chat(conversation: Conversation) -> None:
     """Turns until the end of the input; `/new` forgets the conversation."""
-    messages = [{"role": "system", "content": session.args.system}] if session.args.system else []
+    messages = [{"role": "system", "content": conversation.args.system}] if conversation.args.system else []
     start = list(messages)
     for line in _lines():
         if line == "/new":
             messages = list(start)
             continue
         messages.append({"role": "user", "content": line})
-        text = render(session.tokenizer, messages, add_generation_prompt=True)
+        text = render(conversation.tokenizer, messages, add_generation_prompt=True)
         try:
-            answer = session.write(session.tokenizer.encode(text))
+            answer = conversation.write(conversation.tokenizer.encode(text))
         except InputError as e:  # too long now: the conversation up to here stays usable
             print(f"error: {e}; /new starts a new conversation", file=sys.stderr)
             messages.pop()
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--system", help="system message of a chat")
     add("--max-new-tokens", type=int, default=256)
     add("--stop", action="append", default=[], help="text that ends the continuation (repeatable)")
-    for field in dataclasses.fields(Sampling):
+    for field in dataclasses.fields(SamplingParams):
         add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     add("--step", default="latest", help="of a run: latest, best or a number")
     add(
@@ -187,12 +188,12 @@ def main() -> None:
             config, params, int8_weights=args.int8_weights, cache_dtype="int8" if args.int8_cache else None,
             prefill_chunk=args.prefill_chunk,
         )  # fmt: skip
-        session = Session(generator, tokenizer, args)
+        conversation = Conversation(generator, tokenizer, args)
         if args.chat:
-            _chat(session)
+            _chat(conversation)
         else:
             bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-            session.write(bos + tokenizer.encode(text))
+            conversation.write(bos + tokenizer.encode(text))
 
 
 if __name__ == "__main__":

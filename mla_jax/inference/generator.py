@@ -1,12 +1,10 @@
 """Generation through the latent cache: prefill in chunks (expanded), decode in a compiled loop (absorbed).
 
-A `Generator` has the weights. A `Context` is what it has read: prompts that start with the same tokens, the turns of a
-chat or many questions about one long text, are read once.
+A `Generator` has the weights and knows what fits in memory; a `Session` is what it has read.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,109 +14,27 @@ from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.hardware import available_memory
-from mla_jax.inference.memory import GRANULE, MemoryPlan, most_that_fits, room_for, round_up
-from mla_jax.inference.prompts import check_prompts, common_prefix, seen_tokens
-from mla_jax.inference.sampling import Sampling, SamplingPlan, choose, knobs
-from mla_jax.model import decoder, fused_decode
-from mla_jax.model.cache import LatentCache, LayerCache, init_layer, resized
-from mla_jax.model.rope import rope_cos_sin
+from mla_jax.inference.decode_loop import DecodeState, decode_block
+from mla_jax.inference.memory import (
+    ALIGNMENT,
+    MemoryPlan,
+    bucketed_capacity,
+    most_that_fits,
+    round_up,
+)
+from mla_jax.inference.prompts import check_prompts, seen_tokens
+from mla_jax.inference.sampling import SamplingParams
+from mla_jax.inference.session import Chunk, OnPrefill, Session, prefill
+from mla_jax.model import decoder
+from mla_jax.model.cache import init_layer, resize
 
 PREFILL_CHUNK = 8192
 """Prompt tokens, of all rows together, that are processed at one time."""
 DECODE_BLOCK = 32
 """Tokens that one call of the compiled loop adds; meanwhile, those of the call before are streamed or stop rows."""
-_UNROLL = 4
-"""Tokens that a turn of the compiled loop adds by the kernels for one token, beside which a turn's own time counts."""
-_NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 2**30}
-"""XLA leaves kernels of Triton out of CUDA graphs: there would be one between any two, which takes longer to start than
-what is in it."""
 
 OnTokens = Callable[[int, list[int]], bool | None]
 """Called with the row and its new tokens, a few at a time; True ends the row."""
-OnPrefill = Callable[[int, int], None]
-"""Called with how many tokens of all prompts have been read, and how many there are to read."""
-
-
-def decode_block(
-    config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, *, plan: SamplingPlan, steps
-):  # fmt: skip
-    """The next `steps` tokens [N, B] of each row, and what the next call takes. Rows that are done hold still.
-
-    `first` counts the tokens of earlier calls: the draws of a seed do not depend on how many tokens a call adds.
-    `layers` and `seen_BX` are donated. Not for use inside another `jit`, as it has options for the compiler.
-    """
-    loop = _kernels_decode if fused_decode.why_not(config, layers) is None else _decode
-    return loop(
-        config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, plan=plan, steps=steps
-    )
-
-
-_jit = functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), donate_argnames=("layers", "seen_BX"))
-
-
-@_jit
-def _decode(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, *, plan, steps):
-    def next_token(carry, number):
-        tokens_B, cache, seen_BX = carry
-        h_B1D, cache = decoder.extend(
-            config, weights, tokens_B[:, None], cache, (~done_B).astype(jnp.int32), absorbed=True
-        )
-        scores_BX = decoder.logits(config, weights, h_B1D[:, 0])
-        tokens_B, seen_BX = _chosen(plan, values, scores_BX, seen_BX, key, number)
-        return (tokens_B, cache, seen_BX), tokens_B
-
-    start = tokens_B, LatentCache(layers, lengths_B), seen_BX
-    (tokens_B, cache, seen_BX), new_NB = jax.lax.scan(next_token, start, first + jnp.arange(steps))
-    return new_NB, tokens_B, cache.layers, cache.lengths_B, seen_BX
-
-
-@functools.partial(_jit, compiler_options=_NO_GRAPHS)
-def _kernels_decode(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, values, key, first, *, plan, steps):
-    """Of one row, which is not done."""
-
-    def next_token(carry, step):
-        (tokens_B, layers, seen_BX, workspace), (number, cos_sin, length_B) = carry, step
-        cache = LatentCache(layers, length_B)
-        scores_BX, cache, workspace = fused_decode.step(config, weights, tokens_B, cos_sin, cache, workspace)
-        tokens_B, seen_BX = _chosen(plan, values, scores_BX, seen_BX, key, number)
-        return (tokens_B, cache.layers, seen_BX, workspace), tokens_B
-
-    coming = jnp.arange(steps)
-    start = tokens_B, layers, seen_BX, fused_decode.init_workspace(config, weights, layers)
-    each = first + coming, rope_cos_sin(config, lengths_B[0] + coming), lengths_B + coming[:, None]
-    (tokens_B, layers, seen_BX, _), new_NB = jax.lax.scan(next_token, start, each, unroll=_UNROLL)
-    return new_NB, tokens_B, layers, lengths_B + steps, seen_BX
-
-
-def _chosen(plan: SamplingPlan, values, scores_BX, seen_BX, key, number) -> tuple[jax.Array, jax.Array | None]:
-    """The next token of each row, which is seen then."""
-    tokens_B = choose(plan, values, scores_BX, seen_BX, jax.random.fold_in(key, number))
-    if seen_BX is not None:
-        seen_BX |= jax.nn.one_hot(tokens_B, seen_BX.shape[1], dtype=bool)
-    return tokens_B, seen_BX
-
-
-@dataclasses.dataclass
-class Context:
-    """What a generator has read, one row a prompt; `Generator.generate` reads on from it and leaves it extended.
-
-    The plan of the memory counts the context of the call alone, and that of `Generator.fork` the original too.
-    """
-
-    tokens: list[list[int]]
-    """Of each row, those that the cache holds."""
-    layers: list[LayerCache]
-    """Rows of a mesh's batch beyond `tokens` are unused."""
-
-    @classmethod
-    def empty(cls, rows: int) -> "Context":
-        """Has read nothing."""
-        return cls([[] for _ in range(rows)], [])
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row has room for: in all layers, should growing them have been interrupted."""
-        return min((layer.capacity for layer in self.layers), default=0)
 
 
 class Generator:
@@ -156,8 +72,8 @@ class Generator:
         *,
         max_new_tokens: int,
         eos_id: int | None = None,
-        sampling: Sampling | None = None,
-        context: Context | None = None,
+        sampling: SamplingParams | None = None,
+        session: Session | None = None,
         on_tokens: OnTokens | None = None,
         on_prefill: OnPrefill | None = None,
     ) -> list[list[int]]:
@@ -168,8 +84,8 @@ class Generator:
             max_new_tokens: the most tokens to add to a prompt.
             eos_id: the token that ends a continuation; None never ends one early.
             sampling: how tokens are chosen; None for greedy.
-            context: what was read before. Of each prompt, the tokens that its row of the context starts with are not
-                read again; the context holds the prompt and the continuation afterwards.
+            session: what was read before. Of each prompt, the tokens that its row of the session starts with are not
+                read again; the session holds the prompt and the continuation afterwards.
             on_tokens: see OnTokens.
             on_prefill: see OnPrefill.
 
@@ -180,53 +96,119 @@ class Generator:
             InputError: an empty prompt, a token outside the vocabulary, a prompt that leaves no room for the new tokens
                 in the model or in the device's memory; found before anything is allocated.
         """
-        sampling, context = sampling or Sampling(), context or Context.empty(len(prompts))
+        sampling, session = sampling or SamplingParams(), session or Session.empty(len(prompts))
         prompts = [list(prompt) for prompt in prompts]
         check_prompts(self.config, prompts, max_new_tokens)
         if not prompts:
             return []
-        if len(context.tokens) != len(prompts):
-            raise InputError(f"the context has {len(context.tokens)} rows, but there are {len(prompts)} prompts")
-        # Nothing beyond these is valid any more, should this be interrupted.
-        context.tokens = [
-            common_prefix(held, prompt[:-1]) for held, prompt in zip(context.tokens, prompts, strict=True)
-        ]
-        self._make_room(context, len(prompts), max(map(len, prompts)) + max_new_tokens)
-        lengths = self._prefill(context, prompts, on_prefill)
-        new = self._decode(context, prompts, lengths, max_new_tokens, eos_id, sampling, on_tokens)
+        # Decoding starts with the last token of each prompt.
+        capacity = max(map(len, prompts)) + max_new_tokens
+        self.read(session, [prompt[:-1] for prompt in prompts], capacity=capacity, on_prefill=on_prefill)
+        new = self._decode(session, prompts, max_new_tokens, eos_id, sampling, on_tokens)
         # The last token was never fed.
-        context.tokens = [(prompt + row)[:-1] for prompt, row in zip(prompts, new, strict=True)]
+        session.tokens = [(prompt + row)[:-1] for prompt, row in zip(prompts, new, strict=True)]
         return new
 
-    def fork(self, context: Context, rows: int) -> Context:
-        """So many copies of a context with one row: one text, many questions at a time. The original stays as it is.
+    def read(
+        self, session: Session, prompts: Sequence[Sequence[int]], *, capacity: int = 1, other_bytes: int = 0,
+        on_prefill: OnPrefill | None = None,
+    ) -> None:  # fmt: skip
+        """Makes a session hold these prompts, of which it reads what it has not read yet.
+
+        Args:
+            session: has a row for each prompt.
+            prompts: token ids that the model takes; may be empty.
+            capacity: tokens that a row will hold later, if they are more than its prompt.
+            other_bytes: see `reserve`.
+            on_prefill: see OnPrefill.
 
         Raises:
-            InputError: the context has more rows than one, or the copies do not fit.
+            InputError: the session has another number of rows, or the tokens do not fit in the device's memory.
+        """
+        if len(session.tokens) != len(prompts):
+            raise InputError(f"the session has {len(session.tokens)} rows, but there are {len(prompts)} prompts")
+        session.keep_common_prefix(prompts)
+        self.reserve(session, max([capacity, *map(len, prompts)]), other_bytes)
+        total = sum(map(len, prompts)) - sum(map(len, session.tokens))
+        for chunk in self._prefill(session, prompts):
+            if on_prefill:
+                jax.block_until_ready(chunk.h_BTD)
+                on_prefill(total - sum(map(len, prompts)) + sum(map(len, session.tokens)), total)
+
+    def hidden_states(self, session: Session, prompts: Sequence[Sequence[int]]) -> Iterator[Chunk]:
+        """Reads on as `read` does, and yields the hidden states of the new tokens chunk by chunk.
+
+        The session's tokens must be the beginnings of the prompts, and it must have room for the rest.
+        """
+        return self._prefill(session, prompts, hidden_states=True)
+
+    def reserve(self, session: Session, tokens: int, other_bytes: int = 0) -> None:
+        """Allocates or grows the cache so that each row has room for `tokens`, one layer after the other.
+
+        Args:
+            session: what it holds stays.
+            tokens: the capacity of a row that is needed; some more is allocated, so that few shapes are compiled.
+            other_bytes: bytes on each device that the caller will take besides.
+
+        Raises:
+            InputError: it does not fit in the device's memory.
+        """
+        rows = _padded(len(session.tokens))
+        if session.capacity >= tokens:
+            if other_bytes:
+                self._require(rows=rows, tokens=session.capacity, beside=other_bytes)
+            return
+        growing, exact = bool(session.layers), round_up(tokens, ALIGNMENT)
+        capacity = min(bucketed_capacity(tokens), round_up(self.config.max_position_embeddings, ALIGNMENT))
+        if not self._fits(rows, capacity, growing, other_bytes):
+            self._require(rows=rows, tokens=exact, growing=growing, beside=other_bytes)
+            capacity = exact
+        if not growing:
+            session.layers = [
+                _init_layer(self.config, rows, capacity, self.cache_dtype) for _ in range(self.config.num_hidden_layers)
+            ]
+            return
+        for i, layer in enumerate(session.layers):
+            if layer.capacity < capacity:
+                session.layers[i] = resize(layer, len(layer.c_BSC), capacity)
+            del layer  # so that its memory is free before the next grows
+
+    def fork(self, session: Session, rows: int) -> Session:
+        """So many copies of a session with one row: one text, many questions at a time. The original stays as it is.
+
+        Raises:
+            InputError: the session has more rows than one, or the copies do not fit.
             UsageError: a mesh of several devices is set.
         """
         if mesh.size() > 1:
             raise UsageError(
-                f"contexts are copied on one device, the mesh has {mesh.size()}; read the prompts together"
+                f"sessions are copied on one device, the mesh has {mesh.size()}; read the prompts together"
             )
-        if len(context.tokens) != 1:
-            raise InputError(f"only a context of one row can be copied, this has {len(context.tokens)}")
-        held = sum(x.nbytes for x in jax.tree.leaves(context.layers))
-        self._require(rows=rows, tokens=context.capacity, beside=held)
-        layers = [resized(layer, rows, context.capacity) for layer in context.layers]
-        return Context([list(context.tokens[0]) for _ in range(rows)], layers)
+        if len(session.tokens) != 1:
+            raise InputError(f"only a session of one row can be copied, this has {len(session.tokens)}")
+        self._require(rows=rows, tokens=session.capacity, beside=_cache_bytes(session))
+        layers = [resize(layer, rows, session.capacity) for layer in session.layers]
+        return Session([list(session.tokens[0]) for _ in range(rows)], layers)
+
+    def most_copies(self, session: Session, wanted: int, other_bytes: int = 0) -> int:
+        """How many copies `fork` can make beside the session and `other_bytes`, at most `wanted`."""
+        fits = functools.partial(self._fits, tokens=session.capacity, beside=_cache_bytes(session) + other_bytes)
+        return next((rows for rows in range(wanted, 0, -1) if fits(rows)), 0)
+
+    def _prefill(self, session: Session, prompts: Sequence[Sequence[int]], hidden_states: bool = False):
+        return prefill(self.config, self.weights, session, prompts, self.prefill_chunk, hidden_states=hidden_states)
 
     def _bytes(self, rows: int, tokens: int, growing: bool) -> int:
-        """On one device, of which each has all weights; a cache that grows has one layer twice for a moment."""
+        """Bytes on one device, of which each has all weights; a cache that grows has one layer twice for a moment."""
         plan = self._plan(rows=_padded(rows) // mesh.size(), tokens=tokens)
         return plan.total + (plan.cache // self.config.num_hidden_layers if growing else 0)
 
-    def _fits(self, rows: int, tokens: int, growing: bool = False) -> bool:
-        return self.memory_limit is None or self._bytes(rows, tokens, growing) <= self.memory_limit
+    def _fits(self, rows: int, tokens: int, growing: bool = False, beside: int = 0) -> bool:
+        return self.memory_limit is None or self._bytes(rows, tokens, growing) <= self.memory_limit - beside
 
     def _require(self, rows: int, tokens: int, growing: bool = False, beside: int = 0) -> None:
         """Raises InputError unless weights and a cache for so many tokens a row fit, `beside` bytes on each device."""
-        if self.memory_limit is None or self._bytes(rows, tokens, growing) <= self.memory_limit - beside:
+        if self.memory_limit is None or self._fits(rows, tokens, growing, beside):
             return
         limit, plan = self.memory_limit - beside, self._plan(rows=_padded(rows) // mesh.size(), tokens=tokens)
         longest = most_that_fits(lambda tokens: self._bytes(rows, tokens, growing), limit)
@@ -237,75 +219,25 @@ class Generator:
             + "; an 8-bit cache, 8-bit weights or a smaller prefill_chunk take less"
         )
 
-    def _make_room(self, context: Context, prompts: int, tokens: int) -> None:
-        """Allocates or grows the cache, one layer after the other."""
-        if context.capacity >= tokens:
-            return
-        rows, growing, exact = _padded(prompts), bool(context.layers), round_up(tokens, GRANULE)
-        capacity = min(room_for(tokens), round_up(self.config.max_position_embeddings, GRANULE))
-        if not self._fits(rows, capacity, growing=growing):
-            self._require(rows=rows, tokens=exact, growing=growing)
-            capacity = exact
-        if not growing:
-            context.layers = [
-                _init_layer(self.config, rows, capacity, self.cache_dtype) for _ in range(self.config.num_hidden_layers)
-            ]
-            return
-        for i, layer in enumerate(context.layers):
-            if layer.capacity < capacity:
-                context.layers[i] = resized(layer, len(layer.c_BSC), capacity)
-            del layer  # so that its memory is free before the next grows
-
-    def _prefill(self, context: Context, prompts: list[list[int]], on_prefill: OnPrefill | None) -> np.ndarray:
-        """Reads all but the last token of each prompt, with which decoding starts; how many are held then, [B]."""
-        rows = len(context.layers[0].c_BSC)
-        lengths, end = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        lengths[: len(prompts)] = [len(row) for row in context.tokens]
-        end[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]
-        total, most = int((end - lengths).sum()), int((end - lengths).max())
-        chunk = min(max(self.prefill_chunk // rows // GRANULE * GRANULE, GRANULE), room_for(most))
-        while (lengths < end).any():
-            valid = np.clip(end - lengths, 0, chunk)
-            tokens = np.zeros((rows, chunk), np.int32)
-            for row, prompt in enumerate(prompts):
-                tokens[row, : valid[row]] = prompt[lengths[row] : lengths[row] + valid[row]]
-            h_BTD = decoder.prefill_embed(self.config, self.weights["embed_tokens"], mesh.shard_batch(tokens))
-            lengths_B, valid_B = mesh.shard_batch(lengths), mesh.shard_batch(valid)
-            for i, weights in enumerate(self.weights["layers"]):
-                h_BTD, context.layers[i] = decoder.prefill_layer(
-                    self.config, weights, h_BTD, context.layers[i], lengths_B, valid_B, i + 1 == len(context.layers)
-                )
-            lengths = lengths + valid
-            context.tokens = [prompt[: lengths[row]] for row, prompt in enumerate(prompts)]
-            if on_prefill:
-                jax.block_until_ready(h_BTD)
-                on_prefill(total - int((end - lengths).sum()), total)
-        return lengths
-
     def _decode(
-        self, context: Context, prompts: list[list[int]], lengths: np.ndarray, max_new_tokens: int, eos_id: int | None,
-        sampling: Sampling, on_tokens: OnTokens | None,
+        self, session: Session, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None,
+        sampling: SamplingParams, on_tokens: OnTokens | None,
     ) -> list[list[int]]:  # fmt: skip
-        rows, steps = len(lengths), min(DECODE_BLOCK, max_new_tokens)
+        rows, steps = len(session.layers[0].c_BSC), min(DECODE_BLOCK, max_new_tokens)
         new: list[list[int]] = [[] for _ in prompts]
         done = np.arange(rows) >= len(prompts)
-        tokens = np.zeros(rows, np.int32)
-        tokens[: len(prompts)] = [prompt[-1] for prompt in prompts]
-        tokens_B, lengths_B = mesh.shard_batch(tokens), mesh.shard_batch(lengths)
-        seen_BX = (
-            mesh.shard_batch(seen_tokens(prompts, rows, self.config.vocab_size)) if sampling.plan.penalty else None
-        )
-        values, key = knobs(sampling), jax.random.key(sampling.seed)
+        state = self._start(session, prompts, rows, sampling)
+        params, key = sampling.arrays(), jax.random.key(sampling.seed)
         blocks, started = -(-max_new_tokens // steps), None
         # The device does not wait for the host: while a block is looked at, the next is under way.
         for block in range(blocks + 1):
             new_NB = started
             if block < blocks:
-                started, tokens_B, layers, lengths_B, seen_BX = decode_block(
-                    self.config, self.weights, tokens_B, (*context.layers,), lengths_B, mesh.shard_batch(done.copy()),
-                    seen_BX, values, key, jnp.int32(block * steps), plan=sampling.plan, steps=steps,
+                started, state = decode_block(
+                    self.config, self.weights, state, mesh.shard_batch(done.copy()), params, key,
+                    jnp.int32(block * steps), plan=sampling.plan, steps=steps,
                 )  # fmt: skip
-                context.layers = list(layers)
+                session.layers = list(state.layers)
             if new_NB is None:
                 continue
             fresh_NB = np.asarray(new_NB)
@@ -319,12 +251,23 @@ class Generator:
                 break
         return new
 
+    def _start(self, session: Session, prompts: list[list[int]], rows: int, sampling: SamplingParams) -> DecodeState:
+        """Decoding from the last token of each prompt; rows beyond the prompts are empty."""
+        tokens, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        tokens[: len(prompts)] = [prompt[-1] for prompt in prompts]
+        lengths[: len(prompts)] = [len(row) for row in session.tokens]
+        seen = seen_tokens(prompts, rows, self.config.vocab_size) if sampling.plan.penalty else None
+        return DecodeState(
+            mesh.shard_batch(tokens), tuple(session.layers), mesh.shard_batch(lengths),
+            None if seen is None else mesh.shard_batch(seen),
+        )  # fmt: skip
+
 
 def generate(
     config: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-    eos_id: int | None = None, sampling: Sampling | None = None, prefill_chunk: int = PREFILL_CHUNK,
+    eos_id: int | None = None, sampling: SamplingParams | None = None, prefill_chunk: int = PREFILL_CHUNK,
 ) -> list[list[int]]:  # fmt: skip
-    """`Generator.generate` once, for weights that are used no more."""
+    """Calls `Generator.generate` once, for weights that are not used again."""
     generator = Generator(config, params, prefill_chunk=prefill_chunk)
     return generator.generate(prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, sampling=sampling)
 
@@ -334,3 +277,7 @@ _init_layer = jax.jit(init_layer, static_argnums=(0, 1, 2, 3))
 
 def _padded(rows: int) -> int:
     return round_up(rows, mesh.size())
+
+
+def _cache_bytes(session: Session) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(session.layers))

@@ -1,4 +1,4 @@
-"""What inference takes of a device's memory, known before anything is allocated.
+"""The device memory that inference takes, known before anything is allocated.
 
 Weights and cache are exact. The workspace is an upper bound of what prefill of one chunk holds at one time in one
 layer; it does not grow with the prompt (docs/benchmarks.md has measured peaks beside it).
@@ -17,11 +17,11 @@ from mla_jax.model.layers import is_norm
 from mla_jax.model.mla import CACHE_CHUNK, MIN_CACHE_CHUNK
 from mla_jax.model.transformer import abstract_params
 
-GRANULE = 64
-"""Chunks and capacities are multiples of this."""
+ALIGNMENT = 64
+"""Prefill chunks and cache capacities, in tokens of a row, are multiples of this."""
 _MARGIN = 1.25
-"""For what the compiler and libraries take beyond the arrays that are counted: 0.785 GiB where 0.71 were counted, with
-`infinite_1b` and an int8 cache of 1M tokens on an H100."""
+"""Factor for what the compiler and libraries take beyond the arrays that are counted: 0.785 GiB where 0.71 were
+counted, with `infinite_1b` and an int8 cache of 1M tokens on an H100."""
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -29,9 +29,12 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def room_for(tokens: int) -> int:
-    """The capacity that is allocated for so many tokens: one of few, at most a sixteenth larger (and a granule)."""
-    return round_up(tokens, max(GRANULE, 1 << max(tokens.bit_length() - 5, 0)))
+def bucketed_capacity(tokens: int) -> int:
+    """The capacity that is allocated for so many tokens: of few sizes, so that few shapes are compiled.
+
+    At most a sixteenth larger than asked for, or rounded up to ALIGNMENT.
+    """
+    return round_up(tokens, max(ALIGNMENT, 1 << max(tokens.bit_length() - 5, 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +50,11 @@ class MemoryPlan:
         cls, config: ModelConfig, *, rows: int, tokens: int, cache_dtype: str | None, int8_weights: bool,
         prefill_chunk: int,
     ) -> "MemoryPlan":  # fmt: skip
-        """For so many rows of a batch with room for so many tokens each; arguments as of `generate.Generator`."""
+        """The plan for so many rows of a batch with room for so many tokens each; other arguments as of `Generator`."""
         return cls(
             weights=_weights(config, int8_weights),
             cache=rows * tokens * bytes_per_token(config, cache_dtype),
-            workspace=_workspace(config, rows, min(max(prefill_chunk, rows * GRANULE), rows * tokens), int8_weights),
+            workspace=_workspace(config, rows, min(max(prefill_chunk, rows * ALIGNMENT), rows * tokens), int8_weights),
         )
 
     @property
@@ -78,7 +81,7 @@ def _weights(config: ModelConfig, int8: bool) -> int:
 
 
 def _workspace(config: ModelConfig, rows: int, tokens: int, int8_weights: bool) -> int:
-    """Of `tokens` in all rows: inputs, outputs and what lies between, in the part of a layer that needs most."""
+    """Bytes for `tokens` in all rows: inputs, outputs and what lies between, in the part of a layer that needs most."""
     size, heads = jnp.dtype(config.dtype).itemsize, config.num_attention_heads
     cached = max(CACHE_CHUNK, rows * MIN_CACHE_CHUNK)
     queries, values = heads * config.qk_head_dim, heads * config.v_head_dim
@@ -86,13 +89,13 @@ def _workspace(config: ModelConfig, rows: int, tokens: int, int8_weights: bool) 
     attention = tokens * (size * (queries + values) + 2 * 4 * values) + size * max(tokens, cached) * expanded
     feed_forward = tokens * size * 3 * config.intermediate_size
     layer = config.hidden_size * (3 * config.intermediate_size + 2 * queries)
-    scores = 4 * 4 * rows * config.vocab_size  # of one token a row, sorted, with their probabilities
+    logits = 4 * 4 * rows * config.vocab_size  # of one token a row, sorted, with their probabilities
     residual = 3 * tokens * size * config.hidden_size
-    counted = residual + max(attention, feed_forward) + scores + (size * layer if int8_weights else 0)
+    counted = residual + max(attention, feed_forward) + logits + (size * layer if int8_weights else 0)
     return round(_MARGIN * counted)
 
 
-def most_that_fits(total: Callable[[int], int], limit: int, step: int = GRANULE) -> int:
+def most_that_fits(total: Callable[[int], int], limit: int, step: int = ALIGNMENT) -> int:
     """The largest multiple n of `step` for which `total(n)` is within the limit; 0 if there is none."""
     fits, too_many = 0, 1
     while total(too_many * step) <= limit:

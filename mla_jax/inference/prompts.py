@@ -1,4 +1,4 @@
-"""What generation asks of prompts, and reads off them."""
+"""Checks of the token ids that inference is asked to read."""
 
 import numpy as np
 
@@ -6,14 +6,8 @@ from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError
 
 
-def common_prefix(held: list[int], wanted: list[int]) -> list[int]:
-    """The tokens with which both begin."""
-    same = next((i for i, pair in enumerate(zip(held, wanted, strict=False)) if pair[0] != pair[1]), None)
-    return held[: min(len(held), len(wanted)) if same is None else same]
-
-
 def seen_tokens(prompts: list[list[int]], rows: int, vocabulary: int) -> np.ndarray:
-    """Which tokens each prompt has, bool [rows, X]; rows beyond the prompts have none."""
+    """The tokens that occur in each prompt, bool [rows, X]; rows beyond the prompts have none."""
     seen_BX = np.zeros((rows, vocabulary), bool)
     for row, prompt in enumerate(prompts):
         seen_BX[row, prompt] = True
@@ -33,8 +27,33 @@ def check_prompts(config: ModelConfig, prompts: list[list[int]], max_new_tokens:
                 f"prompt {i} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's "
                 f"max_position_embeddings {limit}; shorten the prompt or generate fewer"
             )
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+        _check_vocabulary(config, f"prompt {i}", prompt)
+
+
+def check_continuations(config: ModelConfig, contexts: list[list[int]], continuations: list[list[int]]) -> None:
+    """Raises InputError for contexts or continuations that are empty, too long, or not of the model's vocabulary."""
+    if len(contexts) != len(continuations):
+        raise InputError(f"{len(contexts)} contexts do not go with {len(continuations)} continuations")
+    limit = config.max_position_embeddings
+    for i, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        if len(context) == 0:
             raise InputError(
-                f"prompt {i} has token {min(prompt) if min(prompt) < 0 else max(prompt)}, outside the vocabulary of "
-                f"{config.vocab_size}; was it made with this model's tokenizer?"
+                f"context {i} is empty, but nothing predicts the first token of a text; start with bos, for instance"
             )
+        if len(continuation) == 0:
+            raise InputError(f"continuation {i} is empty; it needs at least one token")
+        if len(context) + len(continuation) > limit:
+            raise InputError(
+                f"context {i} of {len(context)} tokens and its continuation of {len(continuation)} exceed the model's "
+                f"max_position_embeddings {limit}; shorten one of them"
+            )
+        _check_vocabulary(config, f"context {i}", context)
+        _check_vocabulary(config, f"continuation {i}", continuation)
+
+
+def _check_vocabulary(config: ModelConfig, name: str, tokens: list[int]) -> None:
+    if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+        raise InputError(
+            f"{name} has token {min(tokens) if min(tokens) < 0 else max(tokens)}, outside the vocabulary of "
+            f"{config.vocab_size}; was it made with this model's tokenizer?"
+        )

@@ -1,4 +1,4 @@
-"""Text of a token stream as it comes: whole characters only, and nothing from a stop string on."""
+"""Incremental detokenisation: text of a token stream, in whole characters and only up to a stop string."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 
 _INCOMPLETE = "\ufffd"
-"""What the bytes of a character decode to while some are missing."""
+"""The replacement character, to which an incomplete UTF-8 sequence decodes."""
 
 
 class TextStream:
@@ -27,12 +27,12 @@ class TextStream:
         self._ids: list[int] = []
         self._given = 0
         self.text = ""
-        """All of it, so far."""
+        """The whole text so far."""
         self.stopped = False
-        """Whether a stop string has come."""
+        """True after a stop string."""
 
     def add(self, ids: Sequence[int]) -> str:
-        """The text that these tokens add. What may turn out to be another character or a stop string is held back."""
+        """The text that these tokens add, without an end that may become another character or a stop string."""
         if self.stopped:
             return ""
         self._ids += ids
@@ -45,7 +45,7 @@ class TextStream:
         return self._give(whole - max((_overlap(self.text[:whole], stop) for stop in self._stop), default=0))
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come."""
+        """The text that `add` has held back, when no more tokens come."""
         return self._give(len(self.text))
 
     def _give(self, end: int) -> str:

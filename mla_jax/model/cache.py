@@ -14,13 +14,13 @@ from mla_jax import mesh
 from mla_jax.config import ModelConfig
 
 SCALE_BYTES = 2 * 4
-"""Of an int8 cache, per token and layer: a float32 scale for the latent and one for the rotary key."""
+"""Bytes of an int8 cache, per token and layer, for the float32 scales of the latent and of the rotary key."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Of one layer. How many tokens of a row are held, from the start of axis S, is kept elsewhere; the rest is stale.
+    """The cache of one layer. Valid are the first tokens of axis S; their number is kept elsewhere.
 
     The int8 form is that of `latent_attention.quantize_cache`: a scale a token for the latent, one for the rotary key.
     """
@@ -38,7 +38,7 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LatentCache:
-    """All layers; row b holds `lengths_B[b]` tokens in each."""
+    """The caches of all layers; row b has `lengths_B[b]` valid tokens in each."""
 
     layers: tuple[LayerCache, ...]
     lengths_B: jax.Array
@@ -58,14 +58,8 @@ def init_layer(config: ModelConfig, batch: int, capacity: int, dtype: str | None
     )
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> LatentCache:
-    """An empty cache of all layers, see `init_layer`."""
-    layers = tuple(init_layer(config, batch, capacity, dtype) for _ in range(config.num_hidden_layers))
-    return LatentCache(layers, mesh.shard_batch(jnp.zeros(batch, jnp.int32)))
-
-
 def bytes_per_token(config: ModelConfig, dtype: str | None = None) -> int:
-    """Bytes of a token in all layers of a cache of `dtype` (default: the compute type)."""
+    """Bytes that a token takes in all layers of a cache of `dtype` (default: the compute type)."""
     size = jnp.dtype(dtype or config.dtype).itemsize
     return config.cache_bytes_per_token(size) + (SCALE_BYTES * config.num_hidden_layers if dtype == "int8" else 0)
 
@@ -73,9 +67,9 @@ def bytes_per_token(config: ModelConfig, dtype: str | None = None) -> int:
 def write(
     cache: LayerCache, lengths_B: jax.Array, c_BTC: jax.Array, k_rope_BTR: jax.Array, valid_B: jax.Array
 ) -> LayerCache:
-    """Puts the first `valid_B` of T tokens behind the `lengths_B` tokens of their row.
+    """Appends the first `valid_B` of T tokens to the `lengths_B` tokens of their row.
 
-    Tokens that do not fit are dropped: nothing that is held is ever overwritten.
+    Tokens that do not fit are dropped; valid tokens are never overwritten.
     """
 
     def put(new_BTX: jax.Array, cached: jax.Array, axis: int = 1) -> jax.Array:
@@ -112,8 +106,8 @@ def read(cache: LayerCache, start: jax.Array, size: int, dtype: jax.typing.DType
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def resized(cache: LayerCache, batch: int, capacity: int) -> LayerCache:
-    """A copy with room for `capacity` tokens, no fewer than now; what one row holds, `batch` rows will."""
+def resize(cache: LayerCache, batch: int, capacity: int) -> LayerCache:
+    """A copy of `capacity`, no smaller than now; if `batch` is larger than the cache's single row, that is repeated."""
 
     def copy(x: jax.Array, axis: int) -> jax.Array:
         more = [(0, capacity - cache.capacity if i == axis else 0) for i in range(x.ndim)]

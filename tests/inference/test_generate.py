@@ -18,14 +18,15 @@ from mla_jax.bridge.hf.export import export
 from mla_jax.config import MeshConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
-from mla_jax.inference.generator import Context, Generator, generate
+from mla_jax.inference.generator import Generator, generate
 from mla_jax.inference.memory import MemoryPlan
-from mla_jax.inference.sampling import Sampling
+from mla_jax.inference.sampling import SamplingParams
+from mla_jax.inference.session import Session
 from mla_jax.model import decoder, fused_decode
-from mla_jax.model.cache import init_cache, init_layer, resized
+from mla_jax.model.cache import init_layer, resize
 from mla_jax.model.rope import rope_cos_sin
 from mla_jax.model.transformer import bind, init_params
-from tiny import MODEL
+from tiny import MODEL, empty_cache
 
 CONFIG = dataclasses.replace(MODEL, initializer_range=0.5, tie_word_embeddings=False, max_position_embeddings=200)
 PARAMS = init_params(CONFIG, 0)
@@ -79,7 +80,8 @@ def test_one_compiled_loop_serves_all_tokens_seeds_and_eos(monkeypatch):
 
 def test_samples_are_a_function_of_the_seed():
     def sample(seed):
-        return generate(CONFIG, PARAMS, PROMPTS, max_new_tokens=NEW, sampling=Sampling(temperature=1.0, seed=seed))
+        sampling = SamplingParams(temperature=1.0, seed=seed)
+        return generate(CONFIG, PARAMS, PROMPTS, max_new_tokens=NEW, sampling=sampling)
 
     assert sample(1) == sample(1) != sample(2)
 
@@ -124,22 +126,22 @@ def test_tokens_are_those_of_transformers(generator, tmp_path):
 
 
 def test_a_chat_reads_only_what_is_new(generator):
-    context, read = Context.empty(1), []
+    session, read = Session.empty(1), []
     history = list(PROMPTS[3])
     for turn in ([], [5, 6, 7], PROMPTS[4][:40]):
         history += turn
         new = continued(
-            generator, [history], context=context, on_prefill=lambda done, total: read.append((done, total))
+            generator, [history], session=session, on_prefill=lambda done, total: read.append((done, total))
         )
         assert new == continued(generator, [history])
-        assert context.tokens == [(history + new[0])[:-1]]
+        assert session.tokens == [(history + new[0])[:-1]]
         history += new[0]
     # All but the last token of the first prompt; then the last one generated and all but the last one of the turn.
     assert read == [(63, 63), (3, 3), (40, 40)]
 
 
 def test_questions_about_one_text_read_it_once(generator):
-    text, context, read = PROMPTS[1][:100], Context.empty(1), []
+    text, session, read = PROMPTS[1][:100], Session.empty(1), []
     questions = [text + PROMPTS[i] for i in (2, 3, 0)]
     expected = continued(generator, questions)
 
@@ -148,33 +150,33 @@ def test_questions_about_one_text_read_it_once(generator):
             read.append(total)
 
     for question, answer in zip(questions, expected, strict=True):
-        assert continued(generator, [question], context=context, on_prefill=on_prefill) == [answer]
+        assert continued(generator, [question], session=session, on_prefill=on_prefill) == [answer]
     assert read == [101, 63]  # the third has nothing left to read
     # The same, all at a time: copies of what has been read.
-    context = Context.empty(1)
-    continued(generator, [text], context=context)
-    copies = generator.fork(context, 3)
+    session = Session.empty(1)
+    continued(generator, [text], session=session)
+    copies = generator.fork(session, 3)
     read.clear()
-    assert continued(generator, questions, context=copies, on_prefill=on_prefill) == expected
+    assert continued(generator, questions, session=copies, on_prefill=on_prefill) == expected
     assert read == [1 + 63 + 0]
-    assert len(context.tokens) == 1, "the original is as it was"
-    assert continued(generator, questions[:1], context=context) == expected[:1]
+    assert len(session.tokens) == 1, "the original is as it was"
+    assert continued(generator, questions[:1], session=session) == expected[:1]
 
 
-def test_a_prompt_unlike_the_context_is_read_whole(generator):
-    context = Context.empty(2)
-    continued(generator, PROMPTS[1:3], context=context)
-    assert continued(generator, PROMPTS[3:5], context=context) == continued(generator, PROMPTS[3:5])
-    same = continued(generator, PROMPTS[3:5], context=context)  # all but the last token of each is held
+def test_a_prompt_unlike_the_session_is_read_whole(generator):
+    session = Session.empty(2)
+    continued(generator, PROMPTS[1:3], session=session)
+    assert continued(generator, PROMPTS[3:5], session=session) == continued(generator, PROMPTS[3:5])
+    same = continued(generator, PROMPTS[3:5], session=session)  # all but the last token of each is held
     assert same == continued(generator, PROMPTS[3:5])
 
 
 def test_the_cache_grows_and_keeps_what_it_holds(generator):
-    context, capacities = Context.empty(1), []
+    session, capacities = Session.empty(1), []
     for length in (20, 60, 100, 150):
         prompt = PROMPTS[1][:length]
-        assert continued(generator, [prompt], context=context) == continued(generator, [prompt])
-        capacities.append(context.capacity)
+        assert continued(generator, [prompt], session=session) == continued(generator, [prompt])
+        capacities.append(session.capacity)
     assert capacities == [64, 128, 128, 192]
 
 
@@ -208,10 +210,12 @@ def test_a_call_is_under_way_while_the_tokens_of_the_one_before_are_shown(genera
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=1.0, seed=3), Sampling(repetition_penalty=1e6)], ids=str
+    "sampling",
+    [SamplingParams(), SamplingParams(temperature=1.0, seed=3), SamplingParams(repetition_penalty=1e6)],
+    ids=str,
 )
-def test_the_loop_over_kernels_for_one_token_adds_the_same_tokens(generator, monkeypatch, sampling):
-    """With a step of XLA in place of the kernels, which need a GPU."""
+def test_the_fused_loop_adds_the_same_tokens(generator, monkeypatch, sampling):
+    """With a step of XLA in place of the fused kernels, which need a GPU."""
     monkeypatch.setattr("mla_jax.inference.generator.DECODE_BLOCK", 5)
     expected = continued(generator, PROMPTS[1:2], sampling=sampling)
 
@@ -224,14 +228,14 @@ def test_the_loop_over_kernels_for_one_token_adds_the_same_tokens(generator, mon
     monkeypatch.setattr(fused_decode, "why_not", lambda config, layers: None)
     monkeypatch.setattr(fused_decode, "init_workspace", lambda config, weights, layers: jnp.int32(0))
     monkeypatch.setattr(fused_decode, "step", step)
-    monkeypatch.setattr("mla_jax.inference.generator._decode", None)  # the other loop
+    monkeypatch.setattr("mla_jax.inference.decode_loop._xla_loop", None)  # the other loop
     assert continued(generator, PROMPTS[1:2], sampling=sampling) == expected
 
 
 @pytest.mark.parametrize("end", ["stop", "error"])
-def test_a_context_goes_on_after_a_call_whose_tokens_were_dropped(generator, monkeypatch, end):
+def test_a_session_goes_on_after_a_call_whose_tokens_were_dropped(generator, monkeypatch, end):
     monkeypatch.setattr("mla_jax.inference.generator.DECODE_BLOCK", 5)
-    context, prompts = Context.empty(2), PROMPTS[:2]
+    session, prompts = Session.empty(2), PROMPTS[:2]
 
     def on_tokens(row, ids):
         if end == "error":
@@ -239,14 +243,14 @@ def test_a_context_goes_on_after_a_call_whose_tokens_were_dropped(generator, mon
         return row == 0
 
     with contextlib.nullcontext() if end == "stop" else pytest.raises(KeyboardInterrupt):
-        continued(generator, prompts, on_tokens=on_tokens, context=context)
+        continued(generator, prompts, on_tokens=on_tokens, session=session)
     following = [prompt + new[:3] + [7] for prompt, new in zip(prompts, one_after_another(), strict=False)]
-    assert continued(generator, following, context=context) == continued(generator, following)
+    assert continued(generator, following, session=session) == continued(generator, following)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_blocks_of_decoding_change_nothing(generator, monkeypatch, temperature):
-    sampling = Sampling(temperature=temperature, seed=3)
+    sampling = SamplingParams(temperature=temperature, seed=3)
     expected = continued(generator, PROMPTS, sampling=sampling)
     monkeypatch.setattr("mla_jax.inference.generator.DECODE_BLOCK", 5)  # 5 + 5 + 2
     assert continued(generator, PROMPTS, sampling=sampling) == expected
@@ -255,7 +259,7 @@ def test_blocks_of_decoding_change_nothing(generator, monkeypatch, temperature):
 @pytest.mark.parametrize("block", [5, 32])
 def test_a_repetition_penalty_keeps_tokens_from_coming_again(generator, monkeypatch, block):
     monkeypatch.setattr("mla_jax.inference.generator.DECODE_BLOCK", block)
-    once = continued(generator, PROMPTS, sampling=Sampling(repetition_penalty=1e6))
+    once = continued(generator, PROMPTS, sampling=SamplingParams(repetition_penalty=1e6))
     for prompt, new in zip(PROMPTS, once, strict=True):
         assert len(set(new)) == NEW and not set(new) & set(prompt)
 
@@ -294,10 +298,10 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
         Generator(CONFIG, PARAMS, memory_limit=1000)
     monkeypatch.undo()
     fits = PROMPTS[1][: 128 - NEW]
-    context = Context.empty(1)
-    assert continued(generator, [fits], context=context) == continued(Generator(CONFIG, PARAMS), [fits])
+    session = Session.empty(1)
+    assert continued(generator, [fits], session=session) == continued(Generator(CONFIG, PARAMS), [fits])
     with pytest.raises(InputError, match="5 x 128 tokens need"):
-        generator.fork(context, 5)
+        generator.fork(session, 5)
 
 
 @pytest.mark.parametrize("tokens", [2368, 3000])
@@ -312,26 +316,26 @@ def test_what_is_named_as_the_longest_that_fits_is_accepted(tokens):
         generator.generate([[1] * 4000], max_new_tokens=1)
     longest = int(re.search(r"longest that fits is ([\d,]+)", str(refusal.value))[1].replace(",", ""))
     assert longest == tokens // 64 * 64
-    context = Context.empty(1)
-    generator._make_room(context, 1, longest)
-    assert context.capacity == longest
+    session = Session.empty(1)
+    generator.reserve(session, longest)
+    assert session.capacity == longest
 
 
-def test_a_context_whose_growth_was_interrupted_loses_nothing(generator, monkeypatch):
-    context, calls = Context.empty(1), []
+def test_a_session_whose_growth_was_interrupted_loses_nothing(generator, monkeypatch):
+    session, calls = Session.empty(1), []
     prompt = PROMPTS[1]
-    continued(generator, [prompt[:20]], context=context)
+    continued(generator, [prompt[:20]], session=session)
 
     def fail_at_the_second(*args):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return resized(*args)
+        return resize(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mla_jax.inference.generator.resized", fail_at_the_second)
-        continued(generator, [prompt], context=context)
-    assert continued(generator, [prompt], context=context) == continued(generator, [prompt])
+        patch.setattr("mla_jax.inference.generator.resize", fail_at_the_second)
+        continued(generator, [prompt], session=session)
+    assert continued(generator, [prompt], session=session) == continued(generator, [prompt])
 
 
 def test_an_int8_cache_is_off_by_its_roundings(generator):
@@ -340,7 +344,7 @@ def test_an_int8_cache_is_off_by_its_roundings(generator):
     weights = generator.weights
     exact = None
     for dtype in ("float32", "int8"):
-        cache = init_cache(CONFIG, 1, 192, dtype)
+        cache = empty_cache(CONFIG, 1, 192, dtype)
         for part in (tokens[:, :80], tokens[:, 80:]):
             h, cache = decoder.extend(CONFIG, weights, part, cache, absorbed=False)
         scores = np.asarray(decoder.logits(CONFIG, weights, h))
@@ -348,20 +352,20 @@ def test_an_int8_cache_is_off_by_its_roundings(generator):
     difference = np.linalg.norm(scores - exact) / np.linalg.norm(exact)
     assert 1e-4 < difference < 0.1
     halves = Generator(CONFIG, PARAMS, cache_dtype="int8", prefill_chunk=64)
-    context = Context.empty(1)
+    session = Session.empty(1)
     for length in (20, 150):  # grows
-        new = continued(halves, [PROMPTS[1][:length]], context=context)
+        new = continued(halves, [PROMPTS[1][:length]], session=session)
         assert len(new[0]) == NEW
-    assert context.layers[0].c_BSC.dtype == "int8"
+    assert session.layers[0].c_BSC.dtype == "int8"
 
 
-def test_contexts_fit_their_prompts(generator):
-    with pytest.raises(InputError, match="the context has 1 rows, but there are 2 prompts"):
-        continued(generator, PROMPTS[:2], context=Context.empty(1))
-    with pytest.raises(InputError, match="only a context of one row can be copied, this has 2"):
-        generator.fork(Context.empty(2), 3)
+def test_sessions_fit_their_prompts(generator):
+    with pytest.raises(InputError, match="the session has 1 rows, but there are 2 prompts"):
+        continued(generator, PROMPTS[:2], session=Session.empty(1))
+    with pytest.raises(InputError, match="only a session of one row can be copied, this has 2"):
+        generator.fork(Session.empty(2), 3)
     with jax.set_mesh(mesh.make_mesh(MeshConfig())), pytest.raises(UsageError, match="copied on one device"):
-        generator.fork(Context.empty(1), 3)
+        generator.fork(Session.empty(1), 3)
 
 
 def test_nothing_to_do_gives_nothing():

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_jax.inference.memory import GRANULE, MemoryPlan, most_that_fits, room_for
+from mla_jax.inference.memory import ALIGNMENT, MemoryPlan, bucketed_capacity, most_that_fits
 from mla_jax.model import decoder
-from mla_jax.model.cache import init_cache
 from mla_jax.model.transformer import init_params
-from tiny import MODEL
+from tiny import MODEL, empty_cache
 
 plan = functools.partial(MemoryPlan.of, rows=1, tokens=256, cache_dtype=None, int8_weights=False, prefill_chunk=128)
 MODELS = [MODEL, dataclasses.replace(MODEL, q_lora_rank=12, tie_word_embeddings=False, dtype="bfloat16")]
@@ -27,7 +26,7 @@ def bytes_of(tree):
 def test_weights_and_cache_take_what_is_planned(model, int8):
     planned = plan(model, rows=3, int8_weights=int8, cache_dtype="int8" if int8 else None)
     assert planned.weights == bytes_of(decoder.inference_weights(model, init_params(model, 0), int8))
-    assert planned.cache == bytes_of(init_cache(model, 3, 256, "int8" if int8 else None).layers)
+    assert planned.cache == bytes_of(empty_cache(model, 3, 256, "int8" if int8 else None).layers)
     assert planned.total == planned.weights + planned.cache + planned.workspace
 
 
@@ -49,11 +48,11 @@ def test_the_most_that_fits_fits_and_one_more_does_not(limit, slope, offset, ste
 
 @given(st.integers(1, 2**21))
 def test_rooms_are_few_and_hardly_larger_than_needed(tokens):
-    room = room_for(tokens)
-    assert tokens <= room < tokens + max(GRANULE, tokens / 16 + 1)
-    assert room % GRANULE == 0
-    assert room_for(room) == room
+    room = bucketed_capacity(tokens)
+    assert tokens <= room < tokens + max(ALIGNMENT, tokens / 16 + 1)
+    assert room % ALIGNMENT == 0
+    assert bucketed_capacity(room) == room
 
 
 def test_there_are_few_rooms():
-    assert len({room_for(n) for n in range(2**14, 2**15)}) <= 17
+    assert len({bucketed_capacity(n) for n in range(2**14, 2**15)}) <= 17

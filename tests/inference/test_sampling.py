@@ -1,4 +1,4 @@
-"""The choice of tokens against transformers' logits processors."""
+"""Sampling against transformers' logits processors."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mla_jax.errors import InputError
-from mla_jax.inference.sampling import Sampling, choose, knobs
+from mla_jax.inference.sampling import SamplingParams, sample
 
 torch = pytest.importorskip("torch")
 logits_process = pytest.importorskip("transformers.generation.logits_process")
@@ -54,10 +54,10 @@ def seen():
     ],
 )
 def test_draws_follow_the_probabilities_of_transformers(options):
-    sampling = Sampling(**options)
+    sampling = SamplingParams(**options)
     expected = torch.softmax(torch.from_numpy(processed(sampling)), -1).numpy()
     n = 20_000
-    draw = jax.jit(jax.vmap(lambda key: choose(sampling.plan, knobs(sampling), jnp.asarray(SCORES), seen(), key)))
+    draw = jax.jit(jax.vmap(lambda key: sample(sampling.plan, sampling.arrays(), jnp.asarray(SCORES), seen(), key)))
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), n)))
     for row in range(len(SCORES)):
         share = np.bincount(drawn[:, row], minlength=VOCABULARY) / n
@@ -68,8 +68,8 @@ def test_draws_follow_the_probabilities_of_transformers(options):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.8, 0.6])
 def test_greedy_choice_with_the_penalty_is_that_of_transformers(penalty):
-    sampling = Sampling(repetition_penalty=penalty)
-    got = choose(sampling.plan, knobs(sampling), jnp.asarray(SCORES), seen(), jax.random.key(0))
+    sampling = SamplingParams(repetition_penalty=penalty)
+    got = sample(sampling.plan, sampling.arrays(), jnp.asarray(SCORES), seen(), jax.random.key(0))
     np.testing.assert_array_equal(got, processed(sampling).argmax(-1))
 
 
@@ -92,4 +92,4 @@ def test_greedy_choice_with_the_penalty_is_that_of_transformers(penalty):
 )
 def test_what_makes_no_sense_is_named(options, message):
     with pytest.raises(InputError, match=message):
-        Sampling(**options)
+        SamplingParams(**options)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from latent_attention import dequantize, quantize
-from mla_jax.model.cache import LayerCache, bytes_per_token, init_cache, init_layer, read, resized, write
-from tiny import MODEL
+from mla_jax.model.cache import LayerCache, bytes_per_token, init_layer, read, resize, write
+from tiny import MODEL, empty_cache
 
 BATCH, CAPACITY = 3, 10
 DTYPES = ["float32", "bfloat16", "int8"]
@@ -27,7 +27,7 @@ def numbered_cache(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_empty_cache_has_the_shapes_types_and_bytes_asked_for(dtype):
-    cache = init_cache(MODEL, BATCH, CAPACITY, dtype)
+    cache = empty_cache(MODEL, BATCH, CAPACITY, dtype)
     assert len(cache.layers) == MODEL.num_hidden_layers
     for layer in cache.layers:
         assert layer.c_BSC.shape == (BATCH, CAPACITY, MODEL.kv_lora_rank)
@@ -76,9 +76,9 @@ def test_read_gives_the_slots_that_exist_in_their_places(start, size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_resized_cache_holds_what_it_held_in_every_row(dtype):
     cache = numbered_cache(dtype)
-    grown = resized(cache, BATCH, 17)
+    grown = resize(cache, BATCH, 17)
     one = jax.tree.map(lambda x: x[1:2], cache)
-    copies = resized(one, 5, 12)
+    copies = resize(one, 5, 12)
     assert (grown.capacity, copies.capacity) == (17, 12)
     whole = read(cache, jnp.int32(0), CAPACITY, "float32")
     for x, y in zip(read(grown, jnp.int32(0), CAPACITY, "float32"), whole, strict=True):

@@ -11,7 +11,7 @@ from mla_jax import mesh
 from mla_jax.config import MeshConfig
 from mla_jax.errors import UsageError
 from mla_jax.inference.generator import Generator, generate
-from mla_jax.inference.sampling import Sampling
+from mla_jax.inference.sampling import SamplingParams
 from mla_jax.losses.cross_entropy import chunked_cross_entropy
 from mla_jax.model.transformer import abstract_params, bind, init_params
 from tiny import MODEL
@@ -81,7 +81,7 @@ def test_tokens_do_not_depend_on_the_mesh(on_one_device):
     """Four prompts on eight devices, sampled in every way, on 8-bit weights and an 8-bit cache too."""
 
     def sample(params):
-        everything = Sampling(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
+        everything = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
         int8 = Generator(CONFIG, params, int8_weights=True, cache_dtype="int8")
         return (
             generate(CONFIG, params, PROMPTS, max_new_tokens=6, sampling=everything),

@@ -15,9 +15,8 @@ from omegaconf import OmegaConf
 from mla_jax.config import ModelConfig, YarnConfig, register_schemas
 from mla_jax.errors import UsageError
 from mla_jax.model import decoder
-from mla_jax.model.cache import init_cache
 from mla_jax.model.transformer import abstract_params, bind, init_params
-from tiny import MODEL
+from tiny import MODEL, empty_cache
 
 # Large weights, so that attention is far from uniform.
 PEAKY = dataclasses.replace(MODEL, initializer_range=0.3, rope_theta=100.0)
@@ -76,7 +75,7 @@ def test_expanded_and_absorbed_extension_equal_the_whole_forward(config):
     expected = logits(config, params, tokens)
     assert np.std(expected) > 0.1
     for absorbed in (False, True):
-        cache = init_cache(config, 2, 30)
+        cache = empty_cache(config, 2, 30)
         parts = []
         for start in range(0, 24, 8):
             part, cache = extend(config, params, tokens[:, start : start + 8], cache, None, absorbed)
@@ -94,7 +93,7 @@ def test_any_chunks_in_any_form_equal_the_whole_forward(lengths, steps):
     """Rows of different lengths, chunk sizes and forms in any order; what is left is decoded a few tokens at a time."""
     tokens = random_tokens(3, 40)
     expected = np.asarray(logits(PEAKY, PARAMS, tokens))
-    cache = init_cache(PEAKY, 3, 40)
+    cache = empty_cache(PEAKY, 3, 40)
     got, done = np.zeros_like(expected), np.zeros(3, np.int32)
     for size, absorbed in [*steps, *[(5, True)] * 8]:
         valid = np.clip(np.array(lengths) - done, 0, size).astype(np.int32)
@@ -116,7 +115,7 @@ def test_prefill_over_a_cache_of_several_chunks(monkeypatch):
     monkeypatch.setattr("mla_jax.model.mla.MIN_CACHE_CHUNK", 1)
     config = dataclasses.replace(PEAKY, rope_theta=101.0)  # compiled for this test alone
     tokens, params = random_tokens(2, 41), PARAMS
-    cache = init_cache(config, 2, 41)
+    cache = empty_cache(config, 2, 41)
     expected = logits(config, params, tokens)
     for start, stop in ((0, 20), (20, 40), (40, 41)):
         got, cache = extend(config, params, tokens[:, start:stop], cache, None, False)
@@ -260,7 +259,7 @@ def test_infinite_1b_has_the_promised_size():
     assert isinstance(config, ModelConfig)
     parameters = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
     assert parameters == pytest.approx(1.008e9, rel=5e-4)
-    cache = jax.eval_shape(lambda: init_cache(config, 1, 1024))
+    cache = jax.eval_shape(lambda: empty_cache(config, 1, 1024))
     bytes_held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
     assert bytes_held / 1024 == config.cache_bytes_per_token() == 7680
 

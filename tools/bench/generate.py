@@ -19,8 +19,9 @@ from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError, one_line_errors
 from mla_jax.files import write_json
 from mla_jax.hardware import nominal_peak, peak_memory
-from mla_jax.inference.generator import PREFILL_CHUNK, Context, Generator
-from mla_jax.inference.memory import GRANULE, MemoryPlan, most_that_fits
+from mla_jax.inference.generator import PREFILL_CHUNK, Generator
+from mla_jax.inference.memory import ALIGNMENT, MemoryPlan, most_that_fits
+from mla_jax.inference.session import Session
 from mla_jax.lengths import format_length, parse_length
 from mla_jax.model.transformer import init_params
 from mla_jax.observability.flops import forward_flops
@@ -72,14 +73,14 @@ class Bench:
         """Batch 1 over one cache, then the largest batch at each length if asked."""
         generator = self.generator()
         for batch in self.args.batch:
-            held = generation.random_context(generator, 1, max(lengths)) if batch == 1 else None
+            held = generation.random_session(generator, 1, max(lengths)) if batch == 1 else None
             for tokens in lengths:
                 rows = batch or self._largest_batch(generator, tokens)
                 if batch != 1:
                     held = None  # its memory goes to the next
-                    held = generation.random_context(generator, rows, tokens)
+                    held = generation.random_session(generator, rows, tokens)
                 assert held is not None
-                timed = generation.time_decode(generator, held, tokens - GRANULE)
+                timed = generation.time_decode(generator, held, tokens - ALIGNMENT)
                 self.add(
                     {"what": "decode", "name": self._name(), "rows": rows, "tokens": tokens, "ms": timed.seconds * 1e3}
                     | {"tokens_per_second": rows / timed.seconds, "spread": timed.spread}
@@ -91,24 +92,24 @@ class Bench:
         generator, rng = self.generator(), np.random.default_rng(0)
         for tokens in lengths:
             prompt = rng.integers(0, self.config.vocab_size, tokens - NEW).tolist()
-            context = Context.empty(1)
+            session = Session.empty(1)
             if self.args.held:  # all but the last chunk is there already
                 held = tokens - NEW - self.args.prefill_chunk
-                context = generation.random_context(generator, 1, held, tokens)
-                context.tokens = [prompt[:held]]
+                session = generation.random_session(generator, 1, held, tokens)
+                session.tokens = [prompt[:held]]
             else:  # compiles at the capacity that will be used
-                generator._make_room(context, 1, tokens)
-                generation.run_through(generator, context, prompt[: self.args.prefill_chunk], NEW)
-                context.tokens = [[]]
-            marks = generation.run_through(generator, context, prompt, NEW)
+                generator.reserve(session, tokens)
+                generation.run_through(generator, session, prompt[: self.args.prefill_chunk], NEW)
+                session.tokens = [[]]
+            marks = generation.run_through(generator, session, prompt, NEW)
             flops = None if self.args.held else prefill_flops(self.config, tokens)
-            peak, plan = nominal_peak(jax.devices()[0].device_kind), self.plan(1, context.capacity)
+            peak, plan = nominal_peak(jax.devices()[0].device_kind), self.plan(1, session.capacity)
             self.add(
                 {"what": "read", "name": self._name() + (", held" if self.args.held else ""), "tokens": tokens}
                 | marks
                 | {"of_nominal": flops / marks["prefill_seconds"] / peak if flops and peak else None}
                 | {"peak_bytes": peak_memory(), "planned_bytes": plan.total}
-                | {"cache_bytes": sum(x.nbytes for x in jax.tree.leaves(context.layers))}
+                | {"cache_bytes": sum(x.nbytes for x in jax.tree.leaves(session.layers))}
             )
 
     def peers(self, names: list[str], lengths: list[int]) -> None:

@@ -1,5 +1,6 @@
-"""What `tools.bench.generate` measures of our generation: contexts of random latents, timed prefill and decode."""
+"""Measurements of our generation for `tools.bench.generate`: sessions of random latents, timed prefill and decode."""
 
+import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_attention import quantize_cache
-from mla_jax.inference.generator import DECODE_BLOCK, Context, Generator, decode_block
-from mla_jax.inference.sampling import Sampling, knobs
+from mla_jax.inference.decode_loop import DecodeState, decode_block
+from mla_jax.inference.generator import DECODE_BLOCK, Generator
+from mla_jax.inference.sampling import SamplingParams
+from mla_jax.inference.session import Session
 from mla_jax.model.cache import LayerCache
 
 BLOCKS = 5
@@ -17,16 +20,16 @@ BLOCKS = 5
 
 
 class Decoding(NamedTuple):
-    """Of one step, all rows."""
+    """Timing of one decode step of all rows."""
 
     seconds: float
     spread: float
     bytes_read: int
-    """Weights and the part of the cache that is held."""
+    """Bytes of the weights and of the valid part of the cache, which a step must read."""
 
 
-def random_context(generator: Generator, rows: int, tokens: int, capacity: int | None = None) -> Context:
-    """A context that holds so many random latents, as if it had read a text: decoding takes as long over those."""
+def random_session(generator: Generator, rows: int, tokens: int, capacity: int | None = None) -> Session:
+    """A session with so many cached tokens of random latents; decoding takes as long over those as over a text's."""
     config, dtype, capacity = generator.config, generator.cache_dtype or generator.config.dtype, capacity or tokens
 
     @jax.jit
@@ -40,35 +43,37 @@ def random_context(generator: Generator, rows: int, tokens: int, capacity: int |
         return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), jax.lax.map(row, jax.random.split(key, rows)))
 
     layers = [jax.block_until_ready(layer(jax.random.key(i))) for i in range(config.num_hidden_layers)]
-    return Context([[0] * tokens for _ in range(rows)], layers)
+    return Session([[0] * tokens for _ in range(rows)], layers)
 
 
-def time_decode(generator: Generator, context: Context, tokens: int) -> Decoding:
-    """Greedy decoding over the first `tokens` of the context, as `Generator.generate` does it: a call ahead."""
-    rows, plan = len(context.layers[0].c_BSC), Sampling().plan
-    tokens_B, lengths_B, done_B = jnp.zeros(rows, jnp.int32), jnp.full(rows, tokens, jnp.int32), jnp.zeros(rows, bool)
-    values, key = knobs(Sampling()), jax.random.key(0)
-    read, started = [], None
+def time_decode(generator: Generator, session: Session, tokens: int) -> Decoding:
+    """Times greedy decoding over the first `tokens` of the session, as `Generator.generate` does it: a call ahead."""
+    rows, greedy, key = len(session.layers[0].c_BSC), SamplingParams(), jax.random.key(0)
+    lengths_B, done_B = jnp.full(rows, tokens, jnp.int32), jnp.zeros(rows, bool)
+    state = DecodeState(jnp.zeros(rows, jnp.int32), tuple(session.layers), lengths_B, None)
+    params, read, started = greedy.arrays(), [], None
     for _ in range(BLOCKS + 2):
         new_NB = started
-        started, tokens_B, layers, _, _ = decode_block(
-            generator.config, generator.weights, tokens_B, tuple(context.layers), lengths_B, done_B, None, values, key,
-            jnp.int32(0), plan=plan, steps=DECODE_BLOCK,
+        # Every call at the same length.
+        state = dataclasses.replace(state, lengths_B=lengths_B)
+        started, state = decode_block(
+            generator.config, generator.weights, state, done_B, params, key, jnp.int32(0), plan=greedy.plan,
+            steps=DECODE_BLOCK,
         )  # fmt: skip
-        context.layers = list(layers)
+        session.layers = list(state.layers)
         if new_NB is not None:
             np.asarray(new_NB)
             read.append(time.perf_counter())
     jax.block_until_ready(started)
     timed = sorted(np.diff(read) / DECODE_BLOCK)  # without the first, which compiles
     median = timed[len(timed) // 2]
-    held = sum(x.nbytes for x in jax.tree.leaves(context.layers)) * tokens // context.capacity
+    cached = sum(x.nbytes for x in jax.tree.leaves(session.layers)) * tokens // session.capacity
     weights = sum(x.nbytes for x in jax.tree.leaves(generator.weights))
-    return Decoding(median, (timed[-1] - timed[0]) / median, weights + held)
+    return Decoding(median, (timed[-1] - timed[0]) / median, weights + cached)
 
 
-def run_through(generator: Generator, context: Context, prompt: list[int], new: int) -> dict[str, Any]:
-    """Generates as a user does; seconds of prefill, to the first text and in all."""
+def run_through(generator: Generator, session: Session, prompt: list[int], new: int) -> dict[str, Any]:
+    """Generates as a user does; returns seconds of prefill, to the first text and in all."""
     marks: dict[str, float] = {}
     start = time.perf_counter()
 
@@ -78,5 +83,5 @@ def run_through(generator: Generator, context: Context, prompt: list[int], new: 
     def shown(_: int, ids: list[int]) -> None:
         marks.setdefault("first_text_seconds", time.perf_counter() - start)
 
-    generator.generate([prompt], max_new_tokens=new, context=context, on_prefill=read, on_tokens=shown)
+    generator.generate([prompt], max_new_tokens=new, session=session, on_prefill=read, on_tokens=shown)
     return marks | {"seconds": time.perf_counter() - start}
