@@ -8,7 +8,7 @@ import pytest
 
 from decode_layer_weights import random_weights
 from latent_attention.call_shapes import LayerShape
-from latent_attention.decode_layer import mosaic as mosaic_layer
+from latent_attention.decode_layer import mosaic, timeline
 from latent_attention.gpu import make_gpu
 
 INFINITE_1B = LayerShape(D=2560, Q=768, C=256, R=64, N=64, V=128, H=32, F=7680)
@@ -29,20 +29,35 @@ HOPPER = make_gpu((9, 0), 132)
     ids=str,
 )
 def test_supported_shapes_lower_for_cuda(shape, dtype, num_sms):
-    assert mosaic_layer.why_not(shape, dtype, dtype, 1024, make_gpu((9, 0), num_sms)) is None
+    assert mosaic.why_not(shape, dtype, dtype, 1024, make_gpu((9, 0), num_sms)) is None
+    assert "mosaic_gpu" in lower(mosaic.decode_layer, shape, dtype, num_sms).as_text()
+
+
+def lower(op, shape, dtype, num_sms):
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=num_sms)
     weights = jax.eval_shape(lambda: random_weights(shape, dtype, jax.random.key(0)))
     of = jax.ShapeDtypeStruct
     angles, cache = of((shape.R // 2,), jnp.float32), (of((1, 1024, shape.C), dtype), of((1, 1024, shape.R), dtype))
-    workspace = jax.eval_shape(lambda: mosaic_layer.init_workspace(shape))
-    op = functools.partial(mosaic_layer.decode_layer, shape, eps=1e-6, scale=0.1)
+    workspace = jax.eval_shape(lambda: mosaic.init_workspace(shape))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
-        lowered = (
-            jax.jit(op)
+        return (
+            jax.jit(functools.partial(op, shape, eps=1e-6, scale=0.1))
             .trace(weights, of((shape.D,), dtype), angles, angles, of((1,), jnp.int32), cache, workspace)
             .lower(lowering_platforms=("cuda",))
         )
-    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_the_timeline_has_every_phase_once_in_order(monkeypatch):
+    phases, record = [], timeline.record
+
+    def recorded(timeline_ref, cta, wg, phase):
+        phases.append(phase)
+        record(timeline_ref, cta, wg, phase)
+
+    monkeypatch.setattr(timeline, "record", recorded)
+    *_, stamps = lower(mosaic.decode_layer_timeline, SMALL, "bfloat16", 132).out_info
+    assert phases == list(timeline.PHASES)
+    assert (stamps.shape, stamps.dtype) == ((132, 2, len(timeline.PHASES), 2), jnp.int32)
 
 
 @pytest.mark.parametrize(
@@ -72,5 +87,5 @@ def test_supported_shapes_lower_for_cuda(shape, dtype, num_sms):
 )
 def test_why_not_names_the_reason(shape, others, reason):
     usual = {"dtype": "bfloat16", "cache_dtype": "bfloat16", "capacity": 1024, "gpu": HOPPER}
-    assert mosaic_layer.why_not(INFINITE_1B, **usual) is None
-    assert reason in (mosaic_layer.why_not(INFINITE_1B._replace(**shape), **usual | others) or "")
+    assert mosaic.why_not(INFINITE_1B, **usual) is None
+    assert reason in (mosaic.why_not(INFINITE_1B._replace(**shape), **usual | others) or "")

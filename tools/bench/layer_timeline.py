@@ -1,0 +1,179 @@
+"""Times the phases of the fused decoder layer: `python -m tools.bench.layer_timeline --out FOLDER [--from FILE.json]`.
+
+Layers of random weights run one behind the other, as in a decode step, in the variant of the kernel that records
+timestamps (latent_attention/decode_layer/timeline.py). It writes decode_layer_timeline.json and .png. Drawing needs no
+GPU.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from latent_attention.call_shapes import LayerShape
+from latent_attention.decode_layer.timeline import PHASES
+from latent_attention.gpu import local_gpu
+from mla_jax.errors import InputError, one_line_errors
+from mla_jax.files import atomic_file, write_json
+from mla_jax.lengths import format_length
+from mla_jax.model.layers import InferenceWeight
+from tools.bench import report
+
+INFINITE_1B = LayerShape(D=2560, Q=768, C=256, R=64, N=64, V=128, H=32, F=7680)
+TOKENS = 1024, 131_072
+"""In the cache."""
+LAYERS, WARM_UP, STEPS = 6, 5, 20
+"""Layers of a step, whose weights are too large for the L2 cache together; steps before those that count, and these."""
+NAME = "decode_layer_timeline"
+START = PHASES.index("wait for previous layer")
+"""Times are counted from the end of this phase."""
+KINDS = {"projection": "tab:blue", "attention": "tab:orange", "waits for a vector": "tab:gray"}
+_WEIGHTS = ("q_a, kv_a", "q_b", "o", "gate, up", "down")
+_ATTENTION = ("absorb, RoPE, append", "attention", "combine, values")
+
+
+def random_weights(shape: LayerShape, key: jax.Array) -> dict:
+    """A layer of bfloat16 weights, as in `decoder.inference_weights`."""
+    D, Q, C, R, N, V, H, F = shape
+    attn = {
+        "q_a_proj": (Q, D), "q_b_proj": (H * (N + R), Q), "kv_a_proj_with_mqa": (C + R, D),
+        "kv_b_proj": (H * (N + V), C), "o_proj": (D, H * V),
+    }  # fmt: skip
+    mlp = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
+    keys = iter(jax.random.split(key, len(attn) + len(mlp)))
+
+    def matrices(shapes: dict) -> dict:
+        return {
+            name: InferenceWeight(jax.random.normal(next(keys), of, jnp.bfloat16) * of[1] ** -0.5, None)
+            for name, of in shapes.items()
+        }
+
+    return {
+        "input_layernorm": jnp.ones(D),
+        "self_attn": matrices(attn) | {"q_a_layernorm": jnp.ones(Q), "kv_a_layernorm": jnp.ones(C)},
+        "post_attention_layernorm": jnp.ones(D),
+        "mlp": matrices(mlp),
+    }
+
+
+def measure(shape: LayerShape, tokens: int) -> np.ndarray:
+    """Timestamps uint32 [steps, layers, CTAs, consumers, phases, clocks], at a cache of `tokens` tokens.
+
+    The cache holds one less before, so that it has room for the new one.
+
+    Raises:
+        InputError: the kernel cannot run here.
+    """
+    from latent_attention.decode_layer import mosaic
+
+    reason = mosaic.why_not(shape, "bfloat16", "bfloat16", tokens, local_gpu())
+    if reason:
+        raise InputError(f"the fused decoder layer cannot run here: {reason}")
+
+    @jax.jit  # traced and lowered once for all layers
+    def layer(weights, h_D, length, cache, workspace):
+        angles = jnp.linspace(0, 1, shape.R // 2)
+        return mosaic.decode_layer_timeline(
+            shape, weights, h_D, jnp.cos(angles), jnp.sin(angles), length, cache, workspace, eps=1e-6, scale=0.1
+        )
+
+    def step(caches, workspace, weights, h_D, length):
+        timelines = []
+        for i in range(LAYERS):
+            h_D, caches[i], workspace, timeline = layer(weights[i], h_D, length, caches[i], workspace)
+            timelines.append(timeline)
+        return caches, workspace, jnp.stack(timelines)
+
+    def cache(key):
+        return tuple(jax.random.normal(key, (1, tokens, width), jnp.bfloat16) for width in (shape.C, shape.R))
+
+    make_weights = jax.jit(lambda key: random_weights(shape, key))
+    weights = [make_weights(jax.random.key(i)) for i in range(LAYERS)]
+    caches, workspace = [jax.jit(cache)(jax.random.key(i)) for i in range(LAYERS)], mosaic.init_workspace(shape)
+    h_D, length = jax.random.normal(jax.random.key(0), (shape.D,), jnp.bfloat16), jnp.full(1, tokens - 1, jnp.int32)
+    run, found = jax.jit(step, donate_argnums=(0, 1)), []
+    for _ in range(WARM_UP + STEPS):
+        caches, workspace, timelines = run(caches, workspace, weights, h_D, length)
+        found.append(timelines)
+    return np.stack([np.asarray(x) for x in found[WARM_UP:]]).view(np.uint32)
+
+
+def summarise(stamps: np.ndarray) -> dict[str, Any]:
+    """Statistics over CTAs, layers and steps, in us, of the timestamps of `measure`.
+
+    Of each phase `end_us`, percentiles 10, 50 and 90 of when it ends in both consumers of a CTA, counted from the end
+    of the previous layer; `layer_us`, the median time from one layer to the next. The first layer of each step does not
+    count, as no layer runs before it.
+    """
+    stamps = stamps[:, 1:]
+    # Differences modulo 2^32, from a CTA's first timestamp.
+    cycles, ns = ((x - x[..., :1, :1]).view(np.int32) for x in (stamps[..., 0], stamps[..., 1]))
+    us_per_cycle = ns[..., -1].sum(dtype=np.int64) / cycles[..., -1].sum(dtype=np.int64) / 1e3
+    ends = (cycles.max(axis=-2) - cycles[..., START].min(axis=-1)[..., None]) * us_per_cycle
+    ends = ends.reshape(-1, len(PHASES))
+    starts_ns = stamps[:, :, :, 0, START, 1]
+    starts_ns = np.median((starts_ns - starts_ns[:, :1, :1]).view(np.int32), axis=-1)
+    return {
+        "layer_us": float(np.median(np.diff(starts_ns, axis=1)) / 1e3),
+        "us_per_cycle": float(us_per_cycle),
+        "end_us": {name: np.percentile(ends[:, i], [10, 50, 90]).tolist() for i, name in enumerate(PHASES)},
+    }
+
+
+def _kind(phase: str) -> str:
+    return "projection" if phase in _WEIGHTS else "attention" if phase in _ATTENTION else "waits for a vector"
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    """One panel per context: a bar per phase, from the median end of the one before to its own."""
+    contexts = results["contexts"]
+    figure = Figure(figsize=(7 * len(contexts), 5.5), layout="constrained")
+    for i, (name, found) in enumerate(contexts.items()):
+        axes = figure.add_subplot(1, len(contexts), i + 1)
+        begin = 0.0
+        for y, phase in enumerate(PHASES[START + 1 :]):
+            low, end, high = found["end_us"][phase]
+            axes.barh(y, end - begin, left=begin, color=KINDS[_kind(phase)])
+            axes.plot([low, high], [y, y], color="black", linewidth=1)
+            axes.annotate(f"{end - begin:.1f}", (max(end, high), y), (4, 0), textcoords="offset points", va="center")
+            begin = end
+        axes.set_yticks(range(len(PHASES) - START - 1), PHASES[START + 1 :] if i == 0 else [])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.08 * max(found["layer_us"], begin))
+        axes.axvline(found["layer_us"], color="black", linestyle=":")
+        axes.set_title(f"{name} tokens: a layer takes {found['layer_us']:.1f} us (dotted line)")
+        axes.set_xlabel("us since the previous layer ended; black: percentiles 10 to 90 of the CTAs")
+    handles = [Patch(color=color, label=kind) for kind, color in KINDS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS))
+    return figure
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.layer_timeline", description="Times the phases of the fused decoder layer."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=f"for {NAME}.json and {NAME}.png")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE.json", help="only draw these results")
+    args = parser.parse_args()
+    with one_line_errors():
+        if args.source:
+            results = json.loads(args.source.read_text(encoding="utf-8"))
+        else:
+            contexts = {format_length(n): summarise(measure(INFINITE_1B, n)) for n in TOKENS}
+            results = {"provenance": report.origin(), "contexts": contexts}
+            write_json(args.out / f"{NAME}.json", results)
+        with atomic_file(args.out / f"{NAME}.png") as path:
+            draw(results).savefig(path, dpi=150, format="png")
+        for name, found in results["contexts"].items():
+            print(f"{name} tokens: {found['layer_us']:.1f} us a layer")
+
+
+if __name__ == "__main__":
+    main()
