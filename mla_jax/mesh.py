@@ -57,7 +57,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def has_mesh() -> bool:
-    """Whether arrays carry a sharding here: a mesh is set, and this is not inside `per_device`."""
+    """True where arrays carry a sharding: a mesh is set, and this is not inside `per_device`."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and AxisType.Manual not in mesh.axis_types
 

@@ -11,7 +11,7 @@ from mla_jax.mesh import check_batch, make_mesh, place_batch, rows_here
 
 @pytest.mark.parametrize(("data", "fsdp", "context"), [(2, 2, 2), (1, 2, 4), (8, 1, 1)])
 def test_each_device_holds_its_rows_and_an_early_and_a_late_chunk(data, fsdp, context):
-    """Of 2 n chunks of the tokens, the i-th of n devices holds the i-th and the i-th from the end."""
+    """The i-th of n devices holds the i-th of 2 n chunks of the tokens and the i-th from the end."""
     tokens = np.arange(16 * 32).reshape(16, 32)
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context))
     with jax.set_mesh(mesh):

@@ -1,4 +1,7 @@
-"""What fits: `python -m tools.plan_memory [model=NAME] [gpu=NAME|GIB] [rows=N] [model.KEY=VALUE ...]`."""
+"""Prints the longest context that fits into the memory of a GPU.
+
+`python -m tools.plan_memory [model=NAME] [gpu=NAME|GIB] [rows=N] [model.KEY=VALUE ...]`
+"""
 
 import argparse
 

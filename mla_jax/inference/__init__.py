@@ -1,1 +1,1 @@
-"""Generation through the latent cache: prompts, memory, sampling, the decode loop."""
+"""Inference through the latent cache: generation, sampling, log-likelihoods, and the plan of its memory."""

@@ -191,7 +191,7 @@ class Generator:
         return Session([list(session.tokens[0]) for _ in range(rows)], layers)
 
     def most_copies(self, session: Session, wanted: int, other_bytes: int = 0) -> int:
-        """How many copies `fork` can make beside the session and `other_bytes`, at most `wanted`."""
+        """Number of copies, up to `wanted`, that `fork` can make beside the session and `other_bytes`."""
         fits = functools.partial(self._fits, tokens=session.capacity, beside=_cache_bytes(session) + other_bytes)
         return next((rows for rows in range(wanted, 0, -1) if fits(rows)), 0)
 

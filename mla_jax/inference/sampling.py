@@ -12,7 +12,7 @@ from mla_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen; greedy by default.
+    """Values that control the choice of tokens; greedy by default.
 
     Raises:
         InputError: a value out of its range, or a filter without a temperature.

@@ -28,7 +28,7 @@ BATCH = 16
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How likely a continuation is after its context."""
+    """The likelihood of a continuation given its context."""
 
     log_probs: np.ndarray
     """float32 [tokens], of each token given all before it."""

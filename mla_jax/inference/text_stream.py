@@ -54,5 +54,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text could be the start of the stop string."""
+    """Number of characters at the end of the text that could be the start of the stop string."""
     return next(n for n in range(min(len(stop), len(text)), -1, -1) if text.endswith(stop[:n]))

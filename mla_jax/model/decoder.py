@@ -1,7 +1,7 @@
 """The model over a latent cache, for inference: weights a layer, in 16 or 8 bits, and T new tokens at a time.
 
 `inference_weights` makes the weights once; `extend` appends tokens to the cache. Prefill goes layer by layer instead
-(`prefill_layer`), so that one compiled function serves all layers and no chunk needs the last one's output.
+(`prefill_layer`), so that one compiled function serves all layers, and the last one need not compute its output.
 """
 
 import functools
@@ -122,10 +122,10 @@ prefill_embed = jax.jit(embed, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=(2, 3))
 def prefill_layer(
-    config: ModelConfig, weights: dict, h_BTD: jax.Array, cache: LayerCache, lengths_B, valid_B, last: bool
+    config: ModelConfig, weights: dict, h_BTD: jax.Array, cache: LayerCache, lengths_B, valid_B, cache_only: bool
 ) -> tuple[jax.Array, LayerCache]:
-    """One layer of `extend` in the expanded form: its output and its cache; of the last layer only the cache counts."""
+    """One layer of `extend` in the expanded form; with `cache_only` it fills its cache and has no output."""
     layer, cos_sin = bind_layer(config, weights), _cos_sin(config, lengths_B, h_BTD.shape[1])
-    if last:
+    if cache_only:
         return h_BTD, layer.append_to_cache(h_BTD, cos_sin, cache, lengths_B, valid_B)
     return layer.extend(h_BTD, cos_sin, cache, lengths_B, valid_B, absorbed=False)

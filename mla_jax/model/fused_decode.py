@@ -45,7 +45,7 @@ def _attention(config: ModelConfig, cache: LayerCache) -> str:
 
 
 def is_fused_layer(config: ModelConfig, cache: LayerCache, int8_weights: bool) -> bool:
-    """Whether a layer is one kernel; only where `why_not` is None."""
+    """True if a layer is one kernel; only to be asked where `why_not` is None."""
     if int8_weights or _attention(config, cache) != "mosaic":
         return False
     try:  # another JAX may have moved what it uses

@@ -1,4 +1,4 @@
-"""Generation on a GPU: the kernels for one token against the model in XLA, and memory against its plan."""
+"""Generation on a GPU: the fused batch-1 step against the model in XLA, and memory against its plan."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def require_kernels(config: ModelConfig, cache_dtype: str | None = None) -> None
 
 
 def params_of(config: ModelConfig) -> dict:
-    """With norms that are not all ones."""
+    """Random parameters whose norm weights are not all ones."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: x * rng.normal(1, 0.1, x.shape).astype(x.dtype) if x.ndim < 3 else x * 4, init_params(config, 0)
@@ -64,7 +64,7 @@ def params_of(config: ModelConfig) -> dict:
 @EACH
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @pytest.mark.parametrize(("dtype", "int8"), [("bfloat16", False), ("bfloat16", True), ("float16", False)])
-def test_one_token_is_as_close_to_float32_as_xla_is(config, dtype, int8, cache_dtype):
+def test_a_fused_step_is_as_close_to_float32_as_xla_is(config, dtype, int8, cache_dtype):
     config = dataclasses.replace(config, dtype=dtype)
     require_kernels(config, cache_dtype)
     weights = decoder.inference_weights(config, params_of(config), int8)
@@ -92,8 +92,8 @@ def test_one_token_is_as_close_to_float32_as_xla_is(config, dtype, int8, cache_d
     with jax.default_matmul_precision("highest"):
         exact, _ = jax.jit(xla, static_argnums=0)(wide, jax.tree.map(up, weights), jax.tree.map(up, held))
 
-    def error(scores):
-        return np.linalg.norm(scores - exact) / np.linalg.norm(exact)
+    def error(logits):
+        return np.linalg.norm(logits - exact) / np.linalg.norm(exact)
 
     assert error(ours) < 2 * error(theirs) + 1e-3
     assert cache.lengths_B == expected.lengths_B == TOKENS
@@ -119,8 +119,8 @@ def test_a_full_cache_stays_as_it_is(config):
 
 
 @EACH
-def test_greedy_tokens_are_those_of_the_largest_scores(config):
-    """Over several blocks of the loop, a cache that grows, and a context that is read on."""
+def test_greedy_tokens_are_those_of_the_largest_logits(config):
+    """Several calls of the loop, and a cache that grows."""
     require_kernels(config)
     params = params_of(config)
     generator, prompt, new = Generator(config, params, prefill_chunk=64), list(range(2, 90)), 100
@@ -131,9 +131,9 @@ def test_greedy_tokens_are_those_of_the_largest_scores(config):
     h, _ = jax.jit(decoder.extend, static_argnums=0, static_argnames="absorbed")(
         config, weights, jnp.asarray([tokens[:-1]]), empty, absorbed=True
     )
-    scores = np.asarray(decoder.logits(config, weights, h[0]))[len(prompt) - 1 :]
-    chosen = scores[np.arange(new), tokens[len(prompt) :]]
-    np.testing.assert_allclose(chosen, scores.max(-1), atol=0.05 * scores.std())
+    logits = np.asarray(decoder.logits(config, weights, h[0]))[len(prompt) - 1 :]
+    chosen = logits[np.arange(new), tokens[len(prompt) :]]
+    np.testing.assert_allclose(chosen, logits.max(-1), atol=0.05 * logits.std())
 
 
 @pytest.mark.parametrize("options", [[], ["--int8-cache", "--int8-weights"]], ids=["16 bits", "8 bits"])

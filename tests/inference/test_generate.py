@@ -215,7 +215,7 @@ def test_a_call_is_under_way_while_the_tokens_of_the_one_before_are_shown(genera
     ids=str,
 )
 def test_the_fused_loop_adds_the_same_tokens(generator, monkeypatch, sampling):
-    """With a step of XLA in place of the fused kernels, which need a GPU."""
+    """A step of XLA stands in for the fused kernels, which need a GPU."""
     monkeypatch.setattr("mla_jax.inference.generator.DECODE_BLOCK", 5)
     expected = continued(generator, PROMPTS[1:2], sampling=sampling)
 

@@ -12,12 +12,12 @@ torch = pytest.importorskip("torch")
 logits_process = pytest.importorskip("transformers.generation.logits_process")
 
 VOCABULARY = 50
-SCORES = np.random.default_rng(0).normal(0, 2, (3, VOCABULARY)).astype(np.float32)
+LOGITS = np.random.default_rng(0).normal(0, 2, (3, VOCABULARY)).astype(np.float32)
 PROMPTS = np.random.default_rng(1).integers(0, VOCABULARY, (3, 8))
 
 
 def processed(sampling):
-    """What transformers makes of the scores, in its order."""
+    """The logits after transformers' processors, in its order."""
     processors = []
     if sampling.repetition_penalty != 1:
         processors.append(logits_process.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -29,14 +29,14 @@ def processed(sampling):
             processors.append(logits_process.TopPLogitsWarper(sampling.top_p))
         if sampling.min_p:
             processors.append(logits_process.MinPLogitsWarper(sampling.min_p))
-    scores = torch.from_numpy(SCORES.copy())
+    scores = torch.from_numpy(LOGITS.copy())
     for processor in processors:
         scores = processor(torch.from_numpy(PROMPTS), scores)
     return scores.numpy()
 
 
 def seen():
-    seen_BX = np.zeros(SCORES.shape, bool)
+    seen_BX = np.zeros(LOGITS.shape, bool)
     np.put_along_axis(seen_BX, PROMPTS, True, axis=1)
     return jnp.asarray(seen_BX)
 
@@ -57,9 +57,9 @@ def test_draws_follow_the_probabilities_of_transformers(options):
     sampling = SamplingParams(**options)
     expected = torch.softmax(torch.from_numpy(processed(sampling)), -1).numpy()
     n = 20_000
-    draw = jax.jit(jax.vmap(lambda key: sample(sampling.plan, sampling.arrays(), jnp.asarray(SCORES), seen(), key)))
+    draw = jax.jit(jax.vmap(lambda key: sample(sampling.plan, sampling.arrays(), jnp.asarray(LOGITS), seen(), key)))
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), n)))
-    for row in range(len(SCORES)):
+    for row in range(len(LOGITS)):
         share = np.bincount(drawn[:, row], minlength=VOCABULARY) / n
         assert np.all(share[expected[row] == 0] == 0), "a token that is filtered out was drawn"
         spread = np.sqrt(expected[row] * (1 - expected[row]) / n)
@@ -69,7 +69,7 @@ def test_draws_follow_the_probabilities_of_transformers(options):
 @pytest.mark.parametrize("penalty", [1.0, 1.8, 0.6])
 def test_greedy_choice_with_the_penalty_is_that_of_transformers(penalty):
     sampling = SamplingParams(repetition_penalty=penalty)
-    got = sample(sampling.plan, sampling.arrays(), jnp.asarray(SCORES), seen(), jax.random.key(0))
+    got = sample(sampling.plan, sampling.arrays(), jnp.asarray(LOGITS), seen(), jax.random.key(0))
     np.testing.assert_array_equal(got, processed(sampling).argmax(-1))
 
 

@@ -1,4 +1,4 @@
-"""On any mesh: the same parameters, gradients and tokens as on one device."""
+"""Parameters, gradients and tokens are the same on any mesh as on one device."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ PROMPTS = [[1, 2, 3], [500] * 70, [7], list(range(20))]
 
 
 def gradients(params):
-    """Of the loss of 8 rows of two documents each, some of it over one micro-batch with rows of one document."""
+    """Gradients of the loss of 8 rows, once as two documents each and once as one."""
     rng = np.random.default_rng(0)
     rows = {
         "tokens": rng.integers(0, CONFIG.vocab_size, (8, 32)),

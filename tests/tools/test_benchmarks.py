@@ -188,7 +188,7 @@ def test_peers_are_loaded_from_a_folder(tmp_path, monkeypatch):
     finally:
         for name in set(sys.modules) - before:
             del sys.modules[name]
-        peers._package.cache_clear()
+        peers.stub_package.cache_clear()
 
 
 def run(monkeypatch, tool, *arguments):

@@ -1,1 +1,1 @@
-"""What the benchmarks of `tools` share: timing, ceilings, float64 references, other projects' kernels, tables."""
+"""Benchmarks: one command for each of attention, decode, generate, serving and train, and what they share."""

@@ -24,7 +24,7 @@ from tools.bench.timing import has_torch_gpu, time_jax, time_torch
 DEFAULT_SHAPES = [f"{width}:1x{tokens}" for width in ("128/128x32", "192/128x16") for tokens in ("4k", "32k", "128k")]
 CHECKED_HEADS = 2
 _MOST_TOKENS = {"xla": 2**15}
-"""Of implementations that would take minutes beyond."""
+"""The longest sequences of implementations that would take minutes beyond."""
 
 
 class Shape(NamedTuple):
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """Of `K/VxHEADS:BATCHxTOKENS`, 192/128x16:1x32k for instance."""
+        """Parses `K/VxHEADS:BATCHxTOKENS`, 192/128x16:1x32k for instance."""
         match = re.fullmatch(rf"(\d+)/(\d+)x(\d+):(\d+)x{LENGTH_PATTERN}", text)
         if match is None:
             raise UsageError(f"shape {text!r} is not K/VxHEADS:BATCHxTOKENS, 192/128x16:1x32k for instance")
@@ -46,10 +46,10 @@ class Shape(NamedTuple):
         return cls(*(int(number) for number in numbers), parse_length(tokens))  # pyright: ignore[reportCallIssue]
 
     def flops(self, backward: bool) -> float:
-        """Of the products, over the half of all pairs of tokens that is causal.
+        """FLOPs of the matrix products, over the half of all pairs of tokens that is causal.
 
-        Forward makes scores (K) and outputs (V). Backward makes scores again, the gradients of queries and keys (K
-        each), and those of weights and values (V each): 2.5 times forward if K = V.
+        Forward computes scores (K) and outputs (V). Backward recomputes scores, then the gradients of queries and keys
+        (K each) and those of probabilities and values (V each): 2.5 times forward if K = V.
         """
         widths = self.qk_width + self.v_width
         if backward:
@@ -62,7 +62,7 @@ class Shape(NamedTuple):
 
 
 class Problem:
-    """The arrays of one shape, bfloat16, and some of what shall come out."""
+    """The arrays of one shape, bfloat16, and the expected results of some heads."""
 
     def __init__(self, shape: Shape, seed: int = 0):
         self.shape, self.scale = shape, shape.qk_width**-0.5
@@ -72,7 +72,7 @@ class Problem:
             jax.random.normal(key, (shape.batch, shape.tokens, shape.heads, width), jnp.bfloat16)
             for key, width in zip(keys, widths, strict=True)
         ]
-        """Of queries, keys, values, and the gradient by the output."""
+        """Queries, keys, values, and the gradient with respect to the output."""
         rng = np.random.default_rng(seed)
         self.checked = rng.choice(shape.heads, min(CHECKED_HEADS, shape.heads), replace=False).tolist()
         self.expected = [
@@ -143,7 +143,7 @@ def jax_mosaic(problem: Problem, backward: bool):
 
 
 def runs(problem: Problem, backward: bool) -> Iterator[tuple[str, bool, Callable]]:
-    """(name, whether it is a peer, function to (results, timing)) of all that may run here."""
+    """Yields (name, is it a peer, function that returns (results, timing)) of all that may run here."""
     for name in IMPLEMENTATIONS["attention"]:
         if name != "reference":
             yield name, False, lambda n=name: ours(problem, n, backward)
@@ -155,7 +155,7 @@ def runs(problem: Problem, backward: bool) -> Iterator[tuple[str, bool, Callable
 
 
 def bench(problem: Problem, backward: bool, only: list[str], matmul: float) -> list[dict[str, Any]]:
-    """The rows of one shape; `matmul` is the ceiling in FLOP a second."""
+    """The rows of one shape; `matmul` is the measured matmul throughput in FLOP/s."""
     rows = []
     for name, peer, run in runs(problem, backward):
         if only and not any(part in name for part in only):
@@ -177,7 +177,7 @@ COLUMNS = {
     "ms": lambda row: f"{row['seconds'] * 1e3:.3f}",
     "spread": lambda row: f"{row['spread']:.1%}",
     "TFLOP/s": lambda row: f"{row['flop_a_second'] / 1e12:.0f}",
-    "of ceiling": lambda row: f"{row['of_ceiling']:.0%}",
+    "of matmul peak": lambda row: f"{row['of_ceiling']:.0%}",
     "error": lambda row: f"{row['error']:.1e}",
 }
 
@@ -197,7 +197,7 @@ def main() -> None:
         shapes = [Shape.parse(text) for text in args.shapes]
         matmul = ceilings.matmul()
         results = {"provenance": report.origin(), "matmul_ceiling": matmul, "rows": []}
-        print(f"ceiling: {matmul / 1e12:,.1f} TFLOP/s, product of bfloat16 matrices\n", flush=True)
+        print(f"ceiling: {matmul / 1e12:,.1f} TFLOP/s, matmul of bfloat16\n", flush=True)
         for shape in shapes:
             problem = Problem(shape)
             for backward in (False, True):

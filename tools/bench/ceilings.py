@@ -1,4 +1,4 @@
-"""What this device can do at best, measured: reading, copying, multiplying matrices."""
+"""Measured ceilings of this device: bandwidth of reading and copying, throughput of matrix multiplication."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def _on_gpu() -> bool:
 
 
 def read_and_copy() -> tuple[float, float]:
-    """Bytes a second of the fastest way found to read a few GB, and to copy them (bytes read plus bytes written)."""
+    """Read and copy bandwidth in bytes/s: the fastest of several kernels over a few GB (a copy counts twice)."""
     size = 2**29 if _on_gpu() else 2**20
     x = jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(0), (size,)), jnp.int32)
     reads = [
@@ -34,7 +34,7 @@ def read_and_copy() -> tuple[float, float]:
 
 
 def matmul(size: int | None = None) -> float:
-    """FLOP a second of the product of two square bfloat16 matrices of random numbers, 8192 wide on a GPU."""
+    """FLOP/s of the product of two square bfloat16 matrices of random numbers, 8192 wide on a GPU."""
     size = size or (8192 if _on_gpu() else 512)
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
     seconds = [time_jax(jnp.matmul, (), [(a, b)])[1].seconds]

@@ -1,6 +1,6 @@
 """Times decode over a latent cache: `python -m tools.bench.decode [--shapes ...] [--peers FOLDER] [--json FILE]`.
 
-Every implementation that can run here and every peer gets the same numbers in a cache of pages in random order (the
+Every implementation that can run here and every peer gets the same values in a paged cache, pages in random order (the
 einsum baselines get them contiguous, which is best for them), and each result is compared with float64.
 """
 
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """Of `WIDTH+ROPExHEADS:BATCHxTOKENS`, 256+64x32:1x128k for instance."""
+        """Parses `WIDTH+ROPExHEADS:BATCHxTOKENS`, 256+64x32:1x128k for instance."""
         match = re.fullmatch(rf"(\d+)\+(\d+)x(\d+):(\d+)x{LENGTH_PATTERN}", text)
         if match is None:
             raise UsageError(f"shape {text!r} is not WIDTH+ROPExHEADS:BATCHxTOKENS, 256+64x32:1x128k for instance")
@@ -48,12 +48,12 @@ class Shape(NamedTuple):
         return cls(*(int(number) for number in numbers), parse_length(tokens))  # pyright: ignore[reportCallIssue]
 
     def cache_bytes(self, cache: str) -> int:
-        """What a step must read: the cache, once."""
+        """Bytes that a step must read: the cache, once."""
         width = self.c_width + self.rope_width
         return self.batch * self.tokens * (width + _SCALE_BYTES if cache == "int8" else 2 * width)
 
     def flops(self) -> int:
-        """Of the products with keys and with values."""
+        """FLOPs of the products with keys and with values."""
         return 2 * self.batch * self.tokens * self.heads * (2 * self.c_width + self.rope_width)
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Shape(NamedTuple):
 
 
 class Problem:
-    """The arrays of one shape: a pool of pages that holds the cache as many times as must take turns."""
+    """The arrays of one shape: a pool of pages with as many copies of the cache as take turns."""
 
     def __init__(self, shape: Shape, page_size: int, seed: int = 0):
         self.shape, self.scale = shape, (shape.c_width + shape.rope_width) ** -0.5
@@ -104,7 +104,7 @@ class Problem:
 
 
 class Run(NamedTuple):
-    """Something that can be timed."""
+    """One implementation or peer that can be timed."""
 
     name: str
     peer: bool
@@ -192,7 +192,7 @@ def _torch(x: jax.Array):
 
 
 def runs(problem: Problem, int8: tuple[jax.Array, ...], folder: Path | None) -> Iterator[Run]:
-    """All that may run here."""
+    """Yields all that may run here."""
     caches = {"bfloat16": ((problem.c_PSC, problem.k_rope_PSR), None), "int8": (int8[:2], int8[2])}
     for cache, arrays in caches.items():
         label = "" if cache == "bfloat16" else " int8"
@@ -209,7 +209,7 @@ def runs(problem: Problem, int8: tuple[jax.Array, ...], folder: Path | None) -> 
 
 
 def bench(shape: Shape, page_size: int, folder: Path | None, only: list[str], read: float) -> list[dict[str, Any]]:
-    """The rows of one shape; `read` is the ceiling in bytes a second."""
+    """The rows of one shape; `read` is the measured read bandwidth in bytes/s."""
     problem = Problem(shape, page_size)
     int8 = jax.jit(quantize_cache)(problem.c_PSC, problem.k_rope_PSR)
     expected = problem.expected(problem.c_PSC, problem.k_rope_PSR)
@@ -238,7 +238,7 @@ COLUMNS = {
     "us": lambda row: f"{row['seconds'] * 1e6:.1f}",
     "spread": lambda row: f"{row['spread']:.1%}",
     "GB/s": lambda row: f"{row['bytes_a_second'] / 1e9:,.0f}",
-    "of ceiling": lambda row: f"{row['of_ceiling']:.0%}",
+    "of read bandwidth": lambda row: f"{row['of_ceiling']:.0%}",
     "TFLOP/s": lambda row: f"{row['flop_a_second'] / 1e12:.0f}",
     "error": lambda row: f"{row['error']:.1e}",
     "to 16 bits": lambda row: f"{row['error_to_16_bits']:.1e}",

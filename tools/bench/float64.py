@@ -1,6 +1,6 @@
-"""Both attention ops in float64, on the device, in chunks: the truth that the benchmarks compare with.
+"""Both attention ops in float64, on the device, in chunks: the reference of the benchmarks.
 
-Written on its own, not with the library's oracle, which holds all scores at once.
+Independent of the tests' oracle, which holds all scores at once.
 """
 
 import functools
@@ -44,12 +44,12 @@ def _decode(q_BTHW, c_PSC, k_rope_PSR, block_table_BN, scales_P2S, *, scale):
         q_HW, pages_N = q_and_pages
 
         def one_chunk(state, pages):
-            peak, total, acc = state
+            m, total, acc = state
             c_SC, k_rope_SR = keys(c_PSC, 0, pages), keys(k_rope_PSR, 1, pages)
             scores_HS = scale * (q_HW[:, :c_width] @ c_SC.T + q_HW[:, c_width:] @ k_rope_SR.T)
-            new_peak = jnp.maximum(peak, scores_HS.max(-1))
-            weights_HS, shrink = jnp.exp(scores_HS - new_peak[:, None]), jnp.exp(peak - new_peak)
-            return (new_peak, total * shrink + weights_HS.sum(-1), acc * shrink[:, None] + weights_HS @ c_SC), None
+            new_m = jnp.maximum(m, scores_HS.max(-1))
+            p_HS, alpha = jnp.exp(scores_HS - new_m[:, None]), jnp.exp(m - new_m)
+            return (new_m, total * alpha + p_HS.sum(-1), acc * alpha[:, None] + p_HS @ c_SC), None
 
         heads = len(q_HW)
         start = jnp.full(heads, -jnp.inf), jnp.zeros(heads), jnp.zeros((heads, c_width))
@@ -61,7 +61,7 @@ def _decode(q_BTHW, c_PSC, k_rope_PSR, block_table_BN, scales_P2S, *, scale):
 
 
 def attention(q_TK, k_TK, v_TV, d_out_TV, *, scale: float) -> tuple[np.ndarray, ...]:
-    """(out, dq, dk, dv) of causal attention, one head; d_out is the gradient by out."""
+    """(out, dq, dk, dv) of causal attention, one head; d_out is the gradient with respect to out."""
     with jax.enable_x64(True):
         return tuple(np.asarray(x) for x in _attention(q_TK, k_TK, v_TV, d_out_TV, scale=scale))
 
@@ -76,10 +76,10 @@ def _attention(q_TK, k_TK, v_TV, d_out_TV, *, scale):
         dk, dv = state
         q_t, d_out_t = (jax.lax.dynamic_slice_in_dim(x, first, chunk) for x in (q, d_out))
         seen = jnp.arange(tokens)[None] <= first + jnp.arange(chunk)[:, None]
-        weights = jax.nn.softmax(jnp.where(seen, scale * q_t @ k.T, -jnp.inf), axis=-1)
-        out_t = weights @ v
-        d_scores = scale * weights * (d_out_t @ v.T - (d_out_t * out_t).sum(-1, keepdims=True))
-        return (dk + d_scores.T @ q_t, dv + weights.T @ d_out_t), (out_t, d_scores @ k)
+        p = jax.nn.softmax(jnp.where(seen, scale * q_t @ k.T, -jnp.inf), axis=-1)
+        out_t = p @ v
+        d_scores = scale * p * (d_out_t @ v.T - (d_out_t * out_t).sum(-1, keepdims=True))
+        return (dk + d_scores.T @ q_t, dv + p.T @ d_out_t), (out_t, d_scores @ k)
 
     (dk, dv), (out, dq) = jax.lax.scan(one_chunk, (jnp.zeros_like(k), jnp.zeros_like(v)), jnp.arange(0, tokens, chunk))
     return out.reshape(v.shape), dq.reshape(q.shape), dk, dv

@@ -1,6 +1,6 @@
 """Times generation: `python -m tools.bench.generate [KEY=VALUE ...] [--decode ...] [--read ...] [--peers ...]`.
 
-Random weights and tokens. *Decode* runs over contexts that hold random latents; *read* lets `Generator.generate` read a
+Random weights and tokens. *Decode* runs over caches of random latents; *read* lets `Generator.generate` read a
 prompt of that length and write new tokens, as a user does. Peers get the same weights in the same run.
 """
 
@@ -36,7 +36,7 @@ NEW = 128
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> float:
-    """Of reading a prompt of one row: a forward pass without the head, with all of every layer."""
+    """FLOPs to read a prompt of one row: a whole forward pass but the head."""
     return forward_flops(config, 1, tokens) - 2 * tokens * config.hidden_size * config.vocab_size
 
 
@@ -55,7 +55,7 @@ class Bench:
             print(f"{jax.devices()[0].device_kind}: reads {self.read_ceiling / 1e9:,.0f} GB/s", flush=True)
 
     def generator(self) -> Generator:
-        """Ours."""
+        """A generator with the weights, options and memory limit of this run."""
         return Generator(
             self.config, self.params, int8_weights=self.args.int8_weights,
             cache_dtype="int8" if self.args.int8_cache else None, prefill_chunk=self.args.prefill_chunk,
@@ -84,7 +84,7 @@ class Bench:
                 self.add(
                     {"what": "decode", "name": self._name(), "rows": rows, "tokens": tokens, "ms": timed.seconds * 1e3}
                     | {"tokens_per_second": rows / timed.seconds, "spread": timed.spread}
-                    | {"of_read_ceiling": self._share(timed), "peak_bytes": peak_memory()}
+                    | {"read_bandwidth_share": self._share(timed), "peak_bytes": peak_memory()}
                 )
 
     def read(self, lengths: list[int]) -> None:
@@ -134,7 +134,7 @@ class Bench:
                 self.add({"what": "peer", "name": name, "tokens": tokens, "ms": row.pop("step_seconds") * 1e3} | row)
 
     def plan(self, rows: int, tokens: int) -> MemoryPlan:
-        """Of this run's generator."""
+        """The memory plan of this run's generator."""
         return MemoryPlan.of(
             self.config, rows=rows, tokens=tokens, cache_dtype="int8" if self.args.int8_cache else None,
             int8_weights=self.args.int8_weights, prefill_chunk=self.args.prefill_chunk,
@@ -159,7 +159,7 @@ def _shown(key: str, value: Any) -> str:
         return f"{value / 2**30:.3f} GiB"
     if key == "tokens":
         return format_length(value)
-    if key in ("of_read_ceiling", "of_nominal", "spread"):
+    if key in ("read_bandwidth_share", "of_nominal", "spread"):
         return f"{value:.1%}"
     return f"{value:,.3f}" if isinstance(value, float) else str(value)
 
@@ -177,13 +177,18 @@ def main() -> None:
         "--read", nargs="+", default=[], metavar="TOKENS", help=f"prompt and {NEW} new tokens together of these lengths"
     )
     add("--held", action="store_true", help="--read finds all but the last chunk in the cache, as random latents")
-    add("--peers", nargs="*", choices=PEERS, help="transformers (eager, sdpa), our model with expanded keys and values")
+    add(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        help="transformers (eager, sdpa), our model with an expanded KV cache (MHA-style)",
+    )
     add("--peer-tokens", nargs="+", default=PEER_TOKENS, metavar="TOKENS")
     add("--int8-weights", action="store_true")
     add("--int8-cache", action="store_true")
     add("--prefill-chunk", type=int, default=PREFILL_CHUNK)
     add("--memory-limit", type=int, help="bytes that the plan may use (default: what JAX may take)")
-    add("--no-ceilings", dest="ceilings", action="store_false", help="do not measure how fast this device reads")
+    add("--no-ceilings", dest="ceilings", action="store_false", help="do not measure the read bandwidth of this device")
     add("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     with one_line_errors():

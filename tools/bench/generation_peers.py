@@ -1,4 +1,4 @@
-"""Peers of `tools.bench.generate`: transformers' DeepseekV3, and our model with keys and values of all heads cached."""
+"""Peers of `tools.bench.generate`: transformers' DeepseekV3, and our model with an expanded KV cache (MHA-style)."""
 
 import functools
 import time
@@ -82,9 +82,9 @@ class Transformers:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _expanded_steps(config: ModelConfig, weights: dict, tokens_B: jax.Array, caches: list, length: jax.Array):
-    """DECODE_BLOCK greedy tokens over keys and values of every head, [B, S, H, K] and [B, S, H, V] a layer."""
+    """DECODE_BLOCK greedy tokens over the expanded cache, [B, S, H, K] and [B, S, H, V] a layer."""
 
-    def one_token(carry, _):
+    def next_token(carry, _):
         tokens_B, caches, length = carry
         cos_sin = rope_cos_sin(config, jnp.full((len(tokens_B), 1), length))
         h, kept = embed(config, weights["embed_tokens"], tokens_B[:, None]), []
@@ -107,13 +107,13 @@ def _expanded_steps(config: ModelConfig, weights: dict, tokens_B: jax.Array, cac
         tokens_B = jnp.argmax(logits(config, weights, h[:, 0]), axis=-1).astype(jnp.int32)
         return (tokens_B, kept, length + 1), None
 
-    return jax.lax.scan(one_token, (tokens_B, caches, length), None, length=DECODE_BLOCK)[0]
+    return jax.lax.scan(next_token, (tokens_B, caches, length), None, length=DECODE_BLOCK)[0]
 
 
 def measure_expanded(config: ModelConfig, weights: dict, tokens: int) -> dict[str, Any]:
     """Seconds of a step over so many random cached tokens, and the bytes of the cache.
 
-    This is what multi-head attention caches; the model and its weights are the same.
+    The cache is that of multi-head attention, keys and values of every head; the model and its weights are the same.
     """
     heads, capacity = config.num_attention_heads, tokens + 4 * DECODE_BLOCK
 

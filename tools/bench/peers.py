@@ -1,4 +1,4 @@
-"""Decode kernels of other projects, loaded from files that are no part of this repository.
+"""Decode kernels of other projects, loaded from files outside of this repository.
 
 A folder of peers holds, of the wheel of vllm 0.22.0: `_flashmla_C.abi3.so`, `flash_mla_interface.py` (FlashMLA) and
 `triton_decode_attention.py` (vLLM's Triton MLA). Each is used if its files are there.
@@ -39,7 +39,7 @@ def load(peer: str, folder: Path | None) -> ModuleType:
     missing = [name for name in FILES[peer] if folder is None or not (folder / name).exists()]
     if folder is None or missing:
         raise PeerMissing(f"no {', '.join(missing)} in the folder of peers ({folder})")
-    package = _package()
+    package = stub_package()
     for name in FILES[peer]:
         if not (package / name).exists():
             shutil.copy(folder / name, package / name)
@@ -48,7 +48,7 @@ def load(peer: str, folder: Path | None) -> ModuleType:
 
 
 @functools.cache
-def _package() -> Path:
+def stub_package() -> Path:
     """An importable package `vllm` that has only what the files need."""
     parent = tempfile.mkdtemp(prefix="peers-")
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
@@ -94,7 +94,7 @@ def vllm_triton_step(module: ModuleType, q_BTHW, kv_PSW, lengths_B, *, c_width: 
 
 
 def likely_splits(batch: int, heads: int) -> int:
-    """A power of two of splits that gives every multiprocessor of a large GPU about two blocks of 16 heads."""
+    """A power of two of splits that gives every SM of a large GPU about two CTAs of 16 heads."""
     return 2 ** max(round(math.log2(256 / (batch * math.ceil(heads / 16)))), 0)
 
 

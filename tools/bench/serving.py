@@ -30,15 +30,15 @@ _WORDS = "time year day way man world life hand part child eye place work week c
 
 
 class Answer(NamedTuple):
-    """One request, in seconds from when it was sent."""
+    """The answer to one request; times are in seconds from when it was sent."""
 
     pieces: list[float]
     """When each piece of text came."""
     end: float
     prompt_tokens: int
-    """As the server counts them; 0 if it does not say."""
+    """Number as the server counts; 0 if it does not say."""
     output_tokens: int
-    """As the server counts them, else the pieces."""
+    """Number as the server counts, else of pieces."""
     error: str | None
 
 
@@ -113,7 +113,7 @@ def _prompt(words: int, number: int) -> str:
 
 
 def run_level(endpoint: Endpoint, body: dict[str, Any], prompts: list[str], concurrency: int) -> dict[str, Any]:
-    """Asks all prompts, `concurrency` at a time; what was measured, of the requests that succeeded."""
+    """Asks all prompts, `concurrency` at a time; returns statistics of the requests that succeeded."""
     start = time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:
         answers = list(pool.map(lambda prompt: endpoint.ask({**body, "prompt": prompt}), prompts))
@@ -138,7 +138,7 @@ def run_level(endpoint: Endpoint, body: dict[str, Any], prompts: list[str], conc
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float] | None:
-    """In milliseconds; None of nothing."""
+    """Percentiles in milliseconds; None without values."""
     if not seconds:
         return None
     return {f"p{p}": float(np.percentile(seconds, p)) * 1e3 for p in PERCENTILES}

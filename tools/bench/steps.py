@@ -22,14 +22,14 @@ from mla_jax.training.step import make_train_step
 
 
 class Shape(NamedTuple):
-    """A batch."""
+    """Sequences and tokens per sequence of a batch."""
 
     batch: int
     tokens: int
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """Of `BATCHxTOKENS`, 4x8k for instance."""
+        """Parses `BATCHxTOKENS`, 4x8k for instance."""
         match = re.fullmatch(rf"(\d+)x{LENGTH_PATTERN}", text)
         if match is None:
             raise UsageError(f"shape {text!r} is not BATCHxTOKENS, 4x8k for instance")
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 
 def compose_config(overrides: list[str]) -> SftConfig:
-    """What experiments.sft would run with these overrides."""
+    """The config that experiments.sft would run with these overrides."""
     register_schemas()
     with initialize_config_dir(str(CONF), version_base=None), as_usage_errors():
         config: Any = OmegaConf.to_object(compose("sft", overrides=overrides))
@@ -48,7 +48,7 @@ def compose_config(overrides: list[str]) -> SftConfig:
 
 
 def random_batch(model: ModelConfig, shape: Shape, accumulation: int) -> dict[str, jax.Array]:
-    """One batch on the mesh: random tokens, each the target of the one before, all of them learned."""
+    """One batch on the mesh: random tokens, each the target of the one before, all with loss weight 1."""
     rows = rows_here(shape.batch, accumulation)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (shape.batch, shape.tokens + 1), np.int32)[rows]
     batch = {
@@ -61,7 +61,7 @@ def random_batch(model: ModelConfig, shape: Shape, accumulation: int) -> dict[st
 
 
 def compile_step(config: SftConfig, shape: Shape) -> tuple[Any, tuple, dict[str, Any]]:
-    """The step, its batch and rate, and what it takes: seconds to compile, bytes on a device, bytes on the host."""
+    """The compiled step, its arguments, and its cost: seconds to compile, bytes on a device, bytes on the host."""
     model, optimizer = config.model, make_optimizer(config.optim)
     train_step = make_train_step(model, optimizer, CrossEntropy(config.train.loss_chunk))
     arguments = random_batch(model, shape, config.train.grad_accumulation), jnp.float32(1e-4)

@@ -21,7 +21,7 @@ SLOW_SECONDS = 0.3
 CALLS = 16
 """The fewest calls of a sequence where nothing else is said."""
 MOST_TURNS = 48
-"""Of copies of small data."""
+"""The most copies of small data that take turns."""
 _DATA_BYTES = 240e6  # together at least: four times the L2 cache of an H200
 
 # Calls that do not need each other may overlap in a command buffer, which those of a model cannot.
@@ -29,7 +29,7 @@ _ONE_AFTER_THE_OTHER = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
 
 class Timing(NamedTuple):
-    """Of one call."""
+    """The time of one call."""
 
     seconds: float
     """Median of the samples."""
@@ -43,7 +43,7 @@ def turns_for(data_bytes: int) -> int:
 
 
 def has_torch_gpu() -> bool:
-    """Whether PyTorch is installed and sees a GPU."""
+    """True if PyTorch is installed and sees a GPU."""
     try:
         import torch
     except ImportError:

@@ -1,7 +1,7 @@
 """Times training steps: `python -m tools.bench.train [KEY=VALUE ...] [--shapes ...] [--keep ...] [--json FILE]`.
 
-The whole step of `experiments.sft` on random tokens: loss, gradients, clipping, optimizer. Each way to keep or compute
-again what the backward pass needs (`model.remat`) gets the same parameters and tokens and must find the same loss.
+The whole step of `experiments.sft` on random tokens: loss, gradients, clipping, optimizer. Each way to save or
+recompute activations (`model.remat`) gets the same parameters and tokens and must find the same loss.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def keeping(model: ModelConfig, text: str) -> ModelConfig:
 
 
 def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, Any]:
-    """Seconds a step, loss and gradient norm of the first, and what `compile_step` says."""
+    """Seconds a step, loss and gradient norm of the first step, and the cost that `compile_step` finds."""
     compiled, (batch, rate), takes = compile_step(config, shape)
     state, metrics = compiled(init_state(config.model, make_optimizer(config.optim), config.seed), batch, rate)
     first = {"loss": float(metrics["loss"] / metrics["weight"]), "grad_norm": float(metrics["grad_norm"])}
@@ -62,7 +62,7 @@ def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, An
 
 
 def print_memory(config: SftConfig, shape: Shape, models: dict[str, ModelConfig]) -> None:
-    """What each way takes, without running it."""
+    """Prints the memory that each way takes, without running it."""
     for name, model in models.items():
         try:
             takes = compile_step(dataclasses.replace(config, model=model), shape)[2]
@@ -150,7 +150,7 @@ def main() -> None:
                 return
             peak = ceilings.matmul()
             results = {"provenance": report.origin(), "matmul_ceiling": peak, "rows": []}
-            print(f"ceiling: {peak / 1e12:,.1f} TFLOP/s, product of bfloat16 matrices\n", flush=True)
+            print(f"ceiling: {peak / 1e12:,.1f} TFLOP/s, matmul of bfloat16\n", flush=True)
             for shape in shapes:
                 rows = bench(config, shape, models, peak, args.trace)
                 report.publish(str(shape), COLUMNS, rows, results, args.json)

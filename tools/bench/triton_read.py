@@ -1,4 +1,4 @@
-"""A kernel that only reads, for the ceiling of what reads."""
+"""A Triton kernel that only reads, to measure the read bandwidth."""
 
 import torch  # pyright: ignore[reportMissingImports]
 import triton  # pyright: ignore[reportMissingImports]
@@ -15,7 +15,7 @@ def _read_kernel(x_ptr, sums_ptr, size, BLOCK: tl.constexpr):
 
 
 def read(x: torch.Tensor, block: int, programs_per_sm: int) -> torch.Tensor:
-    """Sums int32 [size], fewer than 2^30 numbers of which there is a multiple of `block`, a part for each program."""
+    """Sums of int32 [size], one for each program; `size` is below 2^30 and a multiple of `block`."""
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count * programs_per_sm
     sums = torch.empty(programs, dtype=torch.int32, device=x.device)
     _read_kernel[(programs,)](x, sums, x.numel(), BLOCK=block, num_warps=8)  # pyright: ignore[reportCallIssue]
