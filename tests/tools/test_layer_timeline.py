@@ -51,6 +51,14 @@ def test_results_are_drawn_without_a_gpu(tmp_path, call):
     assert (tmp_path / "figures" / "decode_layer_timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_results_that_cannot_be_read_are_named(tmp_path, call):
+    (tmp_path / "broken.json").write_text("{")
+    for name in ("missing.json", "broken.json"):
+        code, _, err = call(layer_timeline, "--out", tmp_path / "figures", "--from", tmp_path / name)
+        assert code == 1 and name in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "figures").exists()
+
+
 def test_every_phase_has_a_bar():
     found = layer_timeline.summarise(made_stamps())
     (axes,) = layer_timeline.draw({"contexts": {"1k": found}}).axes

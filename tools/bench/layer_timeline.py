@@ -27,7 +27,7 @@ from tools.bench import report
 
 INFINITE_1B = LayerShape(D=2560, Q=768, C=256, R=64, N=64, V=128, H=32, F=7680)
 TOKENS = 1024, 131_072
-"""In the cache."""
+"""Lengths of the cache that are measured."""
 LAYERS, WARM_UP, STEPS = 6, 5, 20
 """Layers of a step, whose weights are too large for the L2 cache together; steps before those that count, and these."""
 NAME = "decode_layer_timeline"
@@ -126,6 +126,14 @@ def summarise(stamps: np.ndarray) -> dict[str, Any]:
     }
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """Results of an earlier run. Raises InputError where they cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} is no {NAME}.json that can be read: {e}") from e
+
+
 def _kind(phase: str) -> str:
     return "projection" if phase in _WEIGHTS else "attention" if phase in _ATTENTION else "waits for a vector"
 
@@ -164,7 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     with one_line_errors():
         if args.source:
-            results = json.loads(args.source.read_text(encoding="utf-8"))
+            results = read_results(args.source)
         else:
             contexts = {format_length(n): summarise(measure(INFINITE_1B, n)) for n in TOKENS}
             results = {"provenance": report.origin(), "contexts": contexts}

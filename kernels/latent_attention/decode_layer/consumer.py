@@ -1,14 +1,14 @@
 """A consumer warpgroup of the fused decoder layer: the phases of the layer, one after the other.
 
-The result of each phase is needed by all CTAs in the next, so seven times in a layer every CTA waits for all others,
-while its producer goes on copying tiles. Most vectors are handed on through mailboxes, which need no fence; partial
+All CTAs need in a phase what all have computed in the one before, so seven times in a layer they wait for each other,
+while their producers go on copying tiles. Most vectors are handed on through mailboxes, which need no fence; partial
 results of the attention, which are larger, go through global memory behind a grid barrier with release and acquire.
 Where the wait is long, a relaxed grid barrier comes before the mailbox: spinning on all of its words would slow down
 the CTAs that are still working.
 
 Five of the seven waits come before the output projection, where there is little to read: the pipeline is full and
-memory idle until they are over. So it counts how soon each vector is where it is needed. While they wait, consumers
-prefetch tiles into registers, which makes room in the pipeline.
+memory idle until they are over. So latency counts: how soon each vector is where it is needed. While they wait,
+consumers prefetch tiles into registers, which makes room in the pipeline.
 """
 
 from jax.experimental import pallas as pl

@@ -88,10 +88,8 @@ class Producer:
                 which, i = jnp.where(reached, k, which), jnp.where(reached, n - end, i)
                 first_tile = jnp.where(reached, part_first_tile, first_tile)
                 first_index = jnp.where(reached, part_first_index, first_index)
-                stages, throttled = (
-                    jnp.where(reached, stream.stages, stages),
-                    jnp.where(reached, stream.throttled, throttled),
-                )
+                stages = jnp.where(reached, stream.stages, stages)
+                throttled = jnp.where(reached, stream.throttled, throttled)
                 end += num_tiles
             is_tokens, index = stages == 2, first_index + i * stages
             stage = stage_of(index)

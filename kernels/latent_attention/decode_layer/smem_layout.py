@@ -40,17 +40,17 @@ def value_partials_per_row(shape: LayerShape) -> int:
 class Smem(NamedTuple):
     """Shared memory and mbarriers, in the order in which they are allocated: their types, then references to them.
 
-    Arrays that are in use at different times share their place (`plgpu.RefUnion`); properties name these. For mbarriers
-    it is said what completes a phase.
+    Arrays that are in use at different times share their place (`plgpu.RefUnion`); properties name these. Docstrings
+    of mbarriers say what completes a phase.
     """
 
     consumed: Any
-    """Of each stage: its consumer has read it."""
+    """One per stage: its consumer has read it."""
     queries_or_vectors: Any
-    """In turn: `vector` with parts of the queries; `q_c`, `q_rope` and `exchange` of the attention; `partials`;
-    `vector` with the operands of what follows."""
+    """One after the other: `vector` with parts of the queries; `q_c`, `q_rope` and `exchange`; `partials`; `vector`
+    with the operands of what follows."""
     produced: Any
-    """Of each stage: the two copies of a matrix tile have completed."""
+    """One per stage: the two copies of a matrix tile have completed."""
     latent: Any
     """float32 [NUM_CONSUMERS, C]: each consumer's sum in the combine; before that, a part of a query."""
     exchange_lse: Any
@@ -60,7 +60,7 @@ class Smem(NamedTuple):
     head_lse_loaded: Any
     """Its copy has completed."""
     partials_loaded: Any
-    """Of each copy in `partials`: it has completed."""
+    """One per copy in `partials`: it has completed."""
     gemv_partials: Any
     """float32 partial sums of the CTA's rows of a matrix, see `gemv.gemv`."""
     residual: Any
@@ -72,9 +72,9 @@ class Smem(NamedTuple):
     combine_weights: Any
     """Weight of each partial result of one head in the combine, not normalised."""
     tokens_produced: Any
-    """Of each pair of stages: the copies of latents and of rotary keys have completed."""
+    """One per pair of stages: the copies of latents and of rotary keys have completed."""
     p_or_scratch: Any
-    """For each consumer: `p`, `scratch` or `new_token_scratch`."""
+    """`p`, `scratch` or `new_token_scratch` of each consumer."""
 
     @classmethod
     def types(cls, shape: LayerShape, num_ctas: int, dtype) -> "Smem":
@@ -105,7 +105,7 @@ class Smem(NamedTuple):
             ),
             combine_weights=plgpu.SMEM((partials,), jnp.float32),
             tokens_produced=plgpu.Barrier(num_arrivals=2, num_barriers=NUM_STAGES // 2),
-            # What a consumer exchanges when it reduces scores, 128 H bytes, ends where the other's p starts.
+            # A reduction of scores uses 128 H bytes of a consumer's scratch; they end where the other's p starts.
             p_or_scratch=plgpu.RefUnion(
                 swizzled_smem(H, TILE_TOKENS, dtype, NUM_CONSUMERS),
                 plgpu.SMEM((NUM_CONSUMERS, REDUCE_SCRATCH), jnp.float32),

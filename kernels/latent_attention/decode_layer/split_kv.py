@@ -50,16 +50,13 @@ class SplitKV:
         self.wg, self.scratch, self.dtype = context.wg, context.scratch, context.dtype
         self.log2_scale = scale * math.log2(math.e)
         self.kv_len = cache_length(self.refs)
-        # The new token's, and one of each CTA that has tiles; those are numbered without gaps, see `attend`.
+        # The new token's, and one of each CTA that has tiles: number 1 + first_tile, so that there are no gaps.
         self.num_partials = 1 + jnp.minimum(lax.div(self.kv_len + TILE_TOKENS - 1, TILE_TOKENS), context.num_ctas)
         # The largest p of a tile is 2^headroom, so that small ones do not underflow in float16.
         self.headroom = 15 if self.dtype == jnp.float16 else 0
 
     def attend_to_new(self) -> None:
-        """Partial result 0: the new token's score for each head, one head per CTA, by consumer 1.
-
-        Heads go to the CTAs in descending order, as the last ones have the fewest tiles of the cache.
-        """
+        """Partial result 0, of the new token alone: its latent and its score, one head per CTA, by consumer 1."""
         context, refs, C, R = self.context, self.refs, self.shape.C, self.shape.R
         scratch = self.smem.new_token_scratch.at[self.wg]
         head = context.num_ctas - 1 - context.cta

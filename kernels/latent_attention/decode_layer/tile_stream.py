@@ -23,8 +23,7 @@ from latent_attention.decode_layer import gemv
 STAGE_ELEMENTS = 10240
 """16-bit elements of a pipeline stage: 20 KiB."""
 NUM_STAGES = 8
-"""Stages of the pipeline. A multiple of 4, as each stage, and each pair of them, belongs to one of the two
-consumers."""
+"""Stages of the pipeline. A multiple of 4, as stages, and pairs of stages, alternate between the two consumers."""
 NUM_CONSUMERS = 2
 """Consumer warpgroups of a CTA."""
 TILE_TOKENS = 64
@@ -47,11 +46,11 @@ class TileRows(NamedTuple):
     """Rows of a tile of each matrix."""
 
     qkv_a: int
-    """Of the down-projections of queries and of keys and values, whose tiles form one list."""
+    """The down-projections of queries (`q_a`) and of keys and values (`kv_a`), whose tiles form one list."""
     q_b: int
     o: int
     gate: int
-    """Of `gate`; a tile has as many of `up`."""
+    """Rows of `gate`; a tile has as many of `up`."""
     down: int
 
 

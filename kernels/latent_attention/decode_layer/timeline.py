@@ -34,9 +34,9 @@ PHASES = (
     "barrier 4, receive activations",
     "down",
 )
-"""In the order in which they end. The first is the start of the consumer."""
+"""Phases in the order in which they end; the first one ends when the consumer starts."""
 CLOCKS = ("%clock", "%globaltimer_lo")
-"""Of each timestamp; 32 bits, which wrap around."""
+"""The clocks of a timestamp, 32 bits each, which wrap around."""
 
 
 def timeline_type(num_ctas: int) -> jax.ShapeDtypeStruct:

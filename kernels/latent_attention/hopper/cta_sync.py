@@ -6,7 +6,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from latent_attention.hopper.mlir import inline_ptx
 
 _NAMED_BARRIER = 15
-"""Of the hardware's 16 per CTA; Mosaic numbers its own, one per warpgroup, from 0."""
+"""The last of the hardware's 16 per CTA; Mosaic uses the first ones, one per warpgroup."""
 
 
 def warpgroup_barrier() -> None:

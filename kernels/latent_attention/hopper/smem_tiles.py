@@ -31,7 +31,7 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 """The layout of a vector [N] with one element per column of a wgmma accumulator [M, N]."""
 _NO_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
 _SWIZZLE = 64
-"""Of int8 tiles in shared memory, bytes: rows of 64 bytes whose 16-byte units are permuted (swizzled)."""
+"""Swizzle of int8 tiles in shared memory: rows of 64 bytes, whose 16-byte units are permuted."""
 
 
 def tiled_layout(*tiles, warps, lanes) -> Any:

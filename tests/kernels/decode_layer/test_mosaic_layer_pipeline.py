@@ -50,7 +50,7 @@ class FakeRef:
         return [(int(x.start), x.size) if isinstance(x, pl.Slice) else int(np.asarray(x)) for x in parts]
 
     def mbarrier(self) -> tuple[str, int]:
-        """Of an mbarrier: its name and index, 0 if there is one only."""
+        """Name and index of an mbarrier; 0 if there is one only."""
         return self.name, (self.indices() or [0])[0]
 
 
@@ -198,7 +198,7 @@ class Pipeline:
 
 
 def moves_of(pipeline: Pipeline) -> list:
-    """Of the producer, of the consumers, and the completion of a copy."""
+    """Moves of the producer and the consumers, and the completion of a copy."""
     return [lambda agent=agent: pipeline.move(agent) for agent in range(len(pipeline.agents))] + [
         pipeline.complete_copy
     ]
