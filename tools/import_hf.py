@@ -1,12 +1,12 @@
-"""Makes a run of a Hugging Face folder, of a Llama too, by conversion: `python -m tools.import_hf DIR RUN`."""
+"""Imports a Hugging Face folder as a run, converting Llama-style models: `python -m tools.import_hf DIR RUN`."""
 
 import argparse
 from pathlib import Path
 
 from mla_jax.bridge.hf.layout import count_parameters
 from mla_jax.bridge.hf.reader import open_checkpoint
-from mla_jax.bridge.llama import convert as llama_import
 from mla_jax.bridge.llama.config import Ranks
+from mla_jax.bridge.llama.convert import convert
 from mla_jax.bridge.llama.source import is_llama_style
 from mla_jax.checkpoint.run_folder import save_imported
 from mla_jax.errors import InputError, UsageError, one_line_errors
@@ -21,13 +21,13 @@ def main() -> None:
     )
     parser.add_argument("dir", type=Path, help="folder with config.json, safetensors and tokenizer.json")
     parser.add_argument("run", type=Path, help="run folder to create, to evaluate, export or start training from")
-    convert = parser.add_argument_group("converting a Llama, Mistral or Qwen (docs/importing.md)")
-    convert.add_argument("--kv-lora-rank", type=int, help="width of the latent of keys and values; needed")
-    convert.add_argument("--rope-dim", type=int, help="width of the rotary key; default: that of a head, 64 at most")
-    convert.add_argument("--q-lora-rank", type=int, help="also factor queries (llama.cpp needs it); default: no")
-    convert.add_argument("--calibration", type=Path, metavar="TEXT_FILE", help="UTF-8 text to fit and to test; needed")
-    convert.add_argument("--calibration-tokens", type=int, default=65_536, help="of it to use; default %(default)s")
-    convert.add_argument("--calibration-length", type=int, default=1024, help="tokens of a sequence; default 1024")
+    conversion = parser.add_argument_group("converting a Llama, Mistral or Qwen (docs/importing.md)")
+    conversion.add_argument("--kv-lora-rank", type=int, help="width of the latent of keys and values; needed")
+    conversion.add_argument("--rope-dim", type=int, help="width of the RoPE key; default: that of a head, 64 at most")
+    conversion.add_argument("--q-lora-rank", type=int, help="also factor queries (llama.cpp needs it); default: no")
+    conversion.add_argument("--calibration", type=Path, metavar="TEXT_FILE", help="UTF-8 text for fit and test; needed")
+    conversion.add_argument("--calibration-tokens", type=int, default=65_536, help="tokens to use; default %(default)s")
+    conversion.add_argument("--calibration-length", type=int, default=1024, help="tokens of a sequence; default 1024")
     args = parser.parse_args()
     with one_line_errors():
         if args.run.exists():
@@ -38,7 +38,7 @@ def main() -> None:
                 raise UsageError(
                     f"{args.dir} is no DeepSeek; converting it needs --kv-lora-rank WIDTH and --calibration TEXT_FILE"
                 )
-            config, params, tokenizer, report = llama_import.convert(
+            config, params, tokenizer, report = convert(
                 args.dir,
                 Ranks(args.kv_lora_rank, args.rope_dim, args.q_lora_rank),
                 args.calibration,

@@ -1,1 +1,7 @@
-"""To and from other programs: Hugging Face folders, read and written without torch or transformers."""
+"""Models to and from other programs.
+
+hf      folders in Hugging Face format, read and written without torch or transformers
+gguf    GGUF files for llama.cpp, made from such folders
+llama   conversion of Llama, Mistral and Qwen checkpoints to latent attention
+vllm    a plugin that serves exported models with our kernels
+"""

@@ -1,1 +1,11 @@
-"""Evaluations by real generation, with the number of prompts and an interval beside every accuracy."""
+"""Evaluations by generation, with the number of prompts and an interval beside every accuracy.
+
+task        what an evaluation asks, and how answers are scored
+passkey     the task of passkey retrieval
+runner      asks a model, cell by cell, and writes the results
+results     RUN/eval/TASK.json: written, read, checked
+report      table and heatmap
+sweep       the runs of a sweep compared
+stats       intervals
+provenance  command, commit, hardware and versions of a measurement
+"""

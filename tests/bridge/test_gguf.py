@@ -182,10 +182,10 @@ def tokenizer_json(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()), "no name for how this tokenizer cuts"),
-        (lambda t: setattr(t, "pre_tokenizer", None), "no name for how this tokenizer cuts"),
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Whitespace()), "no name for the pre-tokenizer of this"),
+        (lambda t: setattr(t, "pre_tokenizer", None), "no name for the pre-tokenizer of this"),
         (lambda t: setattr(t, "normalizer", normalizers.Lowercase()), r"does not normalize .*Lowercase"),
-        (lambda t: setattr(t.model, "ignore_merges", True), "no name for how"),
+        (lambda t: setattr(t.model, "ignore_merges", True), "no name for the pre-tokenizer"),
         (lambda t: setattr(t, "model", models.WordLevel(t.get_vocab(), "<|pad|>")), "this one is WordLevel"),
     ],
 )

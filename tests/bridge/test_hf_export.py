@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from mla_jax import mesh
 from mla_jax.bridge.hf import export as hf_export
-from mla_jax.bridge.hf import reader as hf_import
+from mla_jax.bridge.hf import reader
 from mla_jax.bridge.hf.config import to_hf
 from mla_jax.bridge.hf.export import export
 from mla_jax.bridge.hf.layout import count_parameters, tensors
@@ -52,7 +52,7 @@ def equal(left, right):
 def test_round_trip_is_bitwise(config, max_shard_bytes, tmp_path):
     params = init_params(config, 0)
     out = export(config, params, TOKENIZER, tmp_path / "out", max_shard_bytes=max_shard_bytes)
-    imported_config, imported, tokenizer = hf_import.load(out)
+    imported_config, imported, tokenizer = reader.load(out)
     assert dataclasses.replace(imported_config, remat=config.remat) == config
     assert jax.tree.structure(imported) == jax.tree.structure(params)
     assert equal(imported, params)
@@ -116,7 +116,7 @@ def test_parameters_on_a_mesh(params, tmp_path):
             params, jax.tree.map(lambda x: x.sharding, mesh.with_concrete_shardings(abstract_params(MODEL)))
         )
         out = export(MODEL, sharded, TOKENIZER, tmp_path / "mesh" / "out")
-        _, imported, _ = hf_import.load(out)
+        _, imported, _ = reader.load(out)
     assert contents(out) == single
     assert all(
         x.sharding == y.sharding for x, y in zip(jax.tree.leaves(imported), jax.tree.leaves(sharded), strict=True)
@@ -305,4 +305,4 @@ hf_export.export(MODEL, {{}}, load_tokenizer("bytes"), {str(tmp_path / "out")!r}
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     export(MODEL, init_params(MODEL, 0), TOKENIZER, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    hf_import.load(tmp_path / "out")
+    reader.load(tmp_path / "out")

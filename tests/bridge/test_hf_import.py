@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mla_jax.bridge.hf import reader as hf_import
+from mla_jax.bridge.hf import reader
 from mla_jax.bridge.hf.export import export
 from mla_jax.config import YarnConfig
 from mla_jax.data.tokenizer import load_tokenizer
@@ -56,7 +56,7 @@ def edit_tensors(folder, change):
 
 def refused(folder, message):
     with pytest.raises(InputError, match=message) as caught:
-        hf_import.load(folder)
+        reader.load(folder)
     assert not isinstance(caught.value, UsageError)  # the files are at fault: exit code 1
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -110,7 +110,7 @@ def test_configs_that_cannot_be_imported(changes, message, one):
 )  # fmt: skip
 def test_spellings_of_yarn(changes, expected, one):
     edit_config(one, **{"rope_scaling": None, "rope_theta": 100.0, **changes})
-    config, _, _ = hf_import.load(one)
+    config, _, _ = reader.load(one)
     assert config.rope_scaling == expected
     assert config.rope_theta == 100.0
 
@@ -119,7 +119,7 @@ def test_dense_without_experts_in_the_config(one):
     """The original DeepSeek code reads null experts as a dense model."""
     path = one / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_routed_experts": None, "first_k_dense_replace": 0}))
-    hf_import.load(one)
+    reader.load(one)
 
 
 def test_missing_left_over_and_misshapen_tensors_are_named_together(one):
@@ -157,17 +157,17 @@ def test_prediction_layers(one):
 
 def test_the_head_decides_what_is_tied(one):
     """As in transformers: values, not the flag; the flag only where the head is missing."""
-    assert hf_import.load(one)[0].tie_word_embeddings  # equal, though the flag says untied
+    assert reader.load(one)[0].tie_word_embeddings  # equal, though the flag says untied
 
     edit_tensors(one, lambda stored: stored.update({"lm_head.weight": stored["lm_head.weight"] + 1}))
     for flag in (False, True):
         edit_config(one, tie_word_embeddings=flag)
-        config, params, _ = hf_import.load(one)
+        config, params, _ = reader.load(one)
         assert not config.tie_word_embeddings
         np.testing.assert_array_equal(params["lm_head"].T, params["embed_tokens"] + 1)
 
     edit_tensors(one, lambda stored: stored.pop("lm_head.weight"))
-    assert hf_import.load(one)[0].tie_word_embeddings
+    assert reader.load(one)[0].tie_word_embeddings
     edit_config(one, tie_word_embeddings=False)
     refused(one, "missing: lm_head.weight")
 

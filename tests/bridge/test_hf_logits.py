@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 
-from mla_jax.bridge.hf import reader as hf_import
-from mla_jax.bridge.hf import verify
+from mla_jax.bridge.hf import reader, verify
 from mla_jax.bridge.hf.export import export
 from mla_jax.config import ModelConfig, YarnConfig
 from mla_jax.data.tokenizer import load_tokenizer
@@ -146,7 +145,7 @@ def test_verify_names_the_first_part_that_differs(path, part, tmp_path):
     out = export(config, changed(params, *path), TOKENIZER, tmp_path / "out")
     verification = verify.verify(out, config, params, TOKENIZER, prompts=["a"])
     assert verification.first_difference == part
-    assert f"the first part that differs: {part}" in str(verification)
+    assert f"the first module that differs: {part}" in str(verification)
     assert not verification.passed
 
 
@@ -204,7 +203,7 @@ def save_hf(folder, version, changes, **how):
 @pytest.mark.parametrize(("version", "changes"), HF_MODELS.values(), ids=HF_MODELS)
 def test_logits_of_imported_checkpoints(version, changes, tmp_path):
     save_hf(tmp_path, version, changes)
-    config, params, tokenizer = hf_import.load(tmp_path)
+    config, params, tokenizer = reader.load(tmp_path)
     assert config.tie_word_embeddings == changes.get("tie_word_embeddings", False)
     assert tokenizer.fingerprint == TOKENIZER.fingerprint
     assert difference_from_hf(tmp_path, config, params)[0] < TOLERANCE
@@ -213,14 +212,14 @@ def test_logits_of_imported_checkpoints(version, changes, tmp_path):
 def test_logits_of_an_imported_sharded_checkpoint(tmp_path):
     save_hf(tmp_path, "v3", {}, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    config, params, _ = hf_import.load(tmp_path)
+    config, params, _ = reader.load(tmp_path)
     assert difference_from_hf(tmp_path, config, params)[0] < TOLERANCE
 
 
 def test_an_imported_model_exports_to_the_same_logits(tmp_path):
     """V2, rotating interleaved pairs in complex numbers, leaves as V3."""
     save_hf(tmp_path / "v2", "v2", HF_MODELS["v2 yarn"][1])
-    config, params, tokenizer = hf_import.load(tmp_path / "v2")
+    config, params, tokenizer = reader.load(tmp_path / "v2")
     export(config, params, tokenizer, tmp_path / "v3")
     _, before = difference_from_hf(tmp_path / "v2", config, params)
     _, after = difference_from_hf(tmp_path / "v3", config, params)

@@ -10,8 +10,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mla_jax.bridge.llama import config as llama_config
-from mla_jax.bridge.llama.config import Ranks, frequency_error, read_config, target_config
+from mla_jax.bridge.llama.config import WIDEST_ROPE, Ranks, frequency_error, read_config, target_config
 from mla_jax.bridge.llama.convert import convert
 from mla_jax.bridge.llama.source import LlamaCheckpoint
 from mla_jax.config import ModelConfig
@@ -198,4 +197,4 @@ def test_a_sliding_window_that_is_off_or_as_long_as_the_context():
 def test_the_default_rotary_width():
     wide = {**HF, "head_dim": 128}
     assert target_config(wide, read_config(wide), Ranks(32), tied=True, dtype="float32").qk_rope_head_dim == 64
-    assert llama_config.WIDEST_ROPE == 64
+    assert WIDEST_ROPE == 64

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mla_jax.bridge.hf import reader as hf_import
+from mla_jax.bridge.hf import reader
 from mla_jax.bridge.hf.export import export
 from mla_jax.checkpoint import manager, streaming
 from mla_jax.checkpoint.run_folder import load_run, save_imported
@@ -66,7 +66,7 @@ def equal(left, right):
 
 
 def imported(hf_dir, run_dir):
-    checkpoint = hf_import.open_checkpoint(hf_dir)
+    checkpoint = reader.open_checkpoint(hf_dir)
     return save_imported(run_dir, checkpoint.config, checkpoint.params(), checkpoint.tokenizer)
 
 
@@ -142,7 +142,7 @@ def test_an_import_in_parts_is_that_of_the_whole(chunk_bytes, interleaved, expor
     monkeypatch.setattr(streaming, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(streaming, "SLICE_BYTES", 3 * chunk_bytes)
     run = imported(hf_dir, tmp_path / "run")
-    _, whole, _ = hf_import.load(hf_dir)
+    _, whole, _ = reader.load(hf_dir)
     assert equal(load_run(run).params, whole)
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert equal(jax.device_get(load_run(run).params), whole)
@@ -223,8 +223,8 @@ def test_a_full_disk_leaves_nothing(exported, tmp_path):
 @pytest.mark.parametrize("failure", [KeyboardInterrupt("Ctrl-C"), InputError("model-00001.safetensors is missing")])
 @pytest.mark.parametrize("at", [1, 20])
 def test_an_interrupted_import_leaves_nothing(failure, at, exported, tmp_path, monkeypatch):
-    checkpoint = hf_import.open_checkpoint(exported)
-    read, calls = hf_import.Stored.read, []
+    checkpoint = reader.open_checkpoint(exported)
+    read, calls = reader.SafetensorsFolder.read, []
 
     def failing(*args):
         calls.append(args)
@@ -232,7 +232,7 @@ def test_an_interrupted_import_leaves_nothing(failure, at, exported, tmp_path, m
             raise failure
         return read(*args)
 
-    monkeypatch.setattr(hf_import.Stored, "read", failing)
+    monkeypatch.setattr(reader.SafetensorsFolder, "read", failing)
     with pytest.raises(type(failure), match=str(failure)):
         save_imported(tmp_path / "run", checkpoint.config, checkpoint.params(), checkpoint.tokenizer)
     assert not list(tmp_path.iterdir())

@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp, made from Hugging Face folders."""
+"""GGUF files for llama.cpp, made from Hugging Face folders: `export` writes model and weights, `tokenizer` its keys."""

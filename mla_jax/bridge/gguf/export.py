@@ -25,7 +25,7 @@ from mla_jax.model.rope import attention_factor, softmax_scale
 TYPES = ("f16", "bf16", "q8_0")
 
 _LITE_LAYERS, _LITE_SIZES = (26, 27), (48, 128_256)
-"""Layers, and layers and vocabulary, by which llama.cpp knows DeepSeek-V2-Lite, GigaChat3 and Kanana-2."""
+"""Numbers of layers, and of layers and tokens, by which llama.cpp recognises DeepSeek-V2-Lite, GigaChat3, Kanana-2."""
 _BETAS = (32.0, 1.0)
 
 
@@ -33,7 +33,7 @@ def export_gguf(hf_dir: str | Path, out: str | Path, *, type: str = "f16", overw
     """Writes one file, a tensor at a time; it appears under its name only when it is complete.
 
     Args:
-        hf_dir: folder of a dense DeepSeek-V2 or -V3 with q_lora_rank, as `hf_export.export` writes it.
+        hf_dir: folder of a dense DeepSeek-V2 or -V3 with q_lora_rank, as `bridge.hf.export` writes it.
         out: the file to create.
         type: f16, bf16 or q8_0 (blocks of 32 signed bytes with one scale) for matrices; vectors stay float32, and
             matrices whose rows are no multiple of 32 long are f16 in q8_0 files.
@@ -67,7 +67,7 @@ def export_gguf(hf_dir: str | Path, out: str | Path, *, type: str = "f16", overw
 
 
 def import_gguf() -> ModuleType:
-    """The package that writes the format. Raises UsageError if it is not installed."""
+    """The package gguf, which writes the format. Raises UsageError if it is not installed."""
     try:
         import gguf
     except ImportError as e:
@@ -122,11 +122,11 @@ def _add_model(writer: Any, config: ModelConfig, name: str) -> None:
 
 
 def _add_yarn(writer: Any, config: ModelConfig) -> None:
-    """YaRN in llama.cpp's two numbers.
+    """Adds YaRN with the two values by which llama.cpp has DeepSeek's mscale and mscale_all_dim.
 
-    It scales cos and sin by r and scores by (r (1 + l ln factor))^2, where r is attn_factor and l the log multiplier;
-    where l is 0 it multiplies r by 0.1 ln(factor) + 1 first. For DeepSeek's own mscale = mscale_all_dim = m that is
-    r = 1, l = 0.1 m.
+    llama.cpp scales cos and sin by r and scores by (r (1 + l ln factor))^2, where r is attn_factor and l is
+    yarn_log_mul; where l is 0 it multiplies r by 0.1 ln(factor) + 1 first. DeepSeek's own mscale = mscale_all_dim = m
+    gives r = 1, l = 0.1 m.
     """
     yarn = config.rope_scaling
     assert yarn is not None
@@ -144,16 +144,16 @@ def _add_yarn(writer: Any, config: ModelConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A GGUF tensor: its name and shape, and how it is made of a Hugging Face tensor."""
+class _GgufTensor:
+    """A GGUF tensor: its name and shape, and how it is made from a Hugging Face tensor."""
 
     name: str
     shape: tuple[int, ...]
     source: HfTensor
-    of: Callable[[np.ndarray], np.ndarray] = np.asarray
+    convert: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
-def _pieces(checkpoint: HfCheckpoint, gguf: ModuleType) -> Iterator[_Piece]:
+def _gguf_tensors(checkpoint: HfCheckpoint, gguf: ModuleType) -> Iterator[_GgufTensor]:
     config = checkpoint.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config.num_hidden_layers)
     heads, nope, v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
@@ -166,36 +166,37 @@ def _pieces(checkpoint: HfCheckpoint, gguf: ModuleType) -> Iterator[_Piece]:
         name = names.get_name(tensor.name, try_suffixes=(".weight",))
         if tensor.path[-1] == "kv_b_proj":
             keys, values = name.replace("kv_b", "k_b"), name.replace("kv_b", "v_b")
-            yield _Piece(keys, (heads, latent, nope), tensor, lambda a: by_head(a)[:, :nope].swapaxes(1, 2))
-            yield _Piece(values, (heads, v, latent), tensor, lambda a: by_head(a)[:, nope:])
+            yield _GgufTensor(keys, (heads, latent, nope), tensor, lambda a: by_head(a)[:, :nope].swapaxes(1, 2))
+            yield _GgufTensor(values, (heads, v, latent), tensor, lambda a: by_head(a)[:, nope:])
         else:
-            yield _Piece(name, tensor.shape, tensor)
+            yield _GgufTensor(name, tensor.shape, tensor)
 
 
 def _write_tensors(writer: Any, checkpoint: HfCheckpoint, gguf: ModuleType, type: str) -> None:
-    """Names, shapes and types first, as the format has it, then the numbers."""
+    """Writes names, shapes and types first, as the format wants, then the data."""
     kinds = gguf.GGMLQuantizationType
-    pieces = [(piece, _kind(piece, kinds, type)) for piece in _pieces(checkpoint, gguf)]
-    for piece, kind in pieces:
+    tensors = [(tensor, _kind(tensor, kinds, type)) for tensor in _gguf_tensors(checkpoint, gguf)]
+    for tensor, kind in tensors:
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = math.prod(piece.shape) // block * size
-        writer.add_tensor_info(piece.name, piece.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        nbytes = math.prod(tensor.shape) // block * size
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for piece, kind in pieces:
-        array = np.ascontiguousarray(piece.of(checkpoint.read(piece.source)), np.float32)
-        assert array.shape == piece.shape, piece
+    for tensor, kind in tensors:
+        array = np.ascontiguousarray(tensor.convert(checkpoint.read(tensor.source)), np.float32)
+        assert array.shape == tensor.shape, tensor
         with np.errstate(over="ignore", invalid="ignore"):
             written = gguf.quantize(array, kind)
-            check_values(piece.source.name, array, gguf.dequantize(written, kind), kind.name, instead="bf16")
+            check_values(tensor.source.name, array, gguf.dequantize(written, kind), kind.name, instead="bf16")
         writer.write_tensor_data(written)
 
 
-def _kind(piece: _Piece, kinds: Any, type: str) -> Any:
-    if len(piece.shape) == 1:
+def _kind(tensor: _GgufTensor, kinds: Any, type: str) -> Any:
+    """The GGML type in which a tensor is written."""
+    if len(tensor.shape) == 1:
         return kinds.F32
-    if type == "q8_0" and piece.shape[-1] % 32:
+    if type == "q8_0" and tensor.shape[-1] % 32:
         return kinds.F16
     return kinds[type.upper()]
 

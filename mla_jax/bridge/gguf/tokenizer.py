@@ -7,8 +7,8 @@ from typing import Any
 
 from mla_jax.errors import InputError
 
-# How a text is cut into words, and llama.cpp's name for it (src/llama-vocab.cpp). llama.cpp has the rules in its code
-# and takes only a name, so a rule that has none cannot be expressed.
+# Pre-tokenizers, and llama.cpp's names for them (src/llama-vocab.cpp). llama.cpp has the rules in its code and takes
+# only a name, so a pre-tokenizer without a name cannot be expressed.
 _WORDS, _DIGITS = "GPT-2's words", "single digits"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,12 +24,12 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     """Adds vocabulary, merges, special tokens and chat template to a `gguf.GGUFWriter`.
 
     Args:
-        writer: where to.
+        writer: the writer of the file.
         folder: the folder with tokenizer.json and tokenizer_config.json.
         vocab_size: rows of the embedding table; ids that the tokenizer lacks become unused tokens.
 
     Raises:
-        InputError: llama.cpp would cut texts in another way.
+        InputError: llama.cpp would split texts into other tokens.
     """
     import gguf  # an extra
 
@@ -52,6 +52,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
 
 
 def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises InputError if it has none."""
     model = content["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise InputError(f"{folder}: llama.cpp gets byte-level BPE tokenizers only, this one is {model.get('type')}")
@@ -59,8 +60,8 @@ def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
     name = _NAMES.get(tuple(step for step in steps if step))
     if name is None or bool(model.get("ignore_merges")) != (name == "llama-bpe"):
         raise InputError(
-            f"{folder}: llama.cpp has no name for how this tokenizer cuts words; "
-            f"those it can get here are {', '.join(_NAMES.values())}"
+            f"{folder}: llama.cpp has no name for the pre-tokenizer of this tokenizer; "
+            f"those that can be expressed are {', '.join(_NAMES.values())}"
         )
     normalizer = (content.get("normalizer") or {}).get("type")
     if normalizer is not None and (name, normalizer) != ("qwen2", "NFC"):
@@ -75,7 +76,7 @@ def _flat(step: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _step(step: dict[str, Any]) -> str:
-    """What a step splits at: a rule of the table, a regular expression, "" for nothing."""
+    """The rule by which a step splits text: one of the table, a regular expression, "" for none."""
     match step:
         case {"type": "Digits", "individual_digits": True}:
             return _DIGITS

@@ -34,7 +34,7 @@ def export(
 ) -> Path:
     """Writes weights, config, generation config, tokenizer and model card.
 
-    One shard is in memory, and of parameters that are on disk one part.
+    At a time one shard is in memory, and one chunk of parameters that are on disk.
 
     Everything goes into a folder beside `out_dir` that is renamed at the end: whatever goes wrong, `out_dir` is as it
     was before.
@@ -44,7 +44,7 @@ def export(
         params: its parameters, as `init_params` lays them out: arrays, on disk if `load_run` left them there.
         tokenizer: saved along; its special ids go into the configs.
         out_dir: the folder to create.
-        results: of the model's evaluations, for the model card.
+        results: the model's evaluations, for the model card.
         dtype: type of the written weights: float32, bfloat16 or float16.
         max_shard_bytes: the most bytes of weights in one file; a tensor above it has a file of its own.
         overwrite: replace `out_dir` if it is an export.
@@ -84,17 +84,16 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _write_weights(config: ModelConfig, params: dict, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-    """model.safetensors, or shards and their index."""
+    """Writes model.safetensors, or shards and their index."""
     itemsize = jnp.dtype(dtype).itemsize
     shards = _shards(tensors(config), itemsize, max_shard_bytes)
-    room = np.empty(
-        max(sum(t.size for t in shard) for shard in shards), jnp.dtype(dtype)
-    )  # one for all: freed memory stays
+    # One buffer for all shards: memory that was freed would stay with the process.
+    buffer = np.empty(max(sum(t.size for t in shard) for shard in shards), jnp.dtype(dtype))
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         ends = list(itertools.accumulate(t.size for t in shard))
-        arrays = {t.name: room[end - t.size : end].reshape(t.shape) for t, end in zip(shard, ends, strict=True)}
+        arrays = {t.name: buffer[end - t.size : end].reshape(t.shape) for t, end in zip(shard, ends, strict=True)}
         for tensor in shard:
             _convert(tensor, params, dtype, arrays[tensor.name])
         # transformers refuses files that do not say whose tensors these are.

@@ -1,4 +1,4 @@
-"""Where each Hugging Face tensor of a dense DeepSeek-V3 lies in the parameter tree: the one table for both ways.
+"""The mapping between the tensors of a Hugging Face DeepSeek-V3 (dense) and the parameter tree, in both directions.
 
 Weights here are [in, out] and stacked over layers; Hugging Face has one [out, in] tensor per layer. Within a head both
 have the same order (q = [nope | rope], kv_b = [k_nope | v], interleaved rotary pairs), so a transposition is all.
@@ -25,27 +25,27 @@ class HfTensor:
 
     name: str
     shape: tuple[int, ...]
-    """Hugging Face's."""
+    """Shape in the checkpoint, [out, in]."""
     path: tuple[str, ...]
-    """Where it lies in the parameter tree."""
+    """Keys of the leaf of the parameter tree that holds it."""
     layer: int | None = None
-    """Index into the first axis there."""
+    """Index into the first axis of that leaf."""
     transposed: bool = False
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     def take(self, params: dict) -> Leaf:
-        """This tensor in Hugging Face's layout, on the host, or on disk if it is there; other layers stay away."""
+        """The tensor in Hugging Face's layout, on the host, or on disk if it is there; other layers are not copied."""
         leaf: Any = params
         for key in self.path:
             leaf = leaf[key]
         return self.view(leaf)
 
     def view(self, leaf: Any) -> Leaf:
-        """As `take`, given the leaf it lies in: what is written to a view of an array is written to the array."""
+        """The tensor in Hugging Face's layout, given its leaf; of a NumPy array a view that can be written to."""
         array = leaf if self.layer is None else leaf[self.layer]
         array = np.asarray(array) if isinstance(array, jax.Array) else array
         return array.T if self.transposed else array
@@ -67,7 +67,7 @@ def tensors(config: ModelConfig) -> list[HfTensor]:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Numbers in the parameter tree; a tied head counts once."""
+    """Number of parameters; a tied head counts once."""
     return sum(t.size for t in tensors(config) if not (config.tie_word_embeddings and t.name == HEAD))
 
 

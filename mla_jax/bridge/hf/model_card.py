@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how to load it, and what was measured; nothing that was not."""
+"""README.md of an exported model: its shape, how to load it, and the results of its evaluations."""
 
 from collections.abc import Sequence
 
@@ -67,7 +67,7 @@ def model_card(name: str, config: ModelConfig, dtype: str, results: Sequence[Res
         name: the folder's.
         config: the model.
         dtype: type of the weights.
-        results: of the model's evaluations; without any the card says that it was not evaluated.
+        results: the model's evaluations; without any the card says that it was not evaluated.
     """
     yarn = config.rope_scaling
     positions = f"up to {config.max_position_embeddings:,}, RoPE theta {config.rope_theta:,.0f}"

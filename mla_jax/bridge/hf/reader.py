@@ -22,7 +22,7 @@ from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.transformer import abstract_params
 
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_NAMED = 5
+_MOST_NAMED = 5
 """The most tensors of one kind that an error names."""
 
 
@@ -55,13 +55,13 @@ def load(hf_dir: str | Path) -> tuple[ModelConfig, dict, Tokenizer]:
 
 @dataclass(frozen=True)
 class HfCheckpoint:
-    """A checkpoint whose tensors are known to be all there."""
+    """A checkpoint that was checked: it has exactly the tensors that its config implies."""
 
     config: ModelConfig
     tensors: list[HfTensor]
     """All of them, without the head if it is tied."""
     tokenizer: Tokenizer
-    _stored: "Stored"
+    _weights: "SafetensorsFolder"
     _interleaved: bool
 
     def read(self, tensor: HfTensor, part: tuple[slice, ...] | None = None) -> np.ndarray:
@@ -69,7 +69,7 @@ class HfCheckpoint:
 
         Rotary rows are interleaved pairs; of a tensor without such rows, `part` may be any part.
         """
-        array = self._stored.read(tensor.name, part)
+        array = self._weights.read(tensor.name, part)
         return array if self._interleaved else _interleave(array, tensor, self.config)
 
     def params(self) -> dict:
@@ -79,21 +79,21 @@ class HfCheckpoint:
             by_path.setdefault(tensor.path, []).append(tensor)
 
         def lazy_array(path: tuple, leaf: jax.ShapeDtypeStruct) -> LazyArray:
-            lying_there = by_path[tuple(key.key for key in path)]
+            of_leaf = by_path[tuple(key.key for key in path)]
 
             def fill(whole: Leaf) -> None:
-                for tensor in lying_there:
+                for tensor in of_leaf:
                     view = tensor.view(whole)
                     for part in chunk_slices(view):
                         view[part] = self.read(tensor, part).astype(leaf.dtype)
 
-            return LazyArray(leaf.shape, leaf.dtype, lying_there[0].layer is not None, fill)
+            return LazyArray(leaf.shape, leaf.dtype, of_leaf[0].layer is not None, fill)
 
         return jax.tree_util.tree_map_with_path(lazy_array, abstract_params(self.config))
 
 
 def open_checkpoint(hf_dir: str | Path) -> HfCheckpoint:
-    """Checks a Hugging Face folder; reads no weights but those of the head.
+    """Opens and checks a Hugging Face folder; reads no weights but those of the head.
 
     Raises:
         InputError: as `load` does.
@@ -102,18 +102,18 @@ def open_checkpoint(hf_dir: str | Path) -> HfCheckpoint:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and model.safetensors")
     hf = read_json(folder / "config.json")
-    stored = Stored(folder)
-    config = _model_config(folder, hf, stored)
+    weights = SafetensorsFolder(folder)
+    config = _model_config(folder, hf, weights)
     expected = [t for t in tensors(config) if t.name != HEAD or not config.tie_word_embeddings]
-    stored.check(expected, config)
+    weights.check(expected, config)
     tokenizer = load_tokenizer(str(folder))
     check_tokenizer(tokenizer, config)
     interleaved = hf["model_type"] == "deepseek_v2" or bool(hf.get("rope_interleave", True))
-    return HfCheckpoint(config, expected, tokenizer, stored, interleaved)
+    return HfCheckpoint(config, expected, tokenizer, weights, interleaved)
 
 
-class Stored:
-    """The tensors of all safetensors files of a folder."""
+class SafetensorsFolder:
+    """The safetensors files of a folder as one: shapes and types of all tensors, read by name."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -171,13 +171,13 @@ class Stored:
             raise InputError(f"the tensors in {self.folder} do not fit its config.json; {found}")
 
 
-def _model_config(folder: Path, hf: dict, stored: Stored) -> ModelConfig:
-    if HEAD not in stored.shapes:
+def _model_config(folder: Path, hf: dict, weights: SafetensorsFolder) -> ModelConfig:
+    if HEAD not in weights.shapes:
         tied = bool(hf.get("tie_word_embeddings", False))
     else:
         # As transformers does: with both in the file, the values decide and not the flag.
-        tied = EMBEDDING in stored.shapes and stored.equal(EMBEDDING, HEAD)
-    dtype = STORED_DTYPES.get(stored.dtypes.get(EMBEDDING, ""), "float32")
+        tied = EMBEDDING in weights.shapes and weights.equal(EMBEDDING, HEAD)
+    dtype = STORED_DTYPES.get(weights.dtypes.get(EMBEDDING, ""), "float32")
     try:
         return from_hf(hf, tied=tied, dtype=dtype)
     except InputError as e:
@@ -224,7 +224,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while reading a file into an InputError that names it."""
+    """Turns errors while reading a file into an InputError that names it."""
     try:
         yield
     except FileNotFoundError as e:
@@ -240,6 +240,7 @@ def _layer(name: str) -> int:
 
 
 def _some(names: Iterable[str]) -> str:
+    """The first names as text, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

@@ -21,7 +21,7 @@ from mla_jax.model.layers import rms_norm
 from mla_jax.model.transformer import bind
 
 TOLERANCE = 1e-4
-"""The largest difference of a float32 logit."""
+"""The largest allowed difference of a float32 logit."""
 PROMPTS = (
     "The grass is green. The sky is blue. The sun is yellow.",
     "The pass key is 71432. Remember it. 71432 is the pass key.\nWhat is the pass key? The pass key is",
@@ -33,19 +33,19 @@ NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and how far transformers was from us."""
+    """The outcome of a comparison with transformers."""
 
     random_tokens: tuple[int, int]
-    """Sequences and tokens in each whose logits were compared."""
+    """Number and length of the random sequences whose logits were compared."""
     logit_difference: float
     """Largest absolute difference of any logit."""
     prompts: int
     same_ids: int
-    """Prompts that AutoTokenizer cuts into the same ids."""
+    """Prompts that AutoTokenizer encodes as the same ids."""
     same_tokens: int
     """Prompts with the same greedy continuation, ties within the tolerance aside."""
     first_difference: str | None = None
-    """Where the logits differ: the first part of the model, in Hugging Face's names, whose output does."""
+    """If the logits differ, the first module, by Hugging Face's name, whose output differs."""
 
     @property
     def passed(self) -> bool:
@@ -66,7 +66,7 @@ class Verification:
         ]
         table = [f"{what:<48}{measured:>10}{required:>10}" for what, measured, required in rows]
         if self.first_difference is not None:
-            table.append(f"the first part that differs: {self.first_difference}")
+            table.append(f"the first module that differs: {self.first_difference}")
         return "\n".join(table)
 
 
@@ -110,8 +110,8 @@ def verify(
     batch, length = RANDOM_SHAPE
     shape = batch, min(length, config.max_position_embeddings)
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, shape)
-    room = max(config.max_position_embeddings - NEW_TOKENS, 1)
-    all_ids = [tokenizer.encode(prompt)[-room:] for prompt in prompts]
+    longest = max(config.max_position_embeddings - NEW_TOKENS, 1)
+    all_ids = [tokenizer.encode(prompt)[-longest:] for prompt in prompts]
     with jax.default_matmul_precision("highest"), torch.inference_mode():
         ours_BTX = np.asarray(_logits(config, params, tokens_BT))
         with _layer_outputs(hf_model) as theirs_LBTD:
@@ -141,7 +141,7 @@ def _logits(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Arra
 
 @contextlib.contextmanager
 def _layer_outputs(hf_model) -> Iterator[list[np.ndarray]]:
-    """A list that takes, during a forward pass, the embeddings and what each layer gives."""
+    """A list that receives the embeddings and the output of each layer during a forward pass."""
     outputs = []
 
     def keep(_module, _inputs, output):
@@ -157,7 +157,7 @@ def _layer_outputs(hf_model) -> Iterator[list[np.ndarray]]:
 
 
 def _first_difference(config: ModelConfig, params: dict, tokens_BT: np.ndarray, theirs_LBTD: list[np.ndarray]) -> str:
-    """The first part whose output differs by more than the tolerance, relative to the size of a hidden state."""
+    """The first module whose output differs by more than the tolerance after normalisation of the hidden state."""
     embeddings_BTD, *layers_LBTD = theirs_LBTD
     if np.abs(params["embed_tokens"][tokens_BT] - embeddings_BTD).max() > TOLERANCE:
         return "model.embed_tokens"

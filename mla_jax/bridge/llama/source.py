@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mla_jax.bridge.hf.layout import EMBEDDING, HEAD, HfTensor
-from mla_jax.bridge.hf.reader import STORED_DTYPES, Stored, read_json
+from mla_jax.bridge.hf.reader import STORED_DTYPES, SafetensorsFolder, read_json
 from mla_jax.bridge.llama.config import LLAMA_STYLE, LlamaConfig, read_config
 from mla_jax.bridge.llama.layer import LlamaLayer
 from mla_jax.config import ModelConfig
@@ -28,20 +28,20 @@ class LlamaCheckpoint:
     def __init__(self, folder: Path):
         """Raises InputError if a file is missing or damaged, or for what cannot be represented."""
         self.hf: dict[str, Any] = read_json(folder / "config.json")
-        self._stored = Stored(folder)
-        for name in [name for name in self._stored.shapes if name.endswith("rotary_emb.inv_freq")]:
-            del self._stored.shapes[name]  # older files hold these; config.json says the same
+        self._weights = SafetensorsFolder(folder)
+        for name in [name for name in self._weights.shapes if name.endswith("rotary_emb.inv_freq")]:
+            del self._weights.shapes[name]  # older files hold these; config.json says the same
         self._refuse_nonlinear_projections(folder)
         try:
             self.config: LlamaConfig = read_config(self.hf)
         except InputError as e:
             raise InputError(f"{folder / 'config.json'}: {e}") from e
-        shapes = self._stored.shapes
+        shapes = self._weights.shapes
         # As transformers does: with both in the file, the values decide and not the flag.
         self.tied = bool(self.hf.get("tie_word_embeddings", False)) if HEAD not in shapes else (
-            EMBEDDING in shapes and self._stored.equal(EMBEDDING, HEAD)
+            EMBEDDING in shapes and self._weights.equal(EMBEDDING, HEAD)
         )  # fmt: skip
-        self.dtype = STORED_DTYPES.get(self._stored.dtypes.get(EMBEDDING, ""), "float32")
+        self.dtype = STORED_DTYPES.get(self._weights.dtypes.get(EMBEDDING, ""), "float32")
         self.tokenizer: Tokenizer = load_tokenizer(str(folder))
 
     def check(self, target: ModelConfig) -> None:
@@ -59,11 +59,11 @@ class LlamaCheckpoint:
                 "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
             }.items():  # fmt: skip
                 shapes[f"model.layers.{i}.{name}.weight"] = shape
-        self._stored.check([HfTensor(name, shape, ()) for name, shape in shapes.items()], target)
+        self._weights.check([HfTensor(name, shape, ()) for name, shape in shapes.items()], target)
 
     def read(self, name: str) -> np.ndarray:
         """A tensor outside the layers, float32."""
-        return self._stored.read(name).astype(np.float32)
+        return self._weights.read(name).astype(np.float32)
 
     def layer(self, number: int) -> LlamaLayer:
         """The weights of one layer."""
@@ -94,16 +94,16 @@ class LlamaCheckpoint:
         )
 
     def _refuse_nonlinear_projections(self, folder: Path) -> None:
-        for name in sorted(self._stored.shapes):
+        for name in sorted(self._weights.shapes):
             if name.endswith((".q_norm.weight", ".k_norm.weight")):
                 raise InputError(
                     f"{folder} normalises its queries and keys ({name}); latent attention makes keys by a matrix, "
                     "which cannot divide by their length: this checkpoint cannot be converted"
                 )
             if name.endswith("_proj.bias"):
-                if self._stored.read(name).any():
+                if self._weights.read(name).any():
                     raise InputError(
                         f"{folder} has biases ({name}); the latent attention of DeepSeek-V3 has none, and a matrix "
                         "cannot add a constant: this checkpoint cannot be converted"
                     )
-                del self._stored.shapes[name]
+                del self._weights.shapes[name]

@@ -1,7 +1,8 @@
 """A vLLM plugin: MLA of any width through our Triton kernel, and MLA prefill for GPUs without FlashAttention.
 
 vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`); docs/serving.md says how to install
-and use it. Nothing here imports JAX: vLLM's environment needs none.
+and use it. `selection` chooses which of vLLM's backends `decode` and `prefill` replace; `ragged` is the attention of
+prefill. Nothing here imports JAX: vLLM's environment needs none.
 """
 
 import os

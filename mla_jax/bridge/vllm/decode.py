@@ -102,7 +102,7 @@ class Backend(TritonMLABackend):
         cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix,
         device_capability,
     ) -> str | None:  # fmt: skip
-        """Why the kernel cannot serve this cache on this GPU; None if it can."""
+        """The reason why the kernel cannot serve this cache on this GPU; None if it can."""
         rope = 64 if head_size % 64 == 0 else 32
         name = str(dtype).removeprefix("torch.")
         cache = name if kv_cache_dtype in (None, "auto") else kv_cache_dtype

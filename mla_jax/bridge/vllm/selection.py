@@ -8,7 +8,9 @@ VARIABLE = "INFINITECONTEXT_VLLM"
 CUSTOM = "CUSTOM"
 """vLLM's name of a third-party backend, which runs only if the command line names it."""
 _FLASH_ATTENTION = (8, 0)
+"""The lowest compute capability that FlashAttention supports."""
 _TRITON = (7, 5)
+"""The lowest compute capability that Triton supports."""
 _FIRST_TRIED = {7: "FLASH_ATTN_MLA", 8: "FLASH_ATTN_MLA", 9: "FLASH_ATTN_MLA", 10: "FLASHINFER_MLA"}
 """The first MLA backend in vLLM's order, by major compute capability, where others follow it (platforms/cuda.py)."""
 
@@ -21,9 +23,9 @@ class Choice(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        names = ", ".join(("none",) if not self.decode else self.decode)
+        decode = ", ".join(("none",) if not self.decode else self.decode)
         prefill = ", ".join(("none",) if not self.prefill else self.prefill)
-        return f"infinitecontext plugin: decode as {names}; prefill as {prefill}: {self.reason}"
+        return f"infinitecontext plugin: decode as {decode}; prefill as {prefill}: {self.reason}"
 
 
 def choose(mode: str, device: str, capability: tuple[int, int] | None, *, interpreted: bool) -> Choice:
