@@ -31,7 +31,7 @@ from mla_jax.state import TrainState, abstract_state, init_state, with_params
 from mla_jax.training.step import make_train_step
 
 MAX_STEPS_IN_FLIGHT = 2
-"""Steps dispatched to the device whose results are not there yet."""
+"""The most steps that are dispatched to the device before the result of an earlier one is there."""
 
 
 @dataclass
