@@ -152,7 +152,7 @@ DECODE_CASES = {
     **{f"pages: {t} queries": DecodeCase((70, t, 33), queries=t) for t in range(2, 9)},
 }
 DECODE_CASES |= {f"int8: {name}": dataclasses.replace(case, int8=True) for name, case in DECODE_CASES.items()}
-"""By name. The type is float32: `dataclasses.replace(case, dtype="bfloat16")` for others."""
+"""Cases by name, in float32; `dataclasses.replace(case, dtype="bfloat16")` for other types."""
 FEW_DECODE_CASES = {
     name: case
     for name, case in DECODE_CASES.items()

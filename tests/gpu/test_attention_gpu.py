@@ -16,7 +16,7 @@ from tools.bench import float64
 
 EACH = pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS["attention"] if name != "reference"])
 SCALE = 0.1
-# Relative errors of results whose scores, weights and gradients of scores are rounded to these types.
+# Relative errors of results whose scores, probabilities and gradients of scores are rounded to these types.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
 
 
@@ -55,7 +55,7 @@ def draw(queries, keys, heads, k_width, v_width, dtype, batch=2):
 
 
 def close(ours, expected, tolerance, name):
-    """By the norm. The gradients of a single key's scores are zero but for float32's rounding."""
+    """Compares norms. The gradients of a single key's scores are zero but for float32's rounding."""
     error, size = np.linalg.norm(np.asarray(ours, np.float64) - expected), np.linalg.norm(expected)
     assert error <= tolerance * size + 1e-5, f"{name}: {error} of {size}"
 
@@ -88,7 +88,7 @@ def results(implementation: str, arrays, options) -> list[jax.Array]:
 
 @functools.cache
 def expected(name: str) -> list[np.ndarray]:
-    """Of `results`: out and lse in float64, the gradients from the reference, in float32 of the same rounded inputs."""
+    """Expected `results` for the same rounded inputs: out and lse in float64, gradients of the reference in float32."""
     *arrays, options = arguments(name)
     wide = [x.astype(jnp.float32) for x in arrays]
     gradients = [np.asarray(x, np.float64) for x in results("reference", wide, options)[2:]]
@@ -137,7 +137,7 @@ def test_16k_tokens_forward_and_backward(k_width, implementation):
 
 @EACH
 def test_a_chunk_against_a_million_tokens(implementation):
-    """Keys and values of more than 2^32 numbers."""
+    """Keys and values of more than 2^32 elements."""
     queries, keys, heads, width = 64, 2**20, 32, 128
     q, k, v = (
         jax.random.normal(jax.random.key(i), (1, tokens, heads, width), jnp.bfloat16)

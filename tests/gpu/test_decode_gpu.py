@@ -22,7 +22,7 @@ from tools.bench import float64
 TORCH = "triton in PyTorch"
 IMPLEMENTATIONS_HERE = [*(name for name in IMPLEMENTATIONS["decode"] if name != "reference"), TORCH]
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
-# Of one row [C] of the output, the norm of the difference over the norm; the weights are rounded to these types.
+# Norm of the error over the norm, of each row [C] of the output; probabilities are rounded to these types.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
 RANDOM = functools.partial(settings, deadline=None, database=None, phases=[Phase.generate])
 
@@ -109,7 +109,7 @@ expected = functools.cache(DecodeCase.expected)
 
 
 def combinations():
-    """Of case, cache and implementation: most of the time goes into compiling, so not all of them."""
+    """Combinations of case, cache and implementation; not all, because most of the time goes into compiling."""
     for i, name in enumerate(CASES):
         for implementation in IMPLEMENTATIONS_HERE:
             caches = {"bfloat16", ("float16", "int8")[i % 2]}
@@ -174,7 +174,7 @@ def test_the_last_pages_of_a_pool_of_more_than_2_31_numbers(paged, implementatio
     pages = 2**31 // (page_size * c_width) + 2 * used
     tokens = 200
     rng = np.random.default_rng(0)
-    q_BTHW, *held = (
+    q_BTHW, *cache = (
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
         for shape in ((used, 1, heads, c_width + rope_width), (used, tokens, c_width), (used, tokens, rope_width))
     )
@@ -188,7 +188,7 @@ def test_the_last_pages_of_a_pool_of_more_than_2_31_numbers(paged, implementatio
         empty = jnp.full((pages, page_size, x_BSX.shape[-1]), jnp.nan, jnp.bfloat16)
         return jax.lax.dynamic_update_slice(empty, x_BSX, (pages - len(x_BSX), 0, 0))
 
-    c_PSC, k_rope_PSR = (pool(x) for x in held)
+    c_PSC, k_rope_PSR = (pool(x) for x in cache)
     assert c_PSC.size > 2**31
     lengths, table_BN = np.full(used, tokens, np.int32), None
     if paged:
@@ -199,7 +199,7 @@ def test_the_last_pages_of_a_pool_of_more_than_2_31_numbers(paged, implementatio
         q_BTHW = jnp.pad(q_BTHW, ((pages - used, 0), (0, 0), (0, 0), (0, 0)))
     arrays = q_BTHW, c_PSC, k_rope_PSR, jnp.asarray(lengths)
     out, lse = run(implementation, arrays, scale=0.1, block_table_BN=table_BN)
-    theirs = decode_oracle(q_BTHW[-used:], *held, lengths[-used:], scale=0.1)
+    theirs = decode_oracle(q_BTHW[-used:], *cache, lengths[-used:], scale=0.1)
     check((out[-used:], lse[-used:]), theirs, "bfloat16")
 
 

@@ -122,8 +122,8 @@ def test_keys_spread_over_devices_are_merged(lengths, kind):
         jax.shard_map, mesh=over, in_specs=(P(), P(None, "data"), P(None, "data")), out_specs=P(), check_vma=False
     )
     def op(q, c, k_rope):
-        held = jnp.clip(jnp.array(lengths) - 8 * jax.lax.axis_index("data"), 0, 8)
-        return merge_over("data", *latent_attention.decode(q, c, k_rope, held, scale=SCALE))
+        kv_len = jnp.clip(jnp.array(lengths) - 8 * jax.lax.axis_index("data"), 0, 8)
+        return merge_over("data", *latent_attention.decode(q, c, k_rope, kv_len, scale=SCALE))
 
     def placed(x, *axes):
         return jax.device_put(x, NamedSharding(over, P(*axes)))

@@ -51,8 +51,8 @@ _HOPPER: Tilings = {  # 227 KiB
     320: {"forward": Tiling(128, 64, 8, 3), "d_q": Tiling(128, 64, 8, 2), "d_kv": Tiling(32, 128, 8, 2)},
     512: {"forward": Tiling(64, 64, 8, 2), "d_q": Tiling(64, 32, 8, 2), "d_kv": Tiling(32, 32, 8, 1)},
 }
-"""By the padded widths of query and value tiles together, up to the key. Compiled for these GPUs, no kernel spills more
-than 180 bytes a thread, and those of Hopper at most 16; 192-wide keys on GPUs before Hopper are the worst."""
+"""Tilings by the padded width of query and value tiles together, at most the key. Compiled for these GPUs, no kernel
+spills more than 180 bytes a thread, and Hopper's at most 16; 192-wide keys before Hopper are the worst."""
 
 
 def select_tiling(kernel: str, width: int, gpu: Gpu | None) -> Tiling:

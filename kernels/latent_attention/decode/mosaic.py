@@ -44,7 +44,7 @@ def row_blocks(rows: int, c_width: int, int8: bool) -> tuple[int, int]:
 
 
 def configure(shape: DecodeShape, gpu: Gpu) -> Config:
-    """As many stages as fit; a second stage for queries, to prefetch the next sequence's, unless it costs KV stages."""
+    """Chooses as many stages as fit, and a second stage of queries, for prefetch, unless it costs KV stages."""
     int8 = shape.cache_dtype == "int8"
     row_block, blocks = row_blocks(shape.queries * shape.heads, shape.c_width, int8)
     width = shape.c_width + shape.rope_width

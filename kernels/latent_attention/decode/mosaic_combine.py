@@ -36,7 +36,7 @@ _PAD = 4
 
 
 class _Config(NamedTuple):
-    """How a CTA works."""
+    """Tiling of a launch."""
 
     tile: CombineTile
     parallel_splits: int
@@ -100,10 +100,10 @@ class _Accumulator:
         steps = lax.div(self.count + splits_per_step - 1, splits_per_step)
         return lax.fori_loop(0, steps, step, (_filled(0, tile.shape, tile.layout), m_i, l_i))
 
-    def _load(self, number):
-        """(O_s, m_s, l_s) of this thread's split of this number; beyond the sequence's splits, those of nothing."""
+    def _load(self, n):
+        """(O_s, m_s, l_s) of the n-th split of each thread; beyond the sequence's splits 0, a masked maximum and 0."""
         (tile, parallel_splits, warpgroups, _), first = self.config, self.first
-        index = first + (number * warpgroups + self.wg) * parallel_splits
+        index = first + (n * warpgroups + self.wg) * parallel_splits
         # Clamped to splits of the sequence. What is loaded twice, or is not the sequence's and may be NaN, is masked.
         start = jnp.maximum(jnp.minimum(index, self.end - parallel_splits), 0)
         here = start if parallel_splits == 1 else pl.ds(start, parallel_splits)
@@ -145,7 +145,7 @@ def _filled(value, shape, layout):
 
 
 def _normalizer_and_lse(m_i, l_i):
-    """What to divide by, 1 if nothing was seen, and the natural log-sum-exp, -inf if nothing was seen."""
+    """The row sum, or 1 if nothing was seen, and the natural log-sum-exp, or -inf if nothing was seen."""
     seen = l_i > 0
     normalizer = jnp.where(seen, l_i, jnp.ones_like(l_i))
     lse = (m_i + jnp.log2(normalizer)) * math.log(2)

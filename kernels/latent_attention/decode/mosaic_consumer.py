@@ -7,7 +7,7 @@ With Q of the CTA's rows, a tile K = [C | R] of the cache and V its latents C, e
     O^T [C, rows] = O^T alpha + C^T P               wgmma with the latent's width on M; P goes through shared memory
     l_i [rows]                                      sums of P: by token of the tile until the epilogue, then in all
 
-The consumers take turns at the tiles of a split; in the epilogue their results are added up.
+The consumers alternate over the tiles of a split; in the epilogue their results are added up.
 """
 
 import functools
@@ -41,7 +41,7 @@ _MIN_SCALE = 2.0**-60
 
 
 class Consumer:
-    """Consumer warpgroup `wg` of CTA `cta` of those that share the KV tiles for the block of rows `row_block`."""
+    """Consumer warpgroup `wg` of the CTA at (`cta`, `row_block`) of the grid."""
 
     def __init__(self, params: Params, refs: Refs, smem: Smem, cta, row_block, wg):
         self.params, self.refs, self.smem = params, refs, smem
@@ -141,7 +141,7 @@ class Consumer:
         """
         smem, row_block, s_shape = self.smem, self.params.row_block, self.params.s_shape
 
-        def product(keys_ref, q_ref, scale):
+        def multiply_int8(keys_ref, q_ref, scale):
             def multiply(s_ref):
                 plgpu.wgmma(s_ref, keys_ref, q_ref.transpose((1, 0)))
                 return s_ref[...]
@@ -151,8 +151,8 @@ class Consumer:
             return exact.astype(jnp.float32) * broadcast_per_row(scale, s_shape)
 
         rope_scale = load_as(smem.scales.at[stage, 1], PER_ROW)
-        scores = product(smem.k_rope.at[stage], smem.q_rope.at[q_stage], rope_scale)
-        scores += product(smem.c.at[stage], smem.q_c.at[q_stage], c_scale)
+        scores = multiply_int8(smem.k_rope.at[stage], smem.q_rope.at[q_stage], rope_scale)
+        scores += multiply_int8(smem.c.at[stage], smem.q_c.at[q_stage], c_scale)
         return scores * broadcast_per_column(q_scale, s_shape) + broadcast_per_row(jnp.log2(c_scale), s_shape)
 
     def _visible(self, split: Split):

@@ -10,7 +10,7 @@ from latent_attention.decode.tile_scheduler import Split
 
 
 class Producer:
-    """Loads, for the block of rows `row_block` of a CTA, all that its consumers need."""
+    """Producer warpgroup of a CTA whose rows are the block `row_block`."""
 
     def __init__(self, params: Params, refs: Refs, smem: Smem, row_block):
         self.params, self.refs, self.smem, self.row_block = params, refs, smem, row_block

@@ -28,7 +28,7 @@ class Config(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """What is static in a launch."""
+    """Static parameters of a launch."""
 
     config: Config
     batch: int
@@ -73,7 +73,7 @@ class Params:
 
     @property
     def pv_tokens(self) -> int:
-        """Tokens of one product O^T += V^T P: int8 values pass through registers, where half a tile fits."""
+        """Tokens of one wgmma group O^T += V^T P: int8 values pass through registers, where half a tile fits."""
         return TILE // 2 if self.int8 else TILE
 
     @property
@@ -112,11 +112,13 @@ class Smem(NamedTuple):
     """Shared memory and mbarriers of a CTA. Producer and consumers use the stages of K and V in the same order."""
 
     q_c: Any
-    """[q_stages, q_rows, C], and likewise the rotary part."""
+    """Content part of the queries, [q_stages, q_rows, C]."""
     q_rope: Any
+    """Rotary part of the queries, [q_stages, q_rows, R]."""
     c: Any
-    """[stages, TILE, C], keys and values both, and likewise the rotary keys."""
+    """Latents, keys and values both, [stages, TILE, C]."""
     k_rope: Any
+    """Rotary keys, [stages, TILE, R]."""
     scales: Any
     """With an int8 cache: [stages, 2, TILE]."""
     p: Any
@@ -124,9 +126,9 @@ class Smem(NamedTuple):
     inbox: Any
     """float32 [CHUNK, row_block] for each consumer: rows of the other's accumulator. In the memory of `p`."""
     stats: Any
-    """m_i and l_i of each consumer, for the other."""
+    """m_i and l_i of each consumer, for the other, [consumers, 2, row_block]."""
     reduce_scratch: Any
-    """For each consumer's reductions across its warps."""
+    """Scratch for each consumer's reductions across its warps, [consumers, REDUCE_SCRATCH]."""
     produced: Any
     """mbarrier of each stage, completed by the TMA loads of a tile; its consumer waits."""
     consumed: Any

@@ -7,7 +7,7 @@ rows (query tokens x heads) on N, a multiple of 8, so that few heads are not pad
 
 The kernel is persistent and warp-specialized: one CTA an SM walks its run of the tiles of the batch (`tile_scheduler`).
 A producer warpgroup (`mosaic_producer`) issues TMA loads into a pipeline of stages in shared memory; the consumer
-warpgroups (`mosaic_consumer`) take turns at the tiles, so that one has its softmax while wgmma run for the other.
+warpgroups (`mosaic_consumer`) alternate over the tiles, so that one has its softmax while wgmma run for the other.
 `mosaic_smem` has the shared memory and mbarriers, `mosaic_combine` the second kernel.
 """
 

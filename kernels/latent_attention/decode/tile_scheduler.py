@@ -1,12 +1,12 @@
 """Static tile schedule of split-KV decode over a ragged batch: equally many KV tiles for every CTA, as in FlashMLA.
 
-The tiles of all sequences are concatenated in one list, of which CTA p gets the run [p * share, (p + 1) * share), with
+The tiles of all sequences are concatenated in one list, of which CTA p gets the run [p * n, (p + 1) * n), where
 
-    share = max(ceil(sum over b of ceil(kv_len[b] / tile) / num_ctas), min_tiles)
+    n = max(ceil(sum over b of ceil(kv_len[b] / tile) / num_ctas), min_tiles)
 
 A run may end inside one sequence and continue in the next. The partial result of CTA p for sequence b has the split
-index p + b, its row in the workspace: from one partial result to the next p or b grows by one, so no two have the same,
-and there are num_ctas + batch rows at most. The splits of one sequence are consecutive.
+index p + b, its row in the workspace of num_ctas + batch rows: from one partial result to the next p or b grows, so no
+two have the same. The splits of one sequence are consecutive.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 _STRETCH = 32
-"""A share may grow by 1 / 32 to contain a whole sequence."""
+"""A run may grow by 1 / 32 to contain a whole sequence."""
 
 
 class Schedule(NamedTuple):
@@ -48,12 +48,14 @@ def schedule(lengths_B: jax.Array, capacity: int, tile: int, num_ctas: int, min_
     ends_B = jnp.cumsum(tiles_B, dtype=jnp.int32)
     starts_B = ends_B - tiles_B
     total, longest = ends_B[-1], jnp.max(tiles_B)
-    share = jnp.maximum((total + num_ctas - 1) // num_ctas, min_tiles)
-    # Equal sequences that nearly fill a share each are worth idle CTAs: half as many partial results to combine.
-    share = jnp.where((longest > share) & (longest <= share + share // _STRETCH), longest, share)
+    tiles_per_cta = jnp.maximum((total + num_ctas - 1) // num_ctas, min_tiles)
+    # Equal sequences that nearly fill a run each are worth idle CTAs: half as many partial results to combine.
+    tiles_per_cta = jnp.where(
+        (longest > tiles_per_cta) & (longest <= tiles_per_cta + tiles_per_cta // _STRETCH), longest, tiles_per_cta
+    )
 
-    begin_P = jnp.arange(num_ctas, dtype=jnp.int32) * share
-    end_P = jnp.minimum(begin_P + share, total)
+    begin_P = jnp.arange(num_ctas, dtype=jnp.int32) * tiles_per_cta
+    end_P = jnp.minimum(begin_P + tiles_per_cta, total)
     first_P = jnp.sum(ends_B[None, :] <= begin_P[:, None], axis=1, dtype=jnp.int32)
     # One past the last sequence that starts before the run ends.
     last_P = jnp.sum(starts_B[None, :] < end_P[:, None], axis=1, dtype=jnp.int32)
@@ -63,8 +65,8 @@ def schedule(lengths_B: jax.Array, capacity: int, tile: int, num_ctas: int, min_
     ctas_P7 = jnp.stack([first_P, jnp.maximum(last_P, first_P), *own_P2, length_P, kv_len_P, end_P], axis=1)
 
     b = jnp.arange(len(lengths_B), dtype=jnp.int32)
-    first_cta_B = starts_B // share
-    count_B = jnp.where(tiles_B > 0, (ends_B - 1) // share - first_cta_B + 1, 0)
+    first_cta_B = starts_B // tiles_per_cta
+    count_B = jnp.where(tiles_B > 0, (ends_B - 1) // tiles_per_cta - first_cta_B + 1, 0)
     return Schedule(ctas_P7, sequences_B4, jnp.stack([first_cta_B + b, count_B], axis=1))
 
 

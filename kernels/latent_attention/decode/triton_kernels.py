@@ -155,10 +155,10 @@ def _attend(
     for tile in range(first, last):
         token = tile * TILE + lane
         valid = token < kv_len
-        slot = tile * TILE % PAGE + lane if ONE_PAGE else token % PAGE
-        c_at = page * C_P + slot.to(tl.int64) * C_S
-        rope_at = page * ROPE_P + slot.to(tl.int64) * ROPE_S
-        scales_at = page * SCALES_P + slot.to(tl.int64) * SCALES_S
+        page_offset = tile * TILE % PAGE + lane if ONE_PAGE else token % PAGE
+        c_at = page * C_P + page_offset.to(tl.int64) * C_S
+        rope_at = page * ROPE_P + page_offset.to(tl.int64) * ROPE_S
+        scales_at = page * SCALES_P + page_offset.to(tl.int64) * SCALES_S
         # The next page number is loaded a tile ahead, so that loads of the cache never wait for it.
         page = _page(table_ptr, seq, (tile + 1) * TILE + offset, kv_len, TABLE_B, PAGE, PAGED)
         scores, c1, c2, c_scale = _scores(
@@ -198,9 +198,9 @@ def split_kernel(
     query = row // HEADS
     in_range = row < QUERIES * HEADS
     program = tl.program_id(1)
-    total, share = tiles_per_program(lengths_ptr, batch, capacity, tl.num_programs(1), TILE, BATCH, MIN_TILES)
-    start = program * share
-    end = tl.minimum(start + share, total)
+    total, per_program = tiles_per_program(lengths_ptr, batch, capacity, tl.num_programs(1), TILE, BATCH, MIN_TILES)
+    start = program * per_program
+    end = tl.minimum(start + per_program, total)
     seq_first, before = find_sequence(lengths_ptr, batch, capacity, start, TILE, BATCH)
     seq_last, _ = find_sequence(lengths_ptr, batch, capacity, end - 1, TILE, BATCH)
     seq_last = tl.where(start < end, seq_last, seq_first - 1)
@@ -240,14 +240,14 @@ def combine_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1)
     seq = tl.program_id(2)
-    _, share = tiles_per_program(lengths_ptr, batch, capacity, programs, TILE, BATCH, MIN_TILES)
+    _, per_program = tiles_per_program(lengths_ptr, batch, capacity, programs, TILE, BATCH, MIN_TILES)
     before = 0
     for b0 in range(0, seq, BATCH):
         b = b0 + tl.arange(0, BATCH)
         before += tl.sum(tl.where(b < seq, tiles_of(kv_len_of(lengths_ptr, b, batch, capacity), TILE), 0), 0)
     tiles = tiles_of(tl.maximum(tl.minimum(tl.load(lengths_ptr + seq), capacity), 0), TILE)
-    first = before // share
-    end = tl.where(tiles == 0, first, (before + tiles - 1) // share + 1)
+    first = before // per_program
+    end = tl.where(tiles == 0, first, (before + tiles - 1) // per_program + 1)
 
     m_i = tl.full([PARTS], float("-inf"), tl.float32)
     l_i = tl.zeros([PARTS], tl.float32)

@@ -129,7 +129,7 @@ def test_attention_in_16_bits_differs_by_rounding_only(length, dtype, tolerance)
 
 
 def gradients(op, q, k, v, options):
-    """Of a function that weighs out and lse at random."""
+    """Gradients of a random linear function of out and lse."""
     rng = np.random.default_rng(1)
     weights = rng.normal(size=(*q.shape[:3], V)), rng.normal(size=q.shape[:3])
 
@@ -194,7 +194,7 @@ def test_a_gradient_into_rows_that_see_nothing_goes_nowhere(length):
 
 
 def test_a_million_tokens_overflow_no_index():
-    """Arrays of more than 2^32 numbers: XLA indexes by axis, and no integer of the program is as large as 2^31."""
+    """Arrays of more than 2^32 elements: XLA indexes by axis, and no integer of the program is as large as 2^31."""
     tokens, heads = 1 << 20, 32
     q, k, v = (jax.ShapeDtypeStruct((1, tokens, heads, width), jnp.bfloat16) for width in (192, 192, 128))
     ids, length = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -37,7 +37,7 @@ def loss(q, k, v, lengths=None, *, q_offset=0, with_lse=False):
 
 
 def calls(function, *inputs) -> collections.Counter[str]:
-    """How often each of cuDNN's kernels is in the program for a GPU, by name and mask."""
+    """Counts cuDNN's kernels in the program for a GPU, by name and mask."""
     text = jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     found = re.findall(r"@__cudnn\$fmha(\w+)\(.*?mask_type[^A-Z]*([A-Z_]+)", text)
     assert len(found) == text.count("@__cudnn$fmha")
@@ -102,7 +102,7 @@ def test_on_a_mesh_every_device_runs_its_share(monkeypatch):
 
 
 def stand_in(name, mask, scale, q, k, v, lengths, *residuals):
-    """What cuDNN computes for `cudnn._bind`, with NaN where it promises nothing."""
+    """Emulates cuDNN for `cudnn._bind`, with NaN where its results are undefined."""
     keys = k.shape[1]
     valid = jnp.arange(keys) < (jnp.full(q.shape[0], keys) if lengths is None else lengths)[:, None]
     assert (lengths is not None) == ("PADDING" in mask)

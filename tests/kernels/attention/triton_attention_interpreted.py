@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in lo
 
 
 def triton_call(*arguments, kernel, out_shape, grid, name, num_warps, num_stages, compute_capability, **constants):
-    """What jax_triton.triton_call does, on a CPU; outputs are poisoned first."""
+    """Emulates jax_triton.triton_call on a CPU; outputs are NaN before the kernel runs."""
 
     def run(*arrays):
         arrays = iter(arrays)

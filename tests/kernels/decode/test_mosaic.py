@@ -1,6 +1,6 @@
 """The Hopper kernels as far as a machine without such a GPU can tell: they lower, and what surrounds them is right.
 
-Their numbers are tested in tests/gpu.
+Their results are tested in tests/gpu.
 """
 
 import functools

@@ -14,7 +14,7 @@ jitted = jax.jit(schedule, static_argnums=(1, 2, 3, 4))
 
 
 def walk(work):
-    """As the kernel does: (CTA, sequence, first tile, one past its last, length, kv_len) of each split."""
+    """Walks the schedule as the kernel does: (CTA, sequence, first tile, one past last, length, kv_len) of splits."""
     ctas_P7, sequences_B4, _ = (np.asarray(x).tolist() for x in work)
     for p, (first, last, begin, end, length, kv_len, run_end) in enumerate(ctas_P7):
         for b in range(first, last):

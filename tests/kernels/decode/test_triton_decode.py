@@ -110,7 +110,7 @@ def test_float32_compiles(tmp_path):
 
 
 def test_int8_compiles_for_blackwell():
-    """Its other products, which take 64 rows, do not know the conversion of int8."""
+    """Not with tcgen05, which Triton uses from 64 rows on: that cannot convert int8."""
     kernel = compiled(INT8._replace(heads=128), (10, 0))
     assert "tcgen05" not in kernel.asm["ptx"]
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in lo
 
 
 def triton_call(*arguments, kernel, out_shape, grid, num_warps, num_stages, compute_capability, **constants):
-    """What jax_triton.triton_call does, on a CPU; outputs are poisoned first."""
+    """Emulates jax_triton.triton_call on a CPU; outputs are NaN before the kernel runs."""
     assert compute_capability == 90
 
     def run(*arrays):
@@ -141,7 +141,7 @@ def test_a_cache_that_holds_content_and_rotary_key_in_one_row():
 
 
 def test_offsets_beyond_32_bits():
-    """Of an array of more than 2^31 elements the operating system gives only the pages in use."""
+    """The operating system backs only the touched pages of an array of more than 2^31 elements."""
     page_size, width = 16, 96
     far = 2**31 // (page_size * width) + 5
     cache = torch.empty((far + 1, page_size, width), dtype=torch.int8)

@@ -12,7 +12,7 @@ from latent_attention.decode_layer import triton_kernels as kernels
 EPS = 1e-6
 WIDTHS = {
     "even": dict(D=64, Q=32, C=32, R=16, N=16, V=16, H=2, F=64),
-    # No width is a multiple of a tile, and the programs' shares end within tiles and within heads.
+    # No width is a multiple of a tile, and the programs' partitions end within tiles and within heads.
     "few latents": dict(D=64, Q=96, C=16, R=8, N=16, V=16, H=2, F=64),
     "odd": dict(D=96, Q=40, C=48, R=8, N=12, V=20, H=3, F=112),
 }
@@ -24,7 +24,7 @@ def draw(*shape):
 
 
 def matrix(rows, columns, int8):
-    """As stored, its scales, and what both stand for."""
+    """A random matrix: as stored, its scales, and their product."""
     w = draw(rows, columns)
     if not int8:
         return w, w, w
