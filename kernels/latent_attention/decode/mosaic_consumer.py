@@ -52,6 +52,7 @@ class Consumer:
         """The main loop over this consumer's tiles of a split, and the epilogue."""
         params, smem, queries = self.params, self.smem, self.params.queries
         q_stage = lax.rem(split.splits_before, params.config.q_stages)
+        # Wait for the producer's loads of the queries of this sequence.
         plgpu.barrier_wait(smem.q_produced.at[q_stage])
         q_scale = None
         if params.int8:
@@ -75,6 +76,7 @@ class Consumer:
         carry = lax.fori_loop(0, unmasked, functools.partial(step, masked=False), carry)
         carry = lax.fori_loop(unmasked, own_tiles(split.end), functools.partial(step, masked=True), carry)
         acc, m_i, p_sum = carry
+        # When all consumers have arrived, the producer may load the queries of another sequence there.
         plgpu.barrier_arrive(smem.q_consumed.at[q_stage])
         split_index = self.cta + split.b
         self._epilogue(split_index, acc, m_i, reduce_columns("add", p_sum, smem.reduce_scratch.at[self.wg]))
@@ -88,7 +90,7 @@ class Consumer:
         # Wait for the producer's loads of the tile.
         plgpu.barrier_wait(smem.produced.at[stage])
 
-        # S^T = K Q^T, in base 2
+        # S^T = C Q_c^T + R Q_r^T, times the softmax scale and log2(e)
         c_scale = None
         if params.int8:
             c_scale = load_as(smem.scales.at[stage, 0], PER_ROW)
@@ -189,7 +191,7 @@ class Consumer:
         """Adds up the consumers' results and writes O^T (not divided by l_i), m_i and l_i at the split index."""
         stats_s, consumers = self.smem.stats, self.consumers
         stats_s[self.wg, 0], stats_s[self.wg, 1] = m_i, l_i
-        self._rendezvous()
+        self._rendezvous()  # the other's are in shared memory, and it is done with P, where the inboxes are
         stats = [[load_as(stats_s.at[i, j], PER_COLUMN) for j in range(2)] for i in range(consumers)]
         new_m_i = functools.reduce(jnp.maximum, [their_m_i for their_m_i, _ in stats])
         acc = acc * broadcast_per_column(jnp.exp2(m_i - new_m_i), acc.shape)
@@ -208,8 +210,7 @@ class Consumer:
     def _exchange(self, split_index, acc, wg: int) -> None:
         """Writes the chunks j of O^T, CHUNK rows each, with j % consumers == wg, plus the other consumer's.
 
-        The consumers exchange a chunk each at a time through their inboxes: one rendezvous after both have written,
-        one after both have read.
+        The consumers exchange one chunk each at a time through their inboxes in shared memory.
         """
         consumers, inbox = self.consumers, self.smem.inbox
         chunks = self.params.c_width // CHUNK
@@ -224,9 +225,9 @@ class Consumer:
                     continue
                 if first + other < chunks:
                     inbox[other] = chunk(first + other)
-                self._rendezvous()
+                self._rendezvous()  # both inboxes are written
                 if own is not None:
                     own += plgpu.layout_cast(inbox[wg], plgpu.Layout.WGMMA)
-                self._rendezvous()
+                self._rendezvous()  # both are read, and may be written again
             if own is not None:
                 self.refs.partial[self.row_block, split_index, pl.ds((first + wg) * CHUNK, CHUNK)] = own

@@ -35,10 +35,11 @@ class Producer:
         lax.fori_loop(split.begin, split.end, load, None)
 
     def _load_queries(self, split: Split) -> None:
-        """Waits for a free stage of queries, in which both loads complete `q_produced`."""
+        """Loads the queries of the split's sequence; both loads complete `q_produced`, for which the consumers wait."""
         params, refs, smem = self.params, self.refs, self.smem
         q_stage = lax.rem(split.splits_before, params.config.q_stages)
 
+        # Wait until all consumers have arrived that used this stage before; at first all are free.
         @pl.when(split.splits_before >= params.config.q_stages)
         def _():
             plgpu.barrier_wait(smem.q_consumed.at[q_stage])

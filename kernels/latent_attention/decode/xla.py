@@ -43,9 +43,9 @@ def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scale
         wanted_N = n % per_page * size
         # The last piece of a page starts early so as to end with it; the tokens it shares with the previous are masked.
         start_N = jnp.minimum(wanted_N, page_size - size)
-        slot_NS = start_N[:, None] + jnp.arange(size)
-        token_NS = (n // per_page)[:, None] * page_size + slot_NS
-        s = jnp.where(slot_NS >= wanted_N[:, None], token_NS, capacity).reshape(-1)
+        offset_NS = start_N[:, None] + jnp.arange(size)
+        token_NS = (n // per_page)[:, None] * page_size + offset_NS
+        s = jnp.where(offset_NS >= wanted_N[:, None], token_NS, capacity).reshape(-1)
         # Entries beyond the length may be anything: indices are clamped.
         page_BN = jnp.take(table_BN, n // per_page, axis=1, mode="clip")
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from latent_attention.attention.mask import make_mask
 from latent_attention.attention.triton import Tiling, _widths, ranges, select_tiling, why_not_attention
-from latent_attention.attention.xla import make_mask
 from latent_attention.call_shapes import AttentionShape
 from latent_attention.gpu import make_gpu
 from triton_checks import check_interpreted
