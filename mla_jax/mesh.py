@@ -27,9 +27,9 @@ from mla_jax.errors import UsageError
 
 AXES = ("data", "fsdp", "context")
 
-ROWS = ("data", "fsdp")
+ROW_AXES = ("data", "fsdp")
 """Mesh axes over which the rows of a training batch are sharded; their tokens are sharded over `context`."""
-BATCH = P(None, ROWS, "context")
+BATCH = P(None, ROW_AXES, "context")
 """Sharding of micro-batches [A, B, T]."""
 SHARD_AXES = ("fsdp", "context")
 """Mesh axes over which weights are sharded."""
@@ -100,7 +100,7 @@ def shard_batch(x: jax.Array | np.ndarray, axis: int = 0) -> jax.Array:
 
 
 def per_device(function: Callable, *arrays: Any, out_axes: Any = 0) -> Any:
-    """Runs `function` on every device with that device's part of the batch (and with the whole of what is replicated).
+    """Runs `function` on every device, on its shard of the batch (and on the whole of what is replicated).
 
     Kernels, scatters and loops over tokens, which know nothing of meshes, run inside.
 
@@ -180,7 +180,7 @@ def with_concrete_shardings(abstract: Any) -> Any:
 def check_batch(rows: int, tokens: int, accumulation: int) -> None:
     """Raises UsageError unless a batch [rows, tokens] of micro-batches spreads evenly over the mesh."""
     mesh = jax.sharding.get_mesh()
-    shards, micro = math.prod(mesh.shape[axis] for axis in ROWS), rows // accumulation
+    shards, micro = math.prod(mesh.shape[axis] for axis in ROW_AXES), rows // accumulation
     if micro % shards:
         raise UsageError(
             f"{micro} sequences (batch_size / train.grad_accumulation) do not spread evenly over {shards} devices "
@@ -194,7 +194,7 @@ def check_batch(rows: int, tokens: int, accumulation: int) -> None:
 def rows_here(rows: int, accumulation: int = 1) -> np.ndarray:
     """Indices, ascending, of the rows of a batch (micro-batch after micro-batch) that this process's devices hold."""
     mesh, micro = jax.sharding.get_mesh(), rows // accumulation
-    slices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((micro,)).values()
+    slices = NamedSharding(mesh, P(ROW_AXES)).addressable_devices_indices_map((micro,)).values()
     mine = np.unique(np.concatenate([np.arange(micro)[index] for index in slices]))
     return (np.arange(accumulation)[:, None] * micro + mine).ravel()
 
@@ -203,7 +203,7 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, ja
     """Puts the rows [b, T] that `rows_here` named on the mesh, as micro-batches [A, B / A, T]; see `check_batch`."""
     mesh = jax.sharding.get_mesh()
     held, length = next(iter(batch.values())).shape
-    parts, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROWS)
+    parts, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROW_AXES)
     order = _zig_zag(length, parts)
     mine = rows_here(shards)
     micro = held // accumulation * shards // len(mine)

@@ -1,4 +1,4 @@
-"""Where the rows and tokens of a batch go."""
+"""Placement of the rows and tokens of a batch on a mesh."""
 
 import jax
 import numpy as np

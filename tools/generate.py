@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from mla_jax.bridge.hf import reader as hf_import
+from mla_jax.bridge.hf import reader
 from mla_jax.checkpoint.run_folder import CONFIG, load_run
 from mla_jax.config import ModelConfig
 from mla_jax.data.chat import render
@@ -36,7 +36,7 @@ def load(folder: Path, step: str) -> tuple[ModelConfig, dict, Tokenizer]:
             return run.model, run.params, run.tokenizer
         if not (folder / "config.json").exists():
             raise InputError(f"{folder} is neither a run (no {CONFIG}) nor a Hugging Face folder (no config.json)")
-        return hf_import.load(folder)
+        return reader.load(folder)
 
 
 class Conversation:
@@ -47,7 +47,7 @@ class Conversation:
         self.session, self.turn = Session.empty(1), 0
 
     def write(self, prompt: list[int]) -> str:
-        """Streams the continuation to stdout, and what it took to stderr; returns it."""
+        """Streams the continuation to stdout, and statistics to stderr; returns it."""
         args, stream = self.args, TextStream(self.tokenizer, self.args.stop)
         started, arrivals = time.perf_counter(), []
 

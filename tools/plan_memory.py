@@ -19,7 +19,7 @@ MODES = {"{0} / {0}": (False, None), "{0} / 8": (False, "int8"), "8 / 8": (True,
 
 
 def longest_context(config: ModelConfig, limit: int, rows: int, chunk: int, int8: bool, cache_dtype: str | None) -> int:
-    """The most tokens a row, prompt and answer together; no more than the model takes."""
+    """The most tokens of a row, prompt and answer together, that fit and that the model takes."""
 
     def total(tokens: int) -> int:
         return MemoryPlan.of(
@@ -38,7 +38,7 @@ def _gib(gpu: str) -> float:
 
 
 def _split(pairs: list[str]) -> tuple[dict[str, str], list[str]]:
-    """This tool's own keys, and overrides of the config."""
+    """The values of this tool's own keys, and the overrides of the config."""
     own, overrides = {}, []
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -60,7 +60,7 @@ def report(config: ModelConfig, gpus: dict[str, float], rows: int, chunk: int) -
     """A line for each GPU and mode, as Markdown."""
     lines = [
         "| GPU | GiB | bits of weights / cache | weights | workspace | cache of 1,024 tokens | longest context "
-        "| in all | so long at a time |",
+        "| total | sequences that fit |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     bits = 8 * jnp.dtype(config.dtype).itemsize

@@ -45,7 +45,7 @@ class LatentCache:
 
 
 def init_layer(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> LayerCache:
-    """An empty cache of `dtype` (default: the compute type); on a mesh, rows of the batch are spread over it."""
+    """An empty cache of one layer, of `dtype` (default: the compute type); on a mesh, its rows are sharded."""
     dtype = dtype or config.dtype
 
     def empty(*shape: int, dtype: str = dtype) -> jax.Array:

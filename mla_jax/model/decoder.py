@@ -1,4 +1,4 @@
-"""The model over a latent cache, for inference: weights a layer, in 16 or 8 bits, and T new tokens at a time.
+"""The model over a latent cache, for inference: weights of each layer in 16 or 8 bits, T new tokens at a time.
 
 `inference_weights` makes the weights once; `extend` appends tokens to the cache. Prefill goes layer by layer instead
 (`prefill_layer`), so that one compiled function serves all layers, and the last one need not compute its output.
@@ -26,7 +26,7 @@ def _converted(config: ModelConfig, weights: dict, int8: bool) -> dict:
     def convert(path: tuple, x: jax.Array) -> jax.Array | InferenceWeight:
         if is_norm(path):
             return x
-        if path[-1].key == "embed_tokens":  # a table, of which tokens choose rows
+        if path[-1].key == "embed_tokens":  # a lookup table, not a matrix that multiplies
             return x.astype(config.dtype)
         return InferenceWeight(*quantize(x.T)) if int8 else InferenceWeight(x.T.astype(config.dtype), None)
 

@@ -2,7 +2,7 @@
 
 Expanded (training, prefill): keys and values of every head are computed from the latents, then plain attention.
 Absorbed (decode): the up-projections move to the query and the output side, and all heads attend to the latents
-themselves. It reads 1/H of the numbers and costs about three times the products.
+themselves. It reads 1/H of the elements and takes about three times the multiplications.
 
 Equations are those of DeepSeek-V2 (arXiv 2405.04434), section 2.1.
 """
@@ -74,7 +74,7 @@ class MLA(nnx.Module):
     def append_to_cache(
         self, x_BTD: jax.Array, cos_sin: CosSin, cache: LayerCache, lengths_B: jax.Array, valid_B: jax.Array
     ) -> tuple[LayerCache, jax.Array, jax.Array]:
-        """Writes the first `valid_B` of T new tokens behind the `lengths_B` that are cached; their latents too."""
+        """Appends the first `valid_B` of T new tokens to the `lengths_B` cached ones; returns their latents too."""
         c_BTC, k_rope_BTR = self.latents(x_BTD, cos_sin)
         return latent_cache.write(cache, lengths_B, c_BTC, k_rope_BTR, valid_B), c_BTC, k_rope_BTR
 
@@ -93,7 +93,7 @@ class MLA(nnx.Module):
         return self.output(out_BTHV), cache
 
     def queries(self, x_BTD: jax.Array, cos_sin: CosSin) -> tuple[jax.Array, jax.Array]:
-        """q_BTHN and the rotated q_BTHR; equations 12 to 14."""
+        """Queries: q_BTHN and the rotated q_BTHR; equations 12 to 14."""
         config = self.config
         if config.q_lora_rank is None:
             q = matmul(x_BTD, self.q_proj)
@@ -124,7 +124,7 @@ class MLA(nnx.Module):
         return matmul(out_BTHV.reshape(*out_BTHV.shape[:2], -1), self.o_proj)
 
     def _op(self, op: Callable, *arrays: jax.Array, **options):
-        """An op of `latent_attention` with this model's scale and choice of implementation."""
+        """Calls an op of `latent_attention` with this model's softmax scale and choice of implementation."""
         key = op.__name__  # `attention` and `decode` are keys of the config
         try:
             return op(*arrays, scale=softmax_scale(self.config), implementation=getattr(self.config, key), **options)
@@ -132,7 +132,7 @@ class MLA(nnx.Module):
             raise UsageError(f"model.{key}: {e}") from e
 
     def _expanded(self, q_BTHK, c_BTC, k_rope_BTR, cache: LayerCache, lengths_B: jax.Array) -> jax.Array:
-        """New tokens over themselves, then over the cache chunk by chunk: memory does not grow with the cache."""
+        """New tokens attend to themselves, then to the cache chunk by chunk: memory does not grow with the cache."""
 
         def attend(q, c_new, k_rope_new, cache, lengths, kv_b_CX):
             size = min(max(CACHE_CHUNK // len(q), MIN_CACHE_CHUNK), cache.capacity)
@@ -149,14 +149,14 @@ class MLA(nnx.Module):
             k, v = self.expand(c_new @ kv_b_CX, k_rope_new)
             out, lse = self._op(latent_attention.attention, q, k, v, return_lse=True)
             chunks = (jnp.max(lengths) + size - 1) // size
-            # Merged in float32: many chunks would add up many roundings.
+            # Merged in float32: with many chunks, rounding errors would add up.
             return jax.lax.fori_loop(0, chunks, chunk, (out.astype(jnp.float32), lse))[0].astype(q.dtype)
 
         kv_b_CX = all_gather_weight(self.kv_b_proj, q_BTHK.dtype)
         return mesh.per_device(attend, q_BTHK, c_BTC, k_rope_BTR, cache, lengths_B, kv_b_CX)
 
     def _absorbed(self, q_nope_BTHN, q_rope_BTHR, cache: LayerCache, lengths_B: jax.Array) -> jax.Array:
-        """New tokens, already in the cache, over all of it; end of section 2.1.2."""
+        """Attention of new tokens, which are in the cache already, to all of it; end of section 2.1.2."""
         kv_b_CX = all_gather_weight(self.kv_b_proj, q_nope_BTHN.dtype)
         kv_b_CHX = kv_b_CX.reshape(kv_b_CX.shape[0], self.config.num_attention_heads, -1)
         k_b_CHN, v_b_CHV = jnp.split(kv_b_CHX, [self.config.qk_nope_head_dim], axis=-1)

@@ -21,7 +21,7 @@ from mla_jax.model.rope import CosSin, rope_cos_sin
 
 
 def _rematerialized(config: ModelConfig, body: Callable) -> Callable:
-    """`body` with a backward pass that keeps what the config says and computes the rest again."""
+    """`body` with a backward pass that saves the activations that the config names and recomputes the rest."""
     policies = jax.checkpoint_policies
     if config.remat == "none":
         return body
@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
 
         Args:
             tokens_BT: int32 token ids.
-            positions_BT: int32 rotary positions; None for 0, 1, 2, ... (not where sequences are spread over devices)
+            positions_BT: int32 rotary positions; None for 0, 1, 2, ... (not where sequences are sharded)
             segments_BT: int32 document of each token, which sees only its own; None for one document a row.
 
         Returns:
@@ -132,7 +132,7 @@ class Transformer(nnx.Module):
         """
         if positions_BT is None:
             if mesh.num_sequence_shards(tokens_BT) > 1:
-                raise ValueError("positions_BT must be given where sequences are spread: tokens are in zig-zag order")
+                raise ValueError("positions_BT must be given where sequences are sharded: tokens are in zig-zag order")
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         cos_sin = rope_cos_sin(self.config, positions_BT)
 

@@ -339,7 +339,7 @@ def test_a_session_whose_growth_was_interrupted_loses_nothing(generator, monkeyp
 
 
 def test_an_int8_cache_is_off_by_its_roundings(generator):
-    """Half a unit of 127 in each latent: close to the exact logits, and not equal."""
+    """The error is half a quantisation step in each latent: logits are close to the exact ones, and not equal."""
     tokens = np.array([PROMPTS[1]])
     weights = generator.weights
     exact = None

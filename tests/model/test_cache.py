@@ -1,4 +1,4 @@
-"""The latent cache: nothing held is overwritten, nothing is read from a wrong slot."""
+"""The latent cache: valid tokens are never overwritten, and every slot is read from its place."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ DTYPES = ["float32", "bfloat16", "int8"]
 
 
 def numbered_cache(dtype):
-    """Numbers of all slots differ."""
+    """A cache whose slots differ from each other."""
     rng = np.random.default_rng(0)
 
     def numbers(x):

@@ -1,4 +1,4 @@
-"""When the kernels for one token are used; what they compute is tested on a GPU."""
+"""The conditions for the fused batch-1 kernels; what they compute is tested on a GPU."""
 
 import dataclasses
 import sys
@@ -23,7 +23,7 @@ CONFIG = dataclasses.replace(
 
 @pytest.fixture(autouse=True)
 def ampere(monkeypatch):
-    """An A100 with jax-triton, as far as the choice goes."""
+    """Makes the choice of kernels see an A100 with jax-triton."""
     on(monkeypatch, (8, 0))
     monkeypatch.setattr(jax_triton_loader, "why_not", lambda: None)
 
@@ -40,11 +40,11 @@ def why_not(rows=1, cache_dtype=None, **changes):
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_one_row_in_16_bits_takes_them(dtype, cache_dtype):
+def test_one_row_in_16_bits_takes_the_fused_kernels(dtype, cache_dtype):
     assert why_not(dtype=dtype, cache_dtype=cache_dtype) is None
 
 
-def test_what_goes_through_xla(monkeypatch):
+def test_what_the_fused_kernels_cannot_do_goes_through_xla(monkeypatch):
     assert "one row" in why_not(rows=2)
     assert "q_lora_rank" in why_not(q_lora_rank=None)
     assert "float32" in why_not(dtype="float32")

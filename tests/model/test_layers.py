@@ -20,7 +20,7 @@ def test_matmul_and_its_gradients_are_those_of_jnp(shape):
 
 
 def test_matmul_in_bfloat16_gives_float32_gradients_of_float32_weights():
-    """Summed in float32, not in 8 bits of mantissa and cast."""
+    """The gradient is summed in float32, not in bfloat16 and cast."""
     x, w = jnp.ones((1000, 6), jnp.bfloat16), jnp.full((6, 4), 1 / 3)
     out, vjp = jax.vjp(lambda x, w: matmul(x, nnx.Param(w)), x, w)
     d_x, d_w = vjp(jnp.ones_like(out))

@@ -35,7 +35,7 @@ MODELS = {
 
 
 def params_of(config):
-    """Norms differ from 1, so that one left out shows."""
+    """Random parameters; norm weights differ from 1, so that one left out shows."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
