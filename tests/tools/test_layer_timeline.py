@@ -2,10 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 
+from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer.timeline import CLOCKS, PHASES
 from tools.bench import layer_timeline
+
+SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
 
 
 def made_stamps(steps=3, layers=4, ctas=5):
@@ -66,6 +70,20 @@ def test_every_phase_has_a_bar():
     np.testing.assert_allclose(
         [bar.get_width() for bar in axes.patches], [i + 0.1 * (i == 2) for i in range(2, len(PHASES))], rtol=1e-5
     )
+
+
+def test_the_layers_lower_for_an_h200():
+    inputs = jax.eval_shape(lambda: layer_timeline.make_inputs(SMALL, 1024))
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
+        traced = jax.jit(layer_timeline.step, static_argnums=0).trace(SMALL, *inputs)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("call @layer") == layer_timeline.LAYERS and "mosaic_gpu" in text
+    caches, workspace, timelines = traced.out_info
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), (caches, workspace)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), inputs[:2]
+    )
+    assert [x.shape for x in timelines] == [(132, 2, len(PHASES), len(CLOCKS))] * layer_timeline.LAYERS
 
 
 def test_without_a_hopper_gpu_it_says_so(tmp_path, call):

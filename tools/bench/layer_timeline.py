@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from latent_attention.call_shapes import LayerShape
+from latent_attention.decode_layer import mosaic
 from latent_attention.decode_layer.timeline import PHASES
 from latent_attention.gpu import local_gpu
 from mla_jax.errors import InputError, one_line_errors
@@ -30,6 +31,8 @@ TOKENS = 1024, 131_072
 """Lengths of the cache that are measured."""
 LAYERS, WARM_UP, STEPS = 6, 5, 20
 """Layers of a step, whose weights are too large for the L2 cache together; steps before those that count, and these."""
+_NO_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": 2**30}
+"""As in the decode loop of generation (mla_jax/inference/decode_loop.py)."""
 NAME = "decode_layer_timeline"
 START = PHASES.index("wait for previous layer")
 """Times are counted from the end of this phase."""
@@ -62,46 +65,59 @@ def random_weights(shape: LayerShape, key: jax.Array) -> dict:
     }
 
 
-def measure(shape: LayerShape, tokens: int) -> np.ndarray:
-    """Timestamps uint32 [steps, layers, CTAs, consumers, phases, clocks], at a cache of `tokens` tokens.
+def make_inputs(shape: LayerShape, tokens: int) -> tuple:
+    """Arguments of `step`: caches, workspace, weights, hidden state, cosines and sines, length.
 
-    The cache holds one less before, so that it has room for the new one.
+    A cache has `tokens` tokens, of which the last is the new one.
+    """
+
+    @jax.jit
+    def make_layer(key: jax.Array) -> tuple:
+        keys = jax.random.split(key, 3)
+        c, k_rope = (
+            jax.random.normal(key, (1, tokens, width), jnp.bfloat16)
+            for key, width in zip(keys[:2], (shape.C, shape.R), strict=True)
+        )
+        return (c, k_rope), random_weights(shape, keys[2])
+
+    caches, weights = zip(*(make_layer(jax.random.key(i)) for i in range(LAYERS)), strict=True)
+    h_D, angles = jax.random.normal(jax.random.key(0), (shape.D,), jnp.bfloat16), jnp.linspace(0, 1, shape.R // 2)
+    cos_sin, length = (jnp.cos(angles), jnp.sin(angles)), jnp.full(1, tokens - 1, jnp.int32)
+    return caches, mosaic.init_workspace(shape), weights, h_D, cos_sin, length
+
+
+def step(shape: LayerShape, caches, workspace, weights, h_D, cos_sin, length) -> tuple[Any, jax.Array, list[jax.Array]]:
+    """All layers: their caches, the workspace and the timelines. Nothing runs between two layers."""
+
+    @jax.jit  # traced and lowered once for all layers
+    def layer(weights, h_D, cache, workspace):
+        return mosaic.decode_layer_timeline(
+            shape, weights, h_D, *cos_sin, length, cache, workspace, eps=1e-6, scale=0.1
+        )
+
+    new_caches, timelines = [], []
+    for cache, layer_weights in zip(caches, weights, strict=True):
+        h_D, cache, workspace, timeline = layer(layer_weights, h_D, cache, workspace)
+        new_caches.append(cache)
+        timelines.append(timeline)
+    return tuple(new_caches), workspace, timelines
+
+
+def measure(shape: LayerShape, tokens: int) -> np.ndarray:
+    """Timestamps uint32 [steps, layers, CTAs, consumers, phases, clocks], with `tokens` tokens in each cache.
 
     Raises:
         InputError: the kernel cannot run here.
     """
-    from latent_attention.decode_layer import mosaic
-
     reason = mosaic.why_not(shape, "bfloat16", "bfloat16", tokens, local_gpu())
     if reason:
         raise InputError(f"the fused decoder layer cannot run here: {reason}")
-
-    @jax.jit  # traced and lowered once for all layers
-    def layer(weights, h_D, length, cache, workspace):
-        angles = jnp.linspace(0, 1, shape.R // 2)
-        return mosaic.decode_layer_timeline(
-            shape, weights, h_D, jnp.cos(angles), jnp.sin(angles), length, cache, workspace, eps=1e-6, scale=0.1
-        )
-
-    def step(caches, workspace, weights, h_D, length):
-        timelines = []
-        for i in range(LAYERS):
-            h_D, caches[i], workspace, timeline = layer(weights[i], h_D, length, caches[i], workspace)
-            timelines.append(timeline)
-        return caches, workspace, jnp.stack(timelines)
-
-    def cache(key):
-        return tuple(jax.random.normal(key, (1, tokens, width), jnp.bfloat16) for width in (shape.C, shape.R))
-
-    make_weights = jax.jit(lambda key: random_weights(shape, key))
-    weights = [make_weights(jax.random.key(i)) for i in range(LAYERS)]
-    caches, workspace = [jax.jit(cache)(jax.random.key(i)) for i in range(LAYERS)], mosaic.init_workspace(shape)
-    h_D, length = jax.random.normal(jax.random.key(0), (shape.D,), jnp.bfloat16), jnp.full(1, tokens - 1, jnp.int32)
-    run, found = jax.jit(step, donate_argnums=(0, 1)), []
+    run = jax.jit(step, static_argnums=0, donate_argnums=(1, 2), compiler_options=_NO_CUDA_GRAPHS)
+    (caches, workspace, *rest), found = make_inputs(shape, tokens), []
     for _ in range(WARM_UP + STEPS):
-        caches, workspace, timelines = run(caches, workspace, weights, h_D, length)
+        caches, workspace, timelines = run(shape, caches, workspace, *rest)
         found.append(timelines)
-    return np.stack([np.asarray(x) for x in found[WARM_UP:]]).view(np.uint32)
+    return np.stack([np.stack(timelines) for timelines in found[WARM_UP:]]).view(np.uint32)
 
 
 def summarise(stamps: np.ndarray) -> dict[str, Any]:
