@@ -1,4 +1,4 @@
-"""What the devices of a mesh send each other in a training step: `python -m tools.comm_volume --devices N`.
+"""Communication volume of a training step on a mesh: `python -m tools.comm_volume --devices N`.
 
 Compiles the step for N fake devices on a CPU and adds up its collective operations; nothing is computed. XLA's CPU
 back end gathers weights in float32 that a GPU gathers in bfloat16, and sums gradients by all-reduce where a GPU has
@@ -21,7 +21,7 @@ _OPERATION = re.compile(rf"= (?P<type>[^=]*?) (?P<kind>{_KINDS})\((?P<rest>.*)")
 
 
 class Collective(NamedTuple):
-    """Operations of one kind over groups of one size, in a step."""
+    """All collective operations of one kind over groups of one size, in a step."""
 
     kind: str
     group: int
@@ -50,7 +50,7 @@ def collectives(program: str) -> list[Collective]:
 
 
 def _group_size(rest: str) -> int:
-    """Of `replica_groups=mesh['x'=2,'y'=4] {'y'}` 4; of `replica_groups={{0,1},{2,3}}` 2."""
+    """Devices of a group: 4 for `replica_groups=mesh['x'=2,'y'=4] {'y'}`, 2 for `replica_groups={{0,1},{2,3}}`."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return len(listed[1].split(","))

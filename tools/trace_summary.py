@@ -1,4 +1,4 @@
-"""What the GPUs did in a trace of training steps: `python -m tools.trace_summary RUN/profile [--top 15]`.
+"""Summarises a trace of training steps by GPU: `python -m tools.trace_summary RUN/profile [--top 15]`.
 
 Prints for each GPU the share of time in which a kernel ran, the share in which communication (NCCL) ran and the part of
 it during which nothing else did, and the kernels that took longest.
@@ -24,16 +24,16 @@ class Kernel(NamedTuple):
 
     @property
     def communicates(self) -> bool:
-        """Whether it is one of NCCL's."""
+        """Whether it is a kernel of NCCL."""
         return "nccl" in self.name.lower()
 
 
 class Summary(NamedTuple):
-    """Of one GPU, over the time from the start of its first kernel to the end of its last one."""
+    """The work of one GPU between the start of its first kernel and the end of its last one."""
 
     seconds: float
     busy: float
-    """Share of the time in which at least one kernel ran. Copies are no kernels."""
+    """Share of the time in which at least one kernel ran; copies do not count."""
     communication: float
     """Share of the time in which communication ran."""
     exposed: float
@@ -112,7 +112,7 @@ def _covered(kernels: Iterable[Kernel]) -> float:
 def main() -> None:
     """Reads the command line and prints the summary of every GPU."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.trace_summary", description="What the GPUs did in a trace of training steps."
+        prog="python -m tools.trace_summary", description="Summarises a trace of training steps by GPU."
     )
     parser.add_argument("trace", type=Path, help="a folder, of which the newest trace is read, or a .trace.json.gz")
     parser.add_argument("--top", type=int, default=15, help="how many kernels to list")

@@ -1,4 +1,4 @@
-"""Where a measured number comes from, kept beside it."""
+"""The provenance of a measurement, kept beside it."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from mla_jax.observability.environment import command_line, git_revision
 
 
 def provenance() -> dict:
-    """Where and when a number was measured: date (UTC), command, git revision, hardware, versions."""
+    """Date (UTC), command, git revision, hardware and versions of this process, JSON-able."""
     devices = jax.devices()
     hardware = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu":

@@ -1,4 +1,4 @@
-"""Results over a grid of lengths and one more param, depth for instance: a table in text and a heatmap."""
+"""A text table and a heatmap of results over a grid of lengths and one more parameter, depth for instance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ def _percent_range(cell: Cell) -> str:
 
 
 def _grid(cells: Sequence[Cell]) -> tuple[list[int], str, list[Any], dict[tuple[int, Any], Cell]]:
-    """Lengths, name and values of the other param (the last one is None, all of them), and every cell by both."""
+    """Lengths, name and values of the other parameter (the last is None: all of them), and the cells by both."""
     (name,) = cells[0].params.keys() - {"length"}
     lengths = sorted({cell.length for cell in cells})
     values = sorted({cell.params[name] for cell in cells})
@@ -38,7 +38,7 @@ def _grid(cells: Sequence[Cell]) -> tuple[list[int], str, list[Any], dict[tuple[
 
 
 def format_table(cells: Sequence[Cell]) -> str:
-    """The grid as text: length across, the other param down; each entry is correct/n [Wilson 95 % interval in %]."""
+    """The grid as text, length across, the other parameter down: correct/n [Wilson 95 % interval in %] in each cell."""
     lengths, name, values, by_place = _grid(cells)
     rows = [[name, *(f"{format_length(length)} tokens" for length in lengths)]]
     for value in values:
@@ -53,7 +53,7 @@ def format_table(cells: Sequence[Cell]) -> str:
 def plot_heatmap(
     cells: Sequence[Cell], path: Path, *, title: str, subtitle: str = "", trained_lengths: Sequence[int] = ()
 ) -> None:
-    """Draws the grid as a PNG: length across, the other param down, each cell with accuracy, correct/n and interval.
+    """Draws the grid as a PNG, length across, the other parameter down: accuracy, correct/n and interval in each cell.
 
     Args:
         cells: the whole grid.

@@ -4,7 +4,8 @@ RUN/eval/TASK.json holds:
 
     version           VERSION; files without it were written when passkey retrieval was the only task, and are read too
     task              its name
-    title, description  what is asked, and what counts as correct
+    title             of the task, for reports
+    description       the question and the criterion
     model             name, step, parameters, cache_bytes_per_token (16 bits unless configured), trained_lengths
     provenance        date, command, git_revision, hardware, python, jax
     seconds           duration of the evaluation, compilation included
@@ -36,10 +37,10 @@ _COUNTS = ("n", "correct", "accuracy", "interval")
 
 @dataclass(frozen=True)
 class Cell:
-    """How many of the `n` prompts of a cell were answered correctly."""
+    """The count of correct answers to the `n` prompts of a cell."""
 
     params: Params
-    """`length` and one more; None stands for all its values."""
+    """`length` and one more; None stands for all values of that one."""
     n: int
     correct: int
 
@@ -84,7 +85,7 @@ class Failure:
     """A wrong answer."""
 
     params: Params
-    """Those of its cell."""
+    """Parameters of its cell."""
     seed: int
     index: int
     """Seed and index of the random generator from which the task makes the prompt again."""
@@ -105,7 +106,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured of a model by a task."""
+    """The outcome of a task on a model, as it is kept in RUN/eval/TASK.json."""
 
     task: str
     title: str
@@ -159,7 +160,7 @@ class Results:
         _require(isinstance(provenance, dict), "provenance")
         _require(all(isinstance(content[key], str) for key in _WITHOUT_VERSION), "task, title or description")
         cells = tuple(Cell.from_json(cell) for cell in content["cells"])
-        _require(len({tuple(cell.params) for cell in cells}) == 1, "no cells, or cells of different params")
+        _require_grid(cells)
         return cls(
             **{key: content[key] for key in _WITHOUT_VERSION},
             model=model,
@@ -200,6 +201,15 @@ def results_of_run(run_dir: Path) -> list[Results]:
         InputError: as `read_results`.
     """
     return [read_results(path) for path in sorted((run_dir / "eval").glob("*.json"))]
+
+
+def _require_grid(cells: Sequence[Cell]) -> None:
+    """Raises KeyError, TypeError or ValueError unless there is one cell for each length and value of one parameter."""
+    _require(len({frozenset(cell.params) for cell in cells}) == 1, "no cells, or cells of different parameters")
+    (name,) = cells[0].params.keys() - {"length"}
+    lengths, values = {cell.length for cell in cells}, sorted({cell.params[name] for cell in cells})
+    places = {(cell.length, cell.params[name]) for cell in cells}
+    _require(len(places) == len(cells) == len(lengths) * len(values), "cells that are not a whole grid")
 
 
 def _require(condition: bool, what: str) -> None:

@@ -5,43 +5,42 @@ from dataclasses import dataclass
 from typing import Any
 
 Params = dict[str, Any]
-"""The values that a cell stands for: the prompts' `length` in tokens and one more, {"length": 256, "depth": 0.5} for
-instance; as JSON has them."""
+"""Parameters of a cell: `length`, in tokens of the prompt, and one more, for instance {"length": 256, "depth": 0.5};
+JSON values."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question to the model."""
+    """A prompt and its answer, drawn from `make_rng(seed, Purpose.EVALUATION, index)`, which training never uses."""
 
     ids: list[int]
-    """Token ids; as many as the `length` of the cell."""
+    """Token ids, `length` of them."""
     answer: str
     seed: int
     index: int
-    """`make_rng(seed, Purpose.EVALUATION, index)` makes it, which training never uses."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked in an evaluation, and how answers are scored."""
+    """The prompts of an evaluation, in cells, and the scoring of answers."""
 
     name: str
     """Results are written to RUN/eval/NAME.json and NAME.png."""
     title: str
     description: str
-    """What is asked, and what counts as correct: half a sentence, which follows `title` and a colon."""
+    """The question and the criterion, for reports, which print `TITLE: DESCRIPTION`."""
     config: dict[str, Any]
-    """What the task was made with; kept beside the results."""
+    """The configuration, kept beside the results."""
     cells: tuple[Params, ...]
     """Cells of one length follow each other."""
     samples: int
     """Prompts of a cell."""
     prompt: Callable[[Params, int], Prompt]
-    """Makes the prompt of a cell and sample; independent of the other cells and samples."""
+    """(cell, sample) -> its prompt, whatever other cells and samples there are."""
     is_correct: Callable[[str, str], bool]
-    """Scores (the prompt's answer, the text that the model wrote)."""
+    """(the prompt's answer, the generated text) -> whether it is correct."""
     max_new_tokens: int
     batch_size: int
-    """The most prompts that are answered together."""
+    """The most prompts in a batch."""
     cache_dtype: str | None
-    """Type of the cache during generation; None is the model's."""
+    """Type of the KV cache; None for the model's."""
