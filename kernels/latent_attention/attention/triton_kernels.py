@@ -1,6 +1,6 @@
 """Expanded attention in Triton, forward and backward, for NVIDIA GPUs from Ampere on: FlashAttention-2 (2307.08691).
 
-Imports nothing but Triton; `attention/triton.py` launches these kernels. Arrays are contiguous: q and out
+Depends on Triton alone; `attention/triton.py` launches these kernels. Arrays are contiguous: q and out
 [B, T, H, .], k and v [B, S, H, .], log-sum-exp and delta float32 [B, H, T].
 
 A program of `forward_kernel` and `d_q_kernel` owns a block of queries of one head and runs over key blocks; one of

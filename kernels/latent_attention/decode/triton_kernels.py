@@ -1,6 +1,6 @@
 """Absorbed MLA decode in Triton, for NVIDIA GPUs from Turing on: split-KV (FlashDecoding) over a ragged batch.
 
-Imports nothing but Triton. `decode/triton.py` launches the kernels from JAX and `decode/triton_torch.py` from PyTorch,
+Depends on Triton alone. `decode/triton.py` launches the kernels from JAX and `decode/triton_torch.py` from PyTorch,
 with the tiling of `triton_heuristic.py`.
 
 All heads read the same latents, so query tokens and heads are one axis of rows (row t * H + h), the M axis of all dots.

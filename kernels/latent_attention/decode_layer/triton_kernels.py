@@ -1,6 +1,6 @@
 """A decoder layer of a batch-1 decode step in Triton: all but the attention, in two kernels that read each weight once.
 
-Imports nothing but Triton; `decode_layer/triton.py` launches the kernels. Weights are [out, in], as in Hugging Face's
+Depends on Triton alone; `decode_layer/triton.py` launches the kernels. Weights are [out, in], as in Hugging Face's
 files, in 16 bits, or in int8 with a scale for each output.
 
 Every matmul here is a GEMV, bound by reading the matrix. One program runs on each SM; each of its warps reads a row or
