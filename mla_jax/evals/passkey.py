@@ -75,5 +75,5 @@ def _check(model: ModelConfig, grid: PasskeyConfig) -> None:
 
 
 def _index(length: int, depth: float, sample: int) -> int:
-    """A number for each sample of each cell, whatever else is in the grid: cells are independent and repeatable."""
+    """Index of a prompt's random generator, whatever else is in the grid: cells are independent and repeatable."""
     return ((length * 1001 + round(depth * 1000)) << 20) + sample

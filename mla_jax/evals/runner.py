@@ -1,4 +1,4 @@
-"""Asks a model the prompts of a task, cell by cell, and keeps what has finished."""
+"""Runs a task on a model: generation, scoring, counts by cell; the results are written as they grow."""
 
 import dataclasses
 import itertools
@@ -28,17 +28,17 @@ FAILURES_KEPT = 3
 def measure(
     task: Task, generator: Generator, tokenizer: Tokenizer, *, finished: Sequence[Params] = (), progress: bool = False
 ) -> Iterator[tuple[list[Cell], list[Failure]]]:
-    """Counts the correct answers of a model, the cells of one length after those of another.
+    """Generates and scores the answers to all prompts of a task, one length after another.
 
     Args:
-        task: what is asked.
+        task: prompts and scoring.
         generator: the model.
         tokenizer: the model's.
-        finished: cells of the task to leave out.
+        finished: cells of the task to skip.
         progress: show a bar on a terminal, a line now and then elsewhere.
 
     Yields:
-        The cells of a length with their counts, and at most FAILURES_KEPT wrong answers of each.
+        The counts of the cells of a length, and at most FAILURES_KEPT wrong answers of each cell.
     """
     left = [cell for cell in task.cells if cell not in finished]
     pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
@@ -51,6 +51,7 @@ def measure(
 def _of_one_length(
     task: Task, cells: list[Params], generator: Generator, tokenizer: Tokenizer, bar: tqdm
 ) -> tuple[list[Cell], list[Failure]]:
+    """Counts and wrong answers of cells whose prompts have the same length, and so may share batches."""
     correct: list[int] = [0] * len(cells)
     failures: list[list[Failure]] = [[] for _ in cells]
     for batch in _batches(len(cells), task):
@@ -58,7 +59,7 @@ def _of_one_length(
         new = generator.generate(
             [prompt.ids for prompt in prompts], max_new_tokens=task.max_new_tokens, eos_id=tokenizer.eos_id
         )
-        answers = dict(zip(batch, zip(prompts, new, strict=True), strict=True))  # without the padding
+        answers = dict(zip(batch, zip(prompts, new, strict=True), strict=True))  # the filling of the last batch merges
         for (cell, _), (prompt, ids) in answers.items():
             text = tokenizer.decode(ids)
             if task.is_correct(prompt.answer, text):
@@ -91,7 +92,7 @@ def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
 
     Args:
         run: a trained or imported model.
-        task: what to measure.
+        task: prompts and scoring.
         out_dir: a folder, created if missing; older results in it are replaced.
 
     Raises:
@@ -130,7 +131,7 @@ def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
 
 
 def _empty(run: Run, task: Task) -> Results:
-    """The results before anything was asked."""
+    """Results without any cell yet."""
     model = {
         "name": run.path.resolve().name,
         "step": run.step,
@@ -142,7 +143,7 @@ def _empty(run: Run, task: Task) -> Results:
 
 
 def _resume(empty: Results, unfinished: Path) -> Results:
-    """`empty` with what an earlier evaluation finished, if that was of the same model, task and unchanged source."""
+    """`empty` with the cells that an interrupted evaluation finished, if model, task and source are the same."""
     try:
         left = read_results(unfinished)
     except InputError:  # none, usually
