@@ -1,6 +1,7 @@
 """Imports run one way, and private names stay in their module."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOMS = (
     "errors files lengths hardware config distributed mesh data model losses optim state checkpoint observability "
     "training inference evals bridge"
 ).split()
-"""Files and folders of mla_jax: each imports only what stands before it. CONTRIBUTING.md names the same chain."""
+"""Files and folders of mla_jax: each imports only what stands before it. CONTRIBUTING.md names most of them."""
 TOPS = ("mla_jax", "latent_attention", "experiments", "tools")
 
 
@@ -54,6 +55,12 @@ def imports(module: str) -> Iterator[tuple[int, str]]:
 def test_every_room_has_its_place():
     found = {module.split(".")[1] for module in MODULES if module.startswith("mla_jax.")}
     assert found <= set(ROOMS), "add it to ROOMS, and to the chain in CONTRIBUTING.md"
+
+
+def test_contributing_names_the_rooms_in_this_order():
+    chain = (ROOT / "CONTRIBUTING.md").read_text().split("run one way: ")[1].split(", each")[0]
+    named = re.findall(r"`(\w+)`", chain)
+    assert len(named) > 10 and named == [room for room in ROOMS if room in named]
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -15,7 +15,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 
 def parse_size(text: str) -> int:
-    """Bytes that "4GB", "500MiB" or "20000" says; ArgumentTypeError if it says nothing."""
+    """Bytes of a size such as "4GB", "500MiB" or "20000". Raises ArgumentTypeError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 
 
 def _results(run: Run) -> list[Results]:
-    """The results of the step that is exported."""
+    """The results of evaluations of the step that is exported."""
     of_step = []
     for results in results_of_run(run.path):
         step = results.model["step"]

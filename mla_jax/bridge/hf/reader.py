@@ -185,7 +185,7 @@ def _model_config(folder: Path, hf: dict, weights: SafetensorsFolder) -> ModelCo
 
 
 def _interleave(array: np.ndarray, tensor: HfTensor, config: ModelConfig) -> np.ndarray:
-    """Reorders the rotary rows of a [out, in] weight from (first halves, second halves) to interleaved pairs."""
+    """Reorders the RoPE rows of a [out, in] weight from (first halves, second halves) to interleaved pairs."""
     heads = {"q_proj": config.num_attention_heads, "q_b_proj": config.num_attention_heads, "kv_a_proj_with_mqa": 1}
     if tensor.path[-1] not in heads:
         return array

@@ -40,7 +40,7 @@ def read_calibration(path: str | Path, tokenizer: Tokenizer, tokens: int, length
     Args:
         path: UTF-8 text.
         tokenizer: the checkpoint's.
-        tokens: how many to take at most, held-out ones included.
+        tokens: the most tokens to take, held-out ones included.
         length: tokens of a sequence.
 
     Raises:

@@ -32,10 +32,10 @@ def convert(
 
     Args:
         hf_dir: folder with config.json, safetensors and tokenizer.json.
-        ranks: the shape to make.
-        texts: file of UTF-8 text like what the model is for.
-        tokens: how many of it to use.
-        length: tokens of a sequence.
+        ranks: widths of the latent attention.
+        texts: file of UTF-8 text, of the kind that the model is for.
+        tokens: the most tokens of the text to use.
+        length: tokens of a calibration sequence.
 
     Returns:
         Config, parameters and tokenizer as `bridge.hf.reader.load` returns them, and the report.
@@ -66,7 +66,7 @@ class _Conversion:
         self.params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(target))
 
     def run(self) -> tuple[dict, Report]:
-        """Parameters as `init_params` lays them out, and the report."""
+        """Converts all layers. Returns parameters as `init_params` lays them out, and the report."""
         embedding_XD, final_norm_D = self.source.read(EMBEDDING), self.source.read(FINAL_NORM)
         head_XD = embedding_XD if self.source.tied else self.source.read(HEAD)
         fitted, held_out = self.calibration.fitted, self.calibration.tokens_BT[self.calibration.fitted :]
