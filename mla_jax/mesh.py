@@ -202,11 +202,11 @@ def rows_here(rows: int, accumulation: int = 1) -> np.ndarray:
 def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, jax.Array]:
     """Puts the rows [b, T] that `rows_here` named on the mesh, as micro-batches [A, B / A, T]; see `check_batch`."""
     mesh = jax.sharding.get_mesh()
-    held, length = next(iter(batch.values())).shape
+    local, length = next(iter(batch.values())).shape
     parts, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROW_AXES)
     order = _zig_zag(length, parts)
     mine = rows_here(shards)
-    micro = held // accumulation * shards // len(mine)
+    micro = local // accumulation * shards // len(mine)
     mine = rows_here(micro)
     sharding = NamedSharding(mesh, BATCH)
 

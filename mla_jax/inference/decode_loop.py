@@ -58,7 +58,7 @@ def decode_block(
     Returns:
         int32 tokens [steps, B], and the state for the next call.
     """
-    loop = _fused_loop if fused_decode.why_not(config, state.layers) is None else _xla_loop
+    loop = fused_loop if fused_decode.why_not(config, state.layers) is None else xla_loop
     return loop(
         config, weights, state.tokens_B, state.layers, state.lengths_B, done_B, state.seen_BX, params, key, first,
         plan=plan, steps=steps,
@@ -69,7 +69,7 @@ _jit = functools.partial(jax.jit, static_argnames=("config", "plan", "steps"), d
 
 
 @_jit
-def _xla_loop(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, params, key, first, *, plan, steps):
+def xla_loop(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, params, key, first, *, plan, steps):
     """Any number of rows, on a mesh too."""
 
     def next_token(carry, number):
@@ -87,7 +87,7 @@ def _xla_loop(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, par
 
 
 @functools.partial(_jit, compiler_options=_NO_GRAPHS)
-def _fused_loop(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, params, key, first, *, plan, steps):
+def fused_loop(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, params, key, first, *, plan, steps):
     """One row, which is not done, by fused kernels; their workspace lives as long as the call."""
 
     def next_token(carry, step):

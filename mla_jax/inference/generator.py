@@ -165,7 +165,7 @@ class Generator:
             capacity = exact
         if not growing:
             session.layers = [
-                _init_layer(self.config, rows, capacity, self.cache_dtype) for _ in range(self.config.num_hidden_layers)
+                init_layer(self.config, rows, capacity, self.cache_dtype) for _ in range(self.config.num_hidden_layers)
             ]
             return
         for i, layer in enumerate(session.layers):
@@ -270,9 +270,6 @@ def generate(
     """Calls `Generator.generate` once, for weights that are not used again."""
     generator = Generator(config, params, prefill_chunk=prefill_chunk)
     return generator.generate(prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, sampling=sampling)
-
-
-_init_layer = jax.jit(init_layer, static_argnums=(0, 1, 2, 3))
 
 
 def _padded(rows: int) -> int:

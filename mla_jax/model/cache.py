@@ -44,6 +44,7 @@ class LatentCache:
     lengths_B: jax.Array
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def init_layer(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> LayerCache:
     """An empty cache of one layer, of `dtype` (default: the compute type); on a mesh, its rows are sharded."""
     dtype = dtype or config.dtype

@@ -141,9 +141,9 @@ class MLA(nnx.Module):
                 start = i * size
                 c, k_rope = latent_cache.read(cache, start, size, q.dtype)
                 k, v = self.expand(c @ kv_b_CX, k_rope)
-                held = jnp.clip(lengths - start, 0, size)
+                valid = jnp.clip(lengths - start, 0, size)
                 # An offset of `size` lets every query see the whole chunk.
-                part = self._op(latent_attention.attention, q, k, v, q_offset=size, kv_lengths=held, return_lse=True)
+                part = self._op(latent_attention.attention, q, k, v, q_offset=size, kv_lengths=valid, return_lse=True)
                 return latent_attention.merge(*carry, *part)
 
             k, v = self.expand(c_new @ kv_b_CX, k_rope_new)

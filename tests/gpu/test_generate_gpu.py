@@ -76,28 +76,26 @@ def test_a_fused_step_is_as_close_to_float32_as_xla_is(config, dtype, int8, cach
         h, cache = decoder.extend(config, weights, tokens[:, -1:], cache, absorbed=True)
         return decoder.logits(config, weights, h[:, 0]), cache
 
-    held = jax.jit(decoder.extend, static_argnums=0, static_argnames="absorbed")(
+    cached = jax.jit(decoder.extend, static_argnums=0, static_argnames="absorbed")(
         config, weights, tokens[:, :-1], empty, absorbed=True
     )[1]
-    theirs, expected = jax.jit(xla, static_argnums=0)(config, weights, held)
-    cos_sin, workspace = (
-        rope_cos_sin(config, held.lengths_B[0]),
-        fused_decode.init_workspace(config, weights, held.layers),
-    )
+    theirs, expected = jax.jit(xla, static_argnums=0)(config, weights, cached)
+    cos_sin = rope_cos_sin(config, cached.lengths_B[0])
+    workspace = fused_decode.init_workspace(config, weights, cached.layers)
     ours, cache, _ = jax.jit(fused_decode.step, static_argnums=0)(
-        config, weights, tokens[:, -1], cos_sin, held, workspace
+        config, weights, tokens[:, -1], cos_sin, cached, workspace
     )
     wide = dataclasses.replace(config, dtype="float32", decode="xla")
     up = lambda x: x.astype(jnp.float32) if x.dtype == dtype else x  # noqa: E731
     with jax.default_matmul_precision("highest"):
-        exact, _ = jax.jit(xla, static_argnums=0)(wide, jax.tree.map(up, weights), jax.tree.map(up, held))
+        exact, _ = jax.jit(xla, static_argnums=0)(wide, jax.tree.map(up, weights), jax.tree.map(up, cached))
 
     def error(logits):
         return np.linalg.norm(logits - exact) / np.linalg.norm(exact)
 
     assert error(ours) < 2 * error(theirs) + 1e-3
     assert cache.lengths_B == expected.lengths_B == TOKENS
-    for ours_layer, theirs_layer, before in zip(cache.layers, expected.layers, held.layers, strict=True):
+    for ours_layer, theirs_layer, before in zip(cache.layers, expected.layers, cached.layers, strict=True):
         for mine, other, old in zip(*map(jax.tree.leaves, (ours_layer, theirs_layer, before)), strict=True):
             axis = 2 if mine.shape[1] == 2 else 1  # scales
             last = [slice(None)] * axis + [TOKENS - 1]

@@ -167,7 +167,7 @@ def test_a_prompt_unlike_the_session_is_read_whole(generator):
     session = Session.empty(2)
     continued(generator, PROMPTS[1:3], session=session)
     assert continued(generator, PROMPTS[3:5], session=session) == continued(generator, PROMPTS[3:5])
-    same = continued(generator, PROMPTS[3:5], session=session)  # all but the last token of each is held
+    same = continued(generator, PROMPTS[3:5], session=session)  # all but the last token of each is cached
     assert same == continued(generator, PROMPTS[3:5])
 
 
@@ -228,7 +228,7 @@ def test_the_fused_loop_adds_the_same_tokens(generator, monkeypatch, sampling):
     monkeypatch.setattr(fused_decode, "why_not", lambda config, layers: None)
     monkeypatch.setattr(fused_decode, "init_workspace", lambda config, weights, layers: jnp.int32(0))
     monkeypatch.setattr(fused_decode, "step", step)
-    monkeypatch.setattr("mla_jax.inference.decode_loop._xla_loop", None)  # the other loop
+    monkeypatch.setattr("mla_jax.inference.decode_loop.xla_loop", None)  # the other loop
     assert continued(generator, PROMPTS[1:2], sampling=sampling) == expected
 
 
@@ -289,7 +289,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
     plan = functools.partial(MemoryPlan.of, CONFIG, rows=1, cache_dtype=None, int8_weights=False, prefill_chunk=64)
     limit = plan(tokens=128).total
     generator = Generator(CONFIG, PARAMS, prefill_chunk=64, memory_limit=limit)
-    monkeypatch.setattr("mla_jax.inference.generator._init_layer", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr("mla_jax.inference.generator.init_layer", lambda *_: pytest.fail("allocated"))
     with pytest.raises(InputError, match=r"1 x 192 tokens need .* the longest that fits is 128 tokens a row"):
         continued(generator, [PROMPTS[1]])
     with pytest.raises(InputError, match="3 x 64 tokens need .* not even one token fits"):

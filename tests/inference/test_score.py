@@ -136,7 +136,7 @@ def test_a_session_that_has_read_a_part_gives_the_same_scores(generator):
 
 @pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32", "int8"), ("bfloat16", None), ("bfloat16", "int8")])
 def test_scores_with_a_cache_of_16_or_8_bits_are_off_by_its_roundings(dtype, cache_dtype):
-    config = dataclasses.replace(CONFIG, dtype=dtype, initializer_range=0.1)
+    config = dataclasses.replace(CONFIG, dtype=dtype, initializer_range=0.1, tie_word_embeddings=True)
     params = init_params(config, 0)
     exact = score(Generator(dataclasses.replace(config, dtype="float32"), params), *ROWS)
     got = score(Generator(config, params, cache_dtype=cache_dtype), *ROWS)
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
     alone = score_continuations(Generator(CONFIG, PARAMS), context, answers)
     got = score_continuations(generator, context, answers, chunk=16)  # one after the other: a copy would not fit
     assert_close(got, [row.log_probs.astype(float) for row in alone], 1e-4)
-    monkeypatch.setattr("mla_jax.inference.generator._init_layer", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr("mla_jax.inference.generator.init_layer", lambda *_: pytest.fail("allocated"))
     with pytest.raises(InputError, match="1 x 128 tokens need .*; not even one token fits"):
         score_continuations(generator, context, answers, chunk=40)
     with pytest.raises(InputError, match="2 x 128 tokens need"):

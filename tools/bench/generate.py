@@ -73,14 +73,14 @@ class Bench:
         """Batch 1 over one cache, then the largest batch at each length if asked."""
         generator = self.generator()
         for batch in self.args.batch:
-            held = generation.random_session(generator, 1, max(lengths)) if batch == 1 else None
+            session = generation.random_session(generator, 1, max(lengths)) if batch == 1 else None
             for tokens in lengths:
                 rows = batch or self._largest_batch(generator, tokens)
                 if batch != 1:
-                    held = None  # its memory goes to the next
-                    held = generation.random_session(generator, rows, tokens)
-                assert held is not None
-                timed = generation.time_decode(generator, held, tokens - ALIGNMENT)
+                    session = None  # its memory goes to the next
+                    session = generation.random_session(generator, rows, tokens)
+                assert session is not None
+                timed = generation.time_decode(generator, session, tokens - ALIGNMENT)
                 self.add(
                     {"what": "decode", "name": self._name(), "rows": rows, "tokens": tokens, "ms": timed.seconds * 1e3}
                     | {"tokens_per_second": rows / timed.seconds, "spread": timed.spread}
@@ -93,19 +93,19 @@ class Bench:
         for tokens in lengths:
             prompt = rng.integers(0, self.config.vocab_size, tokens - NEW).tolist()
             session = Session.empty(1)
-            if self.args.held:  # all but the last chunk is there already
-                held = tokens - NEW - self.args.prefill_chunk
-                session = generation.random_session(generator, 1, held, tokens)
-                session.tokens = [prompt[:held]]
+            if self.args.cached:  # all but the last chunk is there already
+                cached = tokens - NEW - self.args.prefill_chunk
+                session = generation.random_session(generator, 1, cached, tokens)
+                session.tokens = [prompt[:cached]]
             else:  # compiles at the capacity that will be used
                 generator.reserve(session, tokens)
                 generation.run_through(generator, session, prompt[: self.args.prefill_chunk], NEW)
                 session.tokens = [[]]
             marks = generation.run_through(generator, session, prompt, NEW)
-            flops = None if self.args.held else prefill_flops(self.config, tokens)
+            flops = None if self.args.cached else prefill_flops(self.config, tokens)
             peak, plan = nominal_peak(jax.devices()[0].device_kind), self.plan(1, session.capacity)
             self.add(
-                {"what": "read", "name": self._name() + (", held" if self.args.held else ""), "tokens": tokens}
+                {"what": "read", "name": self._name() + (", cached" if self.args.cached else ""), "tokens": tokens}
                 | marks
                 | {"of_nominal": flops / marks["prefill_seconds"] / peak if flops and peak else None}
                 | {"peak_bytes": peak_memory(), "planned_bytes": plan.total}
@@ -176,7 +176,7 @@ def main() -> None:
     add(
         "--read", nargs="+", default=[], metavar="TOKENS", help=f"prompt and {NEW} new tokens together of these lengths"
     )
-    add("--held", action="store_true", help="--read finds all but the last chunk in the cache, as random latents")
+    add("--cached", action="store_true", help="--read finds all but the last chunk in the cache, as random latents")
     add(
         "--peers",
         nargs="*",

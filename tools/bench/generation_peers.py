@@ -124,11 +124,11 @@ def measure_expanded(config: ModelConfig, weights: dict, tokens: int) -> dict[st
         return k, jax.random.normal(v_key, (1, capacity, heads, config.v_head_dim), config.dtype)
 
     caches = [random(jax.random.key(i)) for i in range(config.num_hidden_layers)]
-    held = sum(x.nbytes for x in jax.tree.leaves(caches))
+    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(caches))
     state, seconds = (jnp.zeros(1, jnp.int32), caches, jnp.int32(tokens)), []
     for _ in range(4):
         start = time.perf_counter()
         state = _expanded_steps(config, weights, *state)
         np.asarray(state[0])
         seconds.append((time.perf_counter() - start) / DECODE_BLOCK)
-    return {"step_seconds": sorted(seconds[1:])[1], "cache_bytes": held * tokens // capacity}
+    return {"step_seconds": sorted(seconds[1:])[1], "cache_bytes": cache_bytes * tokens // capacity}
