@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from mla_jax.errors import InputError, UsageError, one_line_errors
 _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 """The Hydra configs: beside this file in an installed package (setup.py), beside `experiments/` in the repository."""
+
+_LONGEST_NAME = 200
 
 
 def run(config_name: str, main: Callable[[Any], None]) -> None:
@@ -44,12 +48,23 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
                 config: Any = OmegaConf.to_object(composed)
             swept = [override for override in HydraConfig.get().overrides.task if override not in given]
             if multirun and swept and hasattr(config, "run_dir"):
-                folder = Path(config.run_dir) / ",".join(swept).replace("/", "_")
-                config = dataclasses.replace(config, run_dir=str(folder))
+                config = dataclasses.replace(config, run_dir=str(Path(config.run_dir) / _folder_name(swept)))
             main(config)
 
     with one_line_errors(), as_usage_errors(), _slurm_errors():
         hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(task)()
+
+
+def _folder_name(swept: list[str]) -> str:
+    """The overrides as a name of letters, digits and `.,=+-_`, short enough for any file system.
+
+    Where that leaves out more than slashes, a checksum keeps the names of different overrides apart.
+    """
+    text = ",".join(swept)
+    plain = re.sub(r"[^\w.,=+-]+", "_", text, flags=re.ASCII)
+    if plain == text.replace("/", "_") and len(plain) <= _LONGEST_NAME:
+        return plain
+    return f"{plain[:_LONGEST_NAME]}-{zlib.crc32(text.encode()):08x}"
 
 
 def _overrides(arguments: list[str]) -> set[str]:

@@ -1,6 +1,7 @@
 """The command line: where the jobs of a sweep and a submitted job keep their runs, and what SLURM lacks."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ def test_each_job_of_a_sweep_has_a_folder_named_by_what_is_swept(tmp_path):
     assert run_dirs("-m", *given, *swept, f"run_dir={tmp_path}/s") == [
         f"{tmp_path}/s/seed={seed},data.tokenizer={name}" for seed in (0, 1) for name in ("a_b", "bytes")
     ]
+
+
+def test_the_folders_of_a_sweep_over_lists_are_plain_short_and_different(tmp_path):
+    lists = [f"[{{seq_len: {n}, batch_size: 8, steps: 10, learning_rate: 0.01}}]" for n in (96, 128)]
+    folders = run_dirs("-m", "train.stages=" + ",".join(lists), "seed=0,1", f"run_dir={tmp_path}/s")
+    names = [Path(folder).name for folder in folders]
+    assert len(set(names)) == 4 and all(re.fullmatch(r"[\w.,=+-]{1,255}", name, re.ASCII) for name in names)
+    assert names[0].startswith("train.stages=_seq_len_96,batch_size_8,")
+    (name,) = {Path(folder).name for folder in run_dirs("-m", "data.tokenizer='ü b','ü b'", f"run_dir={tmp_path}/s")}
+    assert re.fullmatch(r"data.tokenizer=_b_-[0-9a-f]{8}", name)
 
 
 def test_the_sweep_example_has_a_run_for_each_rate_and_rank(tmp_path):

@@ -26,6 +26,9 @@ from mla_jax.state import TrainState
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
 
+_MISREAD = "*?[\\"
+"""Characters that Orbax takes for a pattern when they are in a path; TensorStore turns a backslash into a slash."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -47,7 +50,8 @@ def start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
     The first process of a job does it for all.
 
     Raises:
-        InputError: the folder holds another model or tokenizer, or something that is no run at all.
+        InputError: the folder holds another model or tokenizer, or something that is no run at all, or no checkpoint
+            can be kept at its path.
     """
     broadcast_decision(lambda: _start_run(config, tokenizer))
     return Path(config.run_dir)
@@ -55,6 +59,7 @@ def start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
 
 def _start_run(config: SftConfig, tokenizer: Tokenizer) -> None:
     run_dir = Path(config.run_dir)
+    _check_path(run_dir)
     wanted = OmegaConf.create(dataclasses.asdict(config))
     if (run_dir / CONFIG).exists():
         existing = _read_config(run_dir)
@@ -119,9 +124,11 @@ def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokeniz
         tokenizer: its tokenizer.
 
     Raises:
-        InputError: RUN exists, the tokenizer does not fit the model, parameters cannot be read, or the disk is full.
+        InputError: RUN exists, the tokenizer does not fit the model, parameters cannot be read, the disk is full, or no
+            checkpoint can be kept at that path.
     """
     run_dir = Path(run_dir)
+    _check_path(run_dir)
     if run_dir.exists():
         raise InputError(f"{run_dir} exists; choose another folder")
     check_tokenizer(tokenizer, model)
@@ -154,6 +161,16 @@ def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
             f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is {model.vocab_size}; "
             f"set model.vocab_size={-(-tokenizer.vocab_size // 64) * 64} or use another tokenizer"
         )
+
+
+def _check_path(run_dir: Path) -> None:
+    """Raises InputError if checkpoints written there could not be read again."""
+    path = str(run_dir.resolve())
+    misread = sorted(set(path) & set(_MISREAD))
+    if misread or path.encode(errors="ignore").decode() != path:
+        reason = f"the storage library misreads {' and '.join(misread)}" if misread else "it is not UTF-8"
+        shown = path.encode(errors="replace").decode()
+        raise InputError(f"checkpoints cannot be kept in {shown}: {reason}; choose another name= or folder")
 
 
 def _read_config(run_dir: Path) -> DictConfig:

@@ -46,6 +46,26 @@ def test_a_run_loads_alike_with_and_without_a_mesh(run_dir):
     jax.tree.map(np.testing.assert_array_equal, plain, jax.device_get(sharded))
 
 
+@pytest.mark.parametrize("name", ["br[1]", "a*b", "a?b", "back\\slash", "no\udcffutf8"])
+def test_a_path_that_the_storage_library_misreads_is_refused_before_the_first_step(tmp_path, name):
+    with pytest.raises(InputError, match="checkpoints cannot be kept in"):
+        train(make_config(tmp_path / name / "run", [{"seq_len": 96, "steps": 1}]))
+    with pytest.raises(InputError, match="checkpoints cannot be kept in"):
+        save_imported(tmp_path / name, MODEL, init_params(MODEL, 0), load_tokenizer("needle-bpe"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_other_path_works(tmp_path):
+    config = make_config(tmp_path / "ü {x}] = 'a',\"b\" #%20$HOME;~!&()<>|\n\u3000", [{"seq_len": 96, "steps": 1}])
+    assert train(config).step == 1 and load_run(config.run_dir).step == 1
+    assert train(make_config(Path(config.run_dir), [{"seq_len": 96, "steps": 2}])).step == 2
+
+
+def test_a_run_that_was_moved_to_such_a_path_can_be_read(run_dir, tmp_path, finished):
+    moved = run_dir.rename(tmp_path / "br[1]")
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(load_run(r).params) for r in (moved, finished)))
+
+
 def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(InputError, match="is not a run folder"):
         load_run(tmp_path / "nothing")
