@@ -21,13 +21,16 @@ def make_train_step(
 
     Batch arrays are [A, B / A, T] with A gradient accumulation steps. The loss is normalised over the whole batch, so A
     does not change it. The state is donated.
+    The backward pass is that of the sum, and its float32 gradients are divided afterwards. Divided before, gradients of
+    activations would be below what float16 holds if the batch is large; those of the sum are each token's own, so that
+    they need no loss scale.
     With `skip_nonfinite`, a step whose loss or gradient is not finite changes nothing but `step`: its sums are 0, and
     `skipped` is 1.
     """
 
-    def objective(params: dict, rows: dict, normalizer: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def objective(params: dict, rows: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         sums = loss.sums(bind(model, params), rows)
-        return sums["loss"] / normalizer, sums
+        return sums["loss"], sums
 
     grad = jax.grad(objective, has_aux=True)
 
@@ -36,10 +39,10 @@ def make_train_step(
         normalizer = loss.normalizer(batch)
 
         def first() -> tuple[dict, dict[str, jax.Array]]:
-            return grad(state.params, jax.tree.map(lambda x: x[0], batch), normalizer)
+            return grad(state.params, jax.tree.map(lambda x: x[0], batch))
 
         def accumulate(total, rows):
-            new = grad(state.params, rows, normalizer)
+            new = grad(state.params, rows)
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
 
         if batch["tokens"].shape[0] == 1:
@@ -48,6 +51,7 @@ def make_train_step(
             zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
             no_sums = dict.fromkeys(jax.eval_shape(first)[1], jnp.zeros((), jnp.float32))
             (grads, sums), _ = jax.lax.scan(accumulate, (zeros, no_sums), batch)
+        grads = jax.tree.map(lambda g: (g.astype(jnp.float32) / normalizer).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, rate)
         new = TrainState(state.step + 1, params, opt_state)
