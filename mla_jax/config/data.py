@@ -67,3 +67,9 @@ class JsonlDataConfig(DataConfig):
 
     kind: str = "jsonl"
     path: str = MISSING
+    on_bad_line: str = "error"
+    """`error` ends the run at a line that is no chat or completion; `skip` leaves such lines out and counts them."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_choice("data.on_bad_line", self.on_bad_line, ("error", "skip"))

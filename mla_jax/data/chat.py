@@ -18,27 +18,38 @@ Message = dict[str, Any]
 """`role` and `content`, and whatever else the template reads."""
 
 
+GENERATION_MARKS = ("\ufdd0", "\ufdd1")
+"""What `render` writes around `{% generation %}` blocks on request: noncharacters, which no text has."""
+
+
 class _Generation(Extension):
     """Accepts `{% generation %}`, by which templates mark what the assistant says, and renders what is inside."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's way to declare it
+    marks = ("", "")
 
     def parse(self, parser: parser.Parser) -> list[nodes.Node]:
-        """The block's content."""
+        """The block's content between the two marks."""
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in self.marks)
+        return [start, *parser.parse_statements(("name:endgeneration",), drop_needle=True), end]
+
+
+class _MarkedGeneration(_Generation):
+    marks = GENERATION_MARKS
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
+def _compiled(template: str, marks: bool) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     def to_json(x: Any, **options: Any) -> str:
         return json.dumps(x, **{"ensure_ascii": False, **options})  # Jinja's own filter escapes HTML
 
+    generation = _MarkedGeneration if marks else _Generation
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls]
+        trim_blocks=True, lstrip_blocks=True, extensions=[generation, LoopControls]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
@@ -46,43 +57,28 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def render(tokenizer: Tokenizer, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+def render(
+    tokenizer: Tokenizer, messages: list[Message], *, add_generation_prompt: bool = False, marks: bool = False
+) -> str:
     """Text of a conversation, special tokens written out; `tokenizer.encode` of it gives the ids.
 
+    Keys of a message whose value is None are left out. With `marks`, what the template has in `{% generation %}` blocks
+    stands between GENERATION_MARKS.
+
     Raises:
-        InputError: the tokenizer has no chat template, or the template refuses the messages.
+        InputError: the tokenizer has no chat template, it is not Jinja, or it refuses the messages.
     """
     if tokenizer.chat_template is None:
         raise InputError(f"tokenizer {tokenizer.source} has no chat template, so it cannot write chats")
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return _compiled(tokenizer.chat_template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens
-        )
+        return _compiled(tokenizer.chat_template, marks).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+            **tokenizer.special_tokens,
+        )  # fmt: skip
+    except jinja2.TemplateSyntaxError as e:
+        raise InputError(
+            f"the chat template of tokenizer {tokenizer.source} is not Jinja (line {e.lineno}: {e})"
+        ) from e
     except Exception as e:  # whatever a template does wrong with these messages
         raise InputError(f"the chat template of tokenizer {tokenizer.source} refuses this conversation ({e})") from e
-
-
-def assistant_spans(tokenizer: Tokenizer, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the characters [start, end) of each assistant turn, end-of-turn token included.
-
-    A turn is what the template adds to the conversation before it and the prompt for an answer.
-
-    Raises:
-        InputError: no assistant turn, or a template that writes earlier turns differently once others follow.
-    """
-    text = render(tokenizer, messages)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:i], add_generation_prompt=True)
-        through = render(tokenizer, messages[: i + 1])
-        if not (through.startswith(before) and text.startswith(through)):
-            raise InputError(
-                f"the chat template of tokenizer {tokenizer.source} writes turn {i + 1} differently when turns follow, "
-                "so what the assistant says cannot be told apart"
-            )
-        spans.append((len(before), len(through)))
-    if not spans:
-        raise InputError("the conversation has no assistant message, so there is nothing to train on")
-    return text, spans

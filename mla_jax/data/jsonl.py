@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mla_jax.data import chat
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.turns import assistant_spans
 from mla_jax.errors import InputError
 
 EXPECTED = 'expected {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...}'
@@ -43,8 +43,13 @@ class Documents:
         return self.ids[here], self.loss_mask[here]
 
 
-def load_documents(path: str, tokenizer: Tokenizer) -> Documents:
+def load_documents(path: str, tokenizer: Tokenizer, on_bad_line: str = "error") -> Documents:
     """Reads and encodes a JSONL file; empty lines are skipped.
+
+    Args:
+        path: of the file.
+        tokenizer: encodes, and writes chats by its template.
+        on_bad_line: `error`, or `skip` for a warning that counts the lines that cannot be used and names the first.
 
     Raises:
         InputError: no such file, nothing in it, or a line that is no chat or completion, named by its number.
@@ -52,24 +57,38 @@ def load_documents(path: str, tokenizer: Tokenizer) -> Documents:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"data.path={path} is not a file")
-    return _load(file.resolve(), file.stat().st_mtime_ns, tokenizer)
+    return _load(file.resolve(), file.stat().st_mtime_ns, tokenizer, on_bad_line)
 
 
 @functools.lru_cache(maxsize=1)  # every stage of a run reads the same file
-def _load(path: Path, changed: int, tokenizer: Tokenizer) -> Documents:
-    documents = []
+def _load(path: Path, changed: int, tokenizer: Tokenizer, on_bad_line: str) -> Documents:
+    documents, bad = [], []
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        documents.append(_encode(_parse(line), tokenizer))
-                    except InputError as e:
-                        raise InputError(f"{path}, line {number}: {e}") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({e})") from e
-    if not documents:
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if text.strip():
+                        documents.append(_encode(_parse(text), tokenizer))
+                except (InputError, UnicodeDecodeError) as e:
+                    if on_bad_line == "error":
+                        raise
+                    bad.append(f"line {number}: {e}")
+    except InputError as e:
+        raise InputError(f"{path}, line {number}: {e}") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} cannot be read as UTF-8 text (line {number}: {e})") from e
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e})") from e
+    if not documents and not bad:
         raise InputError(f"{path} is empty; {EXPECTED} on each line")
+    if not documents:
+        raise InputError(f"{path}: none of the {len(bad)} lines can be used; the first is {bad[0]}")
+    if bad:
+        logging.getLogger(__name__).warning(
+            "%s: skipped %d of %d lines that cannot be used; the first is %s",
+            path, len(bad), len(bad) + len(documents), bad[0],
+        )  # fmt: skip
     ids, loss_mask = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
     return Documents(ids, loss_mask, np.cumsum([0, *(len(document[0]) for document in documents)]))
 
@@ -81,12 +100,16 @@ def _parse(line: str) -> dict[str, Any]:
         raise InputError(f"not JSON ({e})") from e
     if not isinstance(record, dict):
         raise InputError(f"a {type(record).__name__}, {EXPECTED}")
+    record = {key: value for key, value in record.items() if value is not None}  # as data sets export missing keys
     if "messages" in record:
         messages = record["messages"]
         if not isinstance(messages, list) or not messages:
             raise InputError("`messages` must be a list of at least one message")
         for i, message in enumerate(messages, 1):
-            if not isinstance(message, dict) or not all(_is_text(message.get(k)) for k in ("role", "content")):
+            wanted = ("role", "content")
+            if isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None:
+                wanted = ("role",)  # a tool call needs no words
+            if not isinstance(message, dict) or not all(_is_text(message.get(key)) for key in wanted):
                 raise InputError(f"message {i} must have `role` and `content`, both text")
     elif not all(_is_text(record.get(key)) for key in ("prompt", "completion")):
         raise InputError(EXPECTED)
@@ -101,11 +124,11 @@ def _is_text(x: Any) -> bool:
 def _encode(record: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and loss mask of a document."""
     if "messages" in record:
-        text, spans = chat.assistant_spans(tokenizer, record["messages"])
+        text, spans = assistant_spans(tokenizer, record["messages"])
         encoded = tokenizer.encode_with_words(text)
         loss_mask = np.zeros(len(encoded.ids), bool)
         for start, end in spans:
-            loss_mask |= (encoded.starts >= start) & (encoded.starts < end)
+            loss_mask |= (encoded.ends > start) & (encoded.starts < end)
         return encoded.ids, loss_mask
     encoded = tokenizer.encode_with_words(record["prompt"] + record["completion"])
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
