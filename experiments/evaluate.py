@@ -1,16 +1,23 @@
-"""Passkey evaluation of a run: `python -m experiments.evaluate run=RUN_DIR [KEY=VALUE ...]`."""
+"""Evaluation of a run by generation: `python -m experiments.evaluate run=RUN_DIR [eval=TASK] [KEY=VALUE ...]`."""
+
+from collections.abc import Callable
 
 from experiments.entry import run
 from mla_jax.checkpoint.run_folder import load_run
-from mla_jax.config import EvaluateConfig
+from mla_jax.config import EvalConfig, EvaluateConfig, PasskeyConfig
 from mla_jax.evals.passkey import passkey_task
 from mla_jax.evals.runner import evaluate
+from mla_jax.evals.task import Task
+
+TASKS: dict[type[EvalConfig], Callable[..., Task]] = {PasskeyConfig: passkey_task}
+"""The function that makes a task of model, tokenizer and config, by the type of the config."""
 
 
 def main(config: EvaluateConfig) -> None:
-    """Writes RUN/eval/passkey.json and passkey.png and prints the table."""
+    """Writes RUN/eval/TASK.json and TASK.png and prints the table."""
     trained = load_run(config.run, config.step)
-    evaluate(trained, passkey_task(trained.model, trained.tokenizer, config.eval), trained.path / "eval")
+    task = TASKS[type(config.eval)](trained.model, trained.tokenizer, config.eval)
+    evaluate(trained, task, trained.path / "eval")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Values that cannot work raise UsageError in `__post_init__`, so a bad configurat
 """
 
 from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig
-from mla_jax.config.evaluate import EvaluateConfig, PasskeyConfig
+from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, PasskeyConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
@@ -18,6 +18,7 @@ __all__ = [
     "NUMERICALLY_NEUTRAL_KEYS",
     "REMAT_NAMES",
     "DataConfig",
+    "EvalConfig",
     "EvaluateConfig",
     "JsonlDataConfig",
     "MeshConfig",

@@ -8,13 +8,11 @@ from mla_jax.config.schema import require, require_at_least, require_choice, sch
 
 
 @schema
-class PasskeyConfig:
-    """The passkey grid: generation from prompts of each length, the key at each depth."""
+class EvalConfig:
+    """Keys that every evaluation has: prompts of each length, answered by generation."""
 
     lengths: list[int] = MISSING
     """Prompt lengths in tokens."""
-    depths: list[float] = MISSING
-    """Positions of the key in the prompt: 0 at the start, 1 at the end."""
     samples: int = MISSING
     """Prompts in each cell."""
     batch_size: int = 8
@@ -26,12 +24,23 @@ class PasskeyConfig:
 
     def __post_init__(self):
         require(len(self.lengths) > 0, "eval.lengths needs at least one length")
-        require(len(self.depths) > 0, "eval.depths needs at least one depth")
-        require(all(0 <= d <= 1 for d in self.depths), f"eval.depths must be in [0, 1], got {self.depths}")
         for name in ("samples", "batch_size", "max_new_tokens"):
             require_at_least(1, **{f"eval.{name}": getattr(self, name)})
         if self.cache_dtype is not None:
             require_choice("eval.cache_dtype", self.cache_dtype, ("int8", "bfloat16", "float16", "float32"))
+
+
+@schema
+class PasskeyConfig(EvalConfig):
+    """The passkey grid: the key at each depth of prompts of each length."""
+
+    depths: list[float] = MISSING
+    """Positions of the key in the prompt: 0 at the start, 1 at the end."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(len(self.depths) > 0, "eval.depths needs at least one depth")
+        require(all(0 <= d <= 1 for d in self.depths), f"eval.depths must be in [0, 1], got {self.depths}")
 
 
 @schema
@@ -41,7 +50,8 @@ class EvaluateConfig:
     run: str = MISSING
     step: str = "latest"
     """Which checkpoint: `latest`, `best` by the run's `train.best_metric`, or a step."""
-    eval: PasskeyConfig = MISSING
+    eval: EvalConfig = MISSING
+    """Its type chooses the task."""
 
     def __post_init__(self):
         require(

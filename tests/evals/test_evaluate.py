@@ -1,0 +1,76 @@
+"""The entry point `experiments.evaluate`: the config of the group `eval` chooses the task."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+
+from experiments import evaluate
+from mla_jax.checkpoint.run_folder import Run
+from mla_jax.config import EvalConfig, EvaluateConfig, PasskeyConfig, register_schemas, schema
+from mla_jax.data.tokenizer import load_tokenizer
+from mla_jax.errors import UsageError
+from tiny import MODEL
+
+CONF = Path(__file__).resolve().parent.parent.parent / "conf"
+
+
+@schema
+class HopsConfig(EvalConfig):
+    """Another evaluation, with a key of its own."""
+
+    hops: list[int] = MISSING
+
+
+def composed(*overrides: str) -> EvaluateConfig:
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = OmegaConf.to_object(compose("evaluate", overrides=["run=runs/one", *overrides]))
+    assert isinstance(config, EvaluateConfig)
+    return config
+
+
+@pytest.fixture
+def hops(monkeypatch):
+    """Makes `eval=hops` known to Hydra and to the entry point."""
+    register_schemas()
+    group = ConfigStore.instance().repo["eval"]
+    assert "hops.yaml" not in group
+    ConfigStore.instance().store(group="eval", name="hops", node=HopsConfig)
+    monkeypatch.setitem(evaluate.TASKS, HopsConfig, lambda *parts: ("task of hops", *parts))
+    yield
+    del group["hops.yaml"]
+
+
+def test_passkey_is_the_default():
+    config = composed().eval
+    assert isinstance(config, PasskeyConfig) and config.lengths == [128, 192, 256] and config.depths[-1] == 1
+
+
+def test_the_config_of_another_evaluation_chooses_its_task(hops, monkeypatch):
+    config = composed("eval=hops", "eval.lengths=[128]", "eval.hops=[1,2]", "eval.samples=3")
+    assert config.eval == HopsConfig(lengths=[128], hops=[1, 2], samples=3)
+    run = Run(Path("runs/one"), MODEL, {}, load_tokenizer("needle-bpe"), step=1, trained_lengths=())
+    evaluated = []
+    monkeypatch.setattr(evaluate, "load_run", lambda *_: run)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *arguments: evaluated.append(arguments))
+    evaluate.main(config)
+    assert evaluated == [(run, ("task of hops", MODEL, run.tokenizer, config.eval), Path("runs/one/eval"))]
+
+
+def test_keys_that_every_evaluation_has_are_checked(hops):
+    overrides = ("eval=hops", "eval.hops=[1]", "eval.samples=1")
+    with pytest.raises(UsageError, match=r"eval\.lengths needs at least one length"):
+        composed(*overrides, "eval.lengths=[]")
+    with pytest.raises(UsageError, match=r"eval\.batch_size must be at least 1, got 0"):
+        composed(*overrides, "eval.lengths=[128]", "eval.batch_size=0")
+    with pytest.raises(UsageError, match=r"eval\.cache_dtype must be one of"):
+        composed(*overrides, "eval.lengths=[128]", "eval.cache_dtype=int4")
+
+
+def test_a_key_of_another_evaluation_is_refused(hops):
+    with pytest.raises(HydraException, match="depths"):
+        composed("eval=hops", "eval.lengths=[128]", "eval.hops=[1]", "eval.samples=1", "eval.depths=[0.5]")
