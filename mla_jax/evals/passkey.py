@@ -14,6 +14,10 @@ from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.task import Params, Prompt, Task
 
+NAME = "passkey"
+TITLE = "Passkey retrieval"
+DESCRIPTION = "the key hidden at several depths of a haystack, found by greedy generation; exact match"
+
 
 def passkey_task(model: ModelConfig, tokenizer: Tokenizer, grid: PasskeyConfig) -> Task:
     """Passkey retrieval in every cell of a length x depth grid.
@@ -40,9 +44,9 @@ def passkey_task(model: ModelConfig, tokenizer: Tokenizer, grid: PasskeyConfig) 
         for sample in range(grid.samples):
             prompt({"length": shortest, "depth": depth}, sample)
     return Task(
-        name="passkey",
-        title="Passkey retrieval",
-        description="the key hidden at several depths of a haystack, found by greedy generation; exact match",
+        name=NAME,
+        title=TITLE,
+        description=DESCRIPTION,
         config=dataclasses.asdict(grid),
         cells=tuple({"length": length, "depth": depth} for length in grid.lengths for depth in grid.depths),
         samples=grid.samples,

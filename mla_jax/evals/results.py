@@ -23,15 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from mla_jax.errors import InputError
+from mla_jax.evals import passkey
 from mla_jax.evals.stats import wilson_interval
 from mla_jax.evals.task import Params
 
 VERSION = 1
-_WITHOUT_VERSION = {
-    "task": "passkey",
-    "title": "Passkey retrieval",
-    "description": "the key hidden at several depths of a haystack, found by greedy generation; exact match",
-}
+_WITHOUT_VERSION = {"task": passkey.NAME, "title": passkey.TITLE, "description": passkey.DESCRIPTION}
 _COUNTS = ("n", "correct", "accuracy", "interval")
 
 

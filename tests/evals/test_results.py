@@ -130,6 +130,8 @@ def test_a_file_without_a_version_is_read_and_its_numbers_written_again(tmp_path
     path.write_text(WITHOUT_VERSION)
     results = read_results(path)
     assert results.counts == (3, 4)
+    text = "the key hidden at several depths of a haystack, found by greedy generation; exact match"
+    assert (results.task, results.title, results.description) == ("passkey", "Passkey retrieval", text)
     assert results.cells[0] == Cell({"length": 128, "depth": 0.5}, 2, 1)
     assert results.failures == (
         Failure({"length": 128, "depth": 0.5}, seed=1000003, index=134873088000, expected="14427", generated="7"),
