@@ -1,6 +1,7 @@
 """Files and folders that appear only when they are complete: written beside their place, then renamed."""
 
 import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,19 +10,25 @@ from typing import Any
 
 from mla_jax.errors import InputError
 
+_NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, *, parents: bool = True) -> Iterator[Path]:
     """A path to write to, which takes the name `path` when the block ends well and is removed when it does not.
 
-    Creates the folder if needed.
+    Args:
+        path: the file.
+        parents: create its folder if needed. False for what is kept of a run: a run folder that was deleted or
+            unmounted must not come back with nothing else in it.
 
     Raises:
         InputError: an OSError in the block or here (no permission, full disk); what was at `path` is still there.
     """
     partial = _beside(path, "partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
     except OSError as e:
@@ -32,8 +39,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool) -> Iterator[Path]:
     """An empty folder, which takes the place of `path` when the block ends well and is removed when it does not.
+
+    Args:
+        path: the folder.
+        replace: delete what is at `path` by then; else a folder with something in it is an error.
 
     Raises:
         InputError: an OSError in the block or here; what was at `path` is still there.
@@ -43,7 +54,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if path.exists():  # a folder with something in it cannot be renamed over
+        if replace and path.exists():  # a folder with something in it cannot be renamed over
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         try:
@@ -59,9 +70,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+def write_json(path: Path, content: Any, *, indent: int | None = 2, parents: bool = True) -> None:
     """Writes `content` as JSON that ends with a newline, as `atomic_file` does. Raises InputError as that does."""
-    with atomic_file(path) as partial:
+    with atomic_file(path, parents=parents) as partial:
         partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
@@ -70,6 +81,6 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _could_not_write(path: Path, e: OSError) -> InputError:
-    return InputError(
-        f"could not write {path} ({e.strerror or e}); nothing was left behind; free space or name another place"
-    )
+    # The block may have failed to read something: the error names the file, and then no other place helps.
+    advice = "; free space or name another place" if e.errno in _NO_ROOM_OR_RIGHT else ""
+    return InputError(f"could not write {path} ({e}); nothing was left behind{advice}")

@@ -132,7 +132,7 @@ def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokeniz
     if run_dir.exists():
         raise InputError(f"{run_dir} exists; choose another folder")
     check_tokenizer(tokenizer, model)
-    with atomic_folder(run_dir) as folder:
+    with atomic_folder(run_dir, replace=False) as folder:
         tokenizer.save(folder / TOKENIZER)
         with deferred_write_errors(params) as params:
             checkpoints = Checkpoints(folder)

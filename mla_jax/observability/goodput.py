@@ -80,4 +80,4 @@ class Goodput:
             return
         account = {"started": self._started, "seconds": self._seconds, "marks": self._marks}
         with contextlib.suppress(InputError):  # a full disk is for the checkpoints to report
-            write_json(self._path, account, indent=None)
+            write_json(self._path, account, indent=None, parents=False)

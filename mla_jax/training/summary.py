@@ -13,4 +13,4 @@ def write_summary(result: TrainResult) -> None:
         InputError: the file cannot be written.
     """
     if result.metrics is not None:  # a run that had finished before keeps what it wrote then
-        write_json(result.run_dir / SUMMARY, {"step": result.step, **result.metrics})
+        write_json(result.run_dir / SUMMARY, {"step": result.step, **result.metrics}, parents=False)

@@ -139,7 +139,9 @@ def test_full_disk_keeps_older_results(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(InputError, match=r"could not write .*passkey\.json \(No space left on device\)"):
+    with pytest.raises(
+        InputError, match=r"could not write .*passkey\.json \(.*No space left on device\); .* free space"
+    ):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]

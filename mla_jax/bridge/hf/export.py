@@ -63,7 +63,7 @@ def export(
     check_tokenizer(tokenizer, config)
     special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     hf_config = to_hf(config, dtype=dtype, special_ids=special_ids)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, replace=overwrite) as folder:
         _write_weights(config, params, folder, dtype, max_shard_bytes)
         write_json(folder / "config.json", hf_config)
         write_json(folder / "generation_config.json", {**special_ids, "do_sample": False})

@@ -105,7 +105,7 @@ class Trackers:
 
     def _write(self) -> None:
         try:
-            write_json(self._path, self._known)
+            write_json(self._path, self._known, parents=False)
         except InputError as e:
             self._report(FILE, e)
 
