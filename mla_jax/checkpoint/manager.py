@@ -11,6 +11,7 @@ RUN/checkpoints/STEP.corrupt/        quarantined: found corrupt when training wa
 import contextlib
 import itertools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -211,11 +212,11 @@ class Checkpoints:
         raise self._none_usable(corrupt)
 
     def _rank(self, step: int, best_metric: str) -> tuple[float, float]:
-        """Higher is better; a checkpoint whose metrics cannot be read, or were not saved, comes last."""
+        """Higher is better; a checkpoint whose metrics cannot be read, were not saved or are nan comes last."""
         try:
             return _Rank(best_metric)(json.loads((self.folder / str(step) / "metrics" / "metrics").read_bytes()))
         except (OSError, ValueError, KeyError, TypeError):
-            return (-1.0, 0.0)
+            return _WORST
 
     def _none_usable(self, corrupt: dict[int, str]) -> InputError:
         names = "; ".join(f"step {step}: {reason}" for step, reason in sorted(corrupt.items()))
@@ -261,14 +262,22 @@ class Checkpoints:
             ) from e
 
 
+_WORST = (-1.0, 0.0)
+
+
 class _Rank:
-    """Orders metrics: a later stage of the curriculum, which is harder, before a better value; higher is better."""
+    """Orders metrics: a later stage of the curriculum, which is harder, before a better value; higher is better.
+
+    The mean of a window in which nothing was learned is nan, and comes last.
+    """
 
     def __init__(self, metric: str):
         self._metric = metric
 
     def __call__(self, metrics: dict[str, float]) -> Any:
         value = metrics[self._metric]
+        if math.isnan(value):
+            return _WORST
         return metrics["stage"], -value if self._metric == "loss" else value
 
 

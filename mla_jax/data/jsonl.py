@@ -52,7 +52,8 @@ def load_documents(path: str, tokenizer: Tokenizer, on_bad_line: str = "error") 
         on_bad_line: `error`, or `skip` for a warning that counts the lines that cannot be used and names the first.
 
     Raises:
-        InputError: no such file, nothing in it, or a line that is no chat or completion, named by its number.
+        InputError: no such file, nothing in it, or a line that is no chat or completion or has no token to train on,
+            named by its number.
     """
     file = Path(path)
     if not file.is_file():
@@ -129,10 +130,17 @@ def _encode(record: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, n
         loss_mask = np.zeros(len(encoded.ids), bool)
         for start, end in spans:
             loss_mask |= (encoded.ends > start) & (encoded.starts < end)
+        if not loss_mask[1:].any():
+            raise InputError(
+                "there is no token to train on: the assistant says nothing, and the chat template of tokenizer "
+                f"{tokenizer.source} writes no end of turn"
+            )
         return encoded.ids, loss_mask
     encoded = tokenizer.encode_with_words(record["prompt"] + record["completion"])
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     loss_mask = np.concatenate([np.zeros(len(bos), bool), encoded.starts >= len(record["prompt"]), [True]])
+    if len(loss_mask) == 1:
+        raise InputError("prompt and completion are empty, so there is nothing to train on")
     return np.concatenate([bos, encoded.ids, [tokenizer.eos_id]]).astype(np.int32), loss_mask
 
 

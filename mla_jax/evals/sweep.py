@@ -70,11 +70,11 @@ def swept_keys(runs: Sequence[SweptRun]) -> list[str]:
 
 
 def markdown_table(runs: Sequence[SweptRun]) -> str:
-    """One row for each run, the lowest loss first; runs that have not finished come last."""
+    """One row for each run, the lowest loss first, then those whose loss is nan, then those that have not finished."""
     keys = swept_keys(runs)
     tasks = sorted({task for run in runs for task in run.evaluations})
     rows = [[*keys, "step", "loss", "answers right", "tokens/s", *(f"{task} correct" for task in tasks)]]
-    for run in sorted(runs, key=lambda run: run.summary["loss"] if run.summary else math.inf):
+    for run in sorted(runs, key=_by_loss):
         row, s = [str(run.config.get(key)) for key in keys], run.summary
         if s is None:
             row += ["not finished", "", "", ""]
@@ -84,6 +84,11 @@ def markdown_table(runs: Sequence[SweptRun]) -> str:
         rows.append([*row, *("{}/{}".format(*run.evaluations[t]) if t in run.evaluations else "" for t in tasks)])
     rows.insert(1, ["---"] * len(rows[0]))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _by_loss(run: SweptRun) -> tuple[bool, bool, float]:
+    loss = run.summary["loss"] if run.summary else math.inf
+    return run.summary is None, math.isnan(loss), 0.0 if math.isnan(loss) else loss
 
 
 def plot_sweep(runs: Sequence[SweptRun], path: Path, *, title: str) -> None:

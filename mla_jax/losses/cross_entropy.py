@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax import mesh
-from mla_jax.losses.loss import Arrays
+from mla_jax.losses.loss import Arrays, mean
 from mla_jax.model.layers import matmul, split_tokens
 from mla_jax.model.transformer import Transformer
 
@@ -38,8 +38,8 @@ class CrossEntropy:
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Loss in nats per weighted token, and the share of answer tokens predicted right, teacher-forced."""
         return {
-            "loss": sums.get("loss", 0.0) / max(sums.get("weight", 0.0), 1e-9),
-            "answer_accuracy": sums.get("correct", 0.0) / max(sums.get("answers", 0.0), 1.0),
+            "loss": mean(sums.get("loss", 0.0), sums.get("weight", 0.0)),
+            "answer_accuracy": mean(sums.get("correct", 0.0), sums.get("answers", 0.0)),
         }
 
     def progress(self, means: Mapping[str, float]) -> str:

@@ -1,5 +1,6 @@
 """The interface between an objective and the training loop."""
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
@@ -8,6 +9,11 @@ import jax
 from mla_jax.model.transformer import Transformer
 
 Arrays = Mapping[str, jax.Array]
+
+
+def mean(total: float, count: float) -> float:
+    """`total` by `count`, and nan of nothing: 0 would read as the best of all losses."""
+    return total / count if count else math.nan
 
 
 class Loss(Protocol):
@@ -35,7 +41,7 @@ class Loss(Protocol):
         ...
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Metrics by name, `loss` first, of sums over several steps; a sum that is missing is 0."""
+        """Metrics by name, `loss` first, of sums over several steps; a missing sum is 0, a mean of nothing is nan."""
         ...
 
     def progress(self, means: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from mla_jax.losses.loss import Loss
+from mla_jax.losses.loss import Loss, mean
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Window:
     def means(self, loss: Loss) -> dict[str, float]:
         """The metrics of `loss`, gradient norm before clipping (mean over steps not skipped), skipped steps."""
         return loss.means(self.sums) | {
-            "grad_norm": self.sums.get("grad_norm", 0.0) / max(self.steps - self.skipped, 1),
+            "grad_norm": mean(self.sums.get("grad_norm", 0.0), self.steps - self.skipped),
             "skipped_steps": self.skipped,
         }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -196,6 +197,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path, keep, kept, best):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.choose("best", keep.get("best_metric", "answer_accuracy")) == best
     assert checkpoints.choose("latest", "loss") == 4
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("metric", ["answer_accuracy", "loss"])
+def test_a_checkpoint_of_a_window_in_which_nothing_was_learned_is_never_the_best(tmp_path, metric):
+    measured = {1: (0, 0.5, 3.0), 2: (0, 0.4, 4.0), 3: (0, math.nan, math.nan), 4: (1, math.nan, math.nan)}
+    assert save_with_metrics(tmp_path, measured, keep_last=1, best_metric=metric) == ["1", "4"]
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.choose("best", metric) == 1
     checkpoints.close()
 
 

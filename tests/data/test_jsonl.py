@@ -124,6 +124,23 @@ def test_a_template_that_rewrites_history_is_refused(tmp_path):
         load_documents(path, _with_template(template))
 
 
+def test_a_line_without_a_token_to_train_on_is_named(tmp_path):
+    """An answer of nothing, by a template that writes no end of turn; and not even a prompt before <eos>."""
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    no_end = template.replace("}}\n", "}}")
+    question = {"role": "user", "content": "a"}
+    good, empty = ({"messages": [question, {"role": "assistant", "content": text}]} for text in ("b", ""))
+    path = _write(tmp_path / "a.jsonl", good, empty)
+    assert load_documents(path, _with_template(template))[1][1].sum() == 1
+    with pytest.raises(InputError, match="line 2: there is no token to train on: the assistant says nothing, and the"):
+        load_documents(path, _with_template(no_end))
+    no_bos = Tokenizer(BYTES._backend, {k: v for k, v in BYTES._config.items() if k != "bos_token"}, "no-bos")
+    path = _write(tmp_path / "b.jsonl", {"prompt": "", "completion": "b"}, {"prompt": "", "completion": ""})
+    with pytest.raises(InputError, match="line 2: prompt and completion are empty"):
+        load_documents(path, no_bos)
+
+
 def test_a_changed_file_is_read_again(tmp_path):
     path = _write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"})
     assert len(load_documents(path, BYTES).lengths) == 1

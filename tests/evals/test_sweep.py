@@ -32,13 +32,14 @@ def test_swept_keys_are_those_that_differ():
 
 def test_table_has_the_lowest_loss_first_and_unfinished_runs_last():
     assert (
-        markdown_table(RUNS)
+        markdown_table([run(0.003, 64, float("nan")), *RUNS])
         == """\
 | train.rate | model.rank | step | loss | answers right | tokens/s | passkey correct |
 | --- | --- | --- | --- | --- | --- | --- |
 | 0.01 | 32 | 9 | 1.0000 | 12.5% | 1,234 |  |
 | 0.003 | 32 | 9 | 1.5000 | 12.5% | 1,234 |  |
 | 0.01 | 16 | 9 | 2.0000 | 12.5% | 1,234 | 3/4 |
+| 0.003 | 64 | 9 | nan | 12.5% | 1,234 |  |
 | 0.003 | 16 | not finished |  |  |  |  |
 """
     )

@@ -96,10 +96,17 @@ def test_the_loop_state_of_an_earlier_version_is_read():
     assert state.to_json() == {key: SAVED[key] for key in ("step", "stage", "stage_step", "window", "reported")}
 
 
-def test_a_window_without_steps_has_means():
+def test_means_of_a_window_in_which_nothing_was_learned_are_nan():
+    """Without steps, with skipped steps only, with steps but no learned token."""
     zeros = dict.fromkeys(("loss", "weight", "correct", "answers", "grad_norm", "skipped"), 0.0)
     for window in (Window(), Window.from_json({"steps": 0, **zeros}), Window.from_json(Window().to_json())):
-        assert set(window.means(CrossEntropy(64)).values()) == {0.0}
+        means = window.means(CrossEntropy(64))
+        assert means.pop("skipped_steps") == 0 and np.isnan(list(means.values())).all()
+    means = Window.from_json({"steps": 2, **zeros, "skipped": 2.0}).means(CrossEntropy(64))
+    assert means.pop("skipped_steps") == 2 and np.isnan(list(means.values())).all()
+    means = Window.from_json({"steps": 2, **zeros}).means(CrossEntropy(64))
+    assert means["grad_norm"] == 0 and np.isnan([means["loss"], means["answer_accuracy"]]).all()
+    assert CrossEntropy(64).progress(means) == "loss nan  answers nan%"
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path):

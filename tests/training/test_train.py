@@ -152,6 +152,16 @@ def test_nothing_but_skipped_steps_ends_the_run(tmp_path):
         train(make_config(tmp_path / "run", stages, nonfinite="skip"))
 
 
+def test_a_last_window_of_skipped_steps_reads_nan_and_is_not_the_best(tmp_path):
+    """Step 5 makes all parameters useless; 7, a window of its own, is skipped."""
+    stages = [{"seq_len": 96, "steps": 4}, {"seq_len": 96, "steps": 3, "learning_rate": 1e30}]
+    optim = OptimConfig(name="adamw", schedule="constant")
+    result = train(make_config(tmp_path / "run", stages, nonfinite="skip", optim=optim))
+    assert result.finished and result.metrics is not None and result.metrics["skipped_steps"] == 1
+    assert np.isnan(result.metrics["loss"]) and np.isnan(result.metrics["answer_accuracy"])
+    assert load_run(tmp_path / "run").step == 7 and load_run(tmp_path / "run", "best").step == 4
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
     stages = [{"seq_len": 96, "steps": 4}, {"seq_len": 96, "steps": 8, "learning_rate": 1e30}]
     with pytest.raises(InputError, match=r"at step [67]; the last good checkpoint is step 4 in .*checkpoints"):
