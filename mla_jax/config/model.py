@@ -55,6 +55,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """Compute type of activations; parameters are kept in `param_dtype`, softmax, norms and loss in float32."""
     param_dtype: str = "float32"
+    """Type of the parameters; only float32 can be trained."""
     remat: str = "full"
     """Rematerialization: the backward pass recomputes in each layer nothing (`none`), all but matrix products (`dots`),
     all but what `saved` and `offloaded` name (`names`) or everything (`full`)."""

@@ -15,7 +15,7 @@ import optax
 
 from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.checkpoint.run_folder import check_tokenizer, load_run, start_run
-from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, TrainConfig, require_choice
+from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, TrainConfig, require, require_choice
 from mla_jax.data.pipeline import MakePipeline, Pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed.join import is_main, print_on_main
@@ -86,6 +86,7 @@ def train(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> TrainRe
 
     Raises:
         InputError: bad data, tokenizer or checkpoint, a failed save, or a loss that is no longer finite.
+        UsageError: parameters in 16 bits.
     """
     with jax.set_mesh(make_mesh(config.mesh)):
         return _Trainer(config, loss, make_pipeline).run()
@@ -94,6 +95,13 @@ def train(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> TrainRe
 class _Trainer:
     def __init__(self, config: SftConfig, loss: Loss, make_pipeline: MakePipeline):
         self.config, self.loss, self.make_pipeline = config, loss, make_pipeline
+        # Half a unit in the last place of a bfloat16 1.0 is 0.002: no update of a usual size would change a norm.
+        require(
+            config.model.param_dtype == "float32",
+            f"model.param_dtype={config.model.param_dtype} is for inference: in training most updates would be rounded "
+            "away; leave it at float32 (model.dtype=bfloat16 computes in 16 bits); to train on from such a run, start "
+            "a new one with init_from=RUN",
+        )
         check_installed(config.tracker)
         require_choice("train.best_metric", config.train.best_metric, tuple(loss.means({})))
         tokenizer = load_tokenizer(config.data.tokenizer)
@@ -246,12 +254,17 @@ class _Trainer:
 
 
 def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """Parameters of another run, to start from. Raises InputError if its shapes or its tokenizer are not ours."""
+    """Parameters of another run, to start from, in our `param_dtype`.
+
+    Raises:
+        InputError: its shapes or its tokenizer are not ours.
+    """
     run = load_run(run_dir)
-    shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in (*NUMERICALLY_NEUTRAL_KEYS, "dtype")]
+    not_shapes = (*NUMERICALLY_NEUTRAL_KEYS, "dtype", "param_dtype")
+    shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in not_shapes]
     differ = [key for key in shape_keys if getattr(run.model, key) != getattr(model, key)]
     if differ:
         raise InputError(f"init_from={run_dir} holds another model: {', '.join(differ)} differ")
     if run.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"init_from={run_dir} has another tokenizer; set data.tokenizer={run_dir}/tokenizer")
-    return run.params
+    return jax.tree.map(lambda w: w.astype(model.param_dtype), run.params)

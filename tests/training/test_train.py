@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from mla_jax.checkpoint.manager import Checkpoints
-from mla_jax.checkpoint.run_folder import load_run
+from mla_jax.checkpoint.run_folder import load_run, save_imported
 from mla_jax.config import OptimConfig
 from mla_jax.data import pipeline
+from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
 from mla_jax.losses.cross_entropy import CrossEntropy
+from mla_jax.model.transformer import init_params
 from mla_jax.optim import make_optimizer
 from mla_jax.state import init_state
 from mla_jax.training.step import make_train_step
@@ -128,6 +130,26 @@ def test_training_starts_from_another_runs_parameters(tmp_path):
     train(second)
     first, second = params_of(tmp_path / "first"), params_of(tmp_path / "second")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, second)
+
+
+def test_parameters_of_16_bits_are_refused_but_can_be_read_and_started_from(tmp_path):
+    model, stages = dataclasses.replace(MODEL, param_dtype="bfloat16"), [{"seq_len": 96, "steps": 1}]
+    with pytest.raises(UsageError, match=r"model.param_dtype=bfloat16 is for inference.* leave it at float32"):
+        train(make_config(tmp_path / "refused", stages, model=model))
+    assert not (tmp_path / "refused").exists()
+    half = init_params(model, 0)
+    save_imported(tmp_path / "half", model, half, load_tokenizer(DATA.tokenizer))
+    assert_equal(params_of(tmp_path / "half"), jax.device_get(half))
+    stages = [{"seq_len": 96, "steps": 3, "learning_rate": 3e-5}]
+    optim = OptimConfig(name="adamw", schedule="constant")
+    train(make_config(tmp_path / "run", stages, init_from=str(tmp_path / "half"), optim=optim))
+
+    def moved(old, new):
+        assert new.dtype == np.float32
+        changed = new != np.asarray(old, np.float32)
+        assert changed.mean() > 0.5 and np.abs(new - np.asarray(old, np.float32)).max() < 1e-3
+
+    jax.tree.map(moved, jax.device_get(half), params_of(tmp_path / "run"))
 
 
 def test_a_step_that_is_not_finite_is_skipped_if_asked():
