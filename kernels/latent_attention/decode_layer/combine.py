@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from latent_attention.decode_layer import gemv
 from latent_attention.decode_layer.consumer_context import ConsumerContext
 from latent_attention.decode_layer.global_layout import PARTIALS_PER_COPY, max_partials
-from latent_attention.decode_layer.smem_layout import PARTIAL_STAGES, VALUE_ROWS, value_partials_per_row
+from latent_attention.decode_layer.smem_layout import PARTIAL_SLOTS, VALUE_ROWS, value_sums_per_row
 from latent_attention.decode_layer.tile_stream import NUM_CONSUMERS
 from latent_attention.hopper import cta_sync
 from latent_attention.hopper import registers as regs
@@ -51,10 +51,10 @@ class Combine:
     def project_values(self, values) -> None:
         """W^UV of equation 11 times the attention over latents: the attention's output [H V], published by consumer 0.
 
-        `values` are of `load_first_values`, and the copies of the first unit have been started.
+        `values` are from `load_first_values`, and the copies of the first unit have been started.
         """
-        context, partials = self.context, self.smem.gemv_partials
-        per_row = value_partials_per_row(self.shape)
+        context, row_sums = self.context, self.smem.row_sums
+        per_row = value_sums_per_row(self.shape)
 
         def one(i, values):
             unit = context.cta + i * context.num_ctas
@@ -62,14 +62,14 @@ class Combine:
             if self.units > context.num_ctas:
                 pl.when(self.wg == 0)(lambda: self.prefetch_partials(i + 1))
             own_rows = pl.ds(self.wg * VALUE_ROWS * per_row, VALUE_ROWS * per_row)
-            gemv.gemv(latent, values, partials.at[own_rows], per_row)
+            gemv.gemv(latent, values, row_sums.at[own_rows], per_row)
             context.cta_barrier()
 
             @pl.when(self.wg == 0)
             def _():
                 n = jnp.minimum(regs.element_indices(), _UNIT_ROWS - 1)
                 context.publish(
-                    context.workspace.values, unit * _UNIT_ROWS + n, gemv.reduce_partials(partials, n, per_row)
+                    context.workspace.values, unit * _UNIT_ROWS + n, gemv.reduce_row_sums(row_sums, n, per_row)
                 )
 
         @pl.when(context.cta < self.units)
@@ -83,7 +83,7 @@ class Combine:
                 lax.fori_loop(1, context.num_own(self.units), more, None)
 
     def _start_copies(self, head) -> None:
-        """The log-sum-exps of a head, and as many of its partial results as there are stages for."""
+        """The log-sum-exps of a head, and as many of its partial results as there are slots for."""
         smem, refs = self.smem, self.context.refs
         plgpu.copy_gmem_to_smem(refs.partial_lse.at[head], smem.head_lse, smem.head_lse_loaded)
         needed = lax.div(self.num_partials + PARTIALS_PER_COPY - 1, PARTIALS_PER_COPY)
@@ -91,7 +91,7 @@ class Combine:
         def start(n, _):
             self._start_copy(head, lax.rem(n, NUM_CONSUMERS), lax.div(n, NUM_CONSUMERS))
 
-        lax.fori_loop(0, jnp.minimum(needed, NUM_CONSUMERS * PARTIAL_STAGES), start, None)
+        lax.fori_loop(0, jnp.minimum(needed, NUM_CONSUMERS * PARTIAL_SLOTS), start, None)
 
     @staticmethod
     def _first(wg, i):
@@ -99,18 +99,18 @@ class Combine:
         return (i * NUM_CONSUMERS + wg) * PARTIALS_PER_COPY
 
     @staticmethod
-    def _stage(wg, i):
+    def _slot(wg, i):
         """Where that copy goes in `Smem.partials`."""
-        return PARTIAL_STAGES * wg + lax.rem(i, PARTIAL_STAGES)
+        return PARTIAL_SLOTS * wg + lax.rem(i, PARTIAL_SLOTS)
 
     def _start_copy(self, head, wg, i) -> None:
-        """Starts a copy, if there is anything in it. Behind the last result it may contain anything."""
-        first, stage = self._first(wg, i), self._stage(wg, i)
+        """Starts a copy, if there is anything in it. After the last result it may contain anything."""
+        first, slot = self._first(wg, i), self._slot(wg, i)
 
         @pl.when(first < self.num_partials)
         def _():
             partials = self.context.refs.partial_out.at[pl.ds(first, PARTIALS_PER_COPY), head]
-            plgpu.copy_gmem_to_smem(partials, self.smem.partials.at[stage], self.smem.partials_loaded.at[stage])
+            plgpu.copy_gmem_to_smem(partials, self.smem.partials.at[slot], self.smem.partials_loaded.at[slot])
 
     def _combine(self, head) -> Any:
         """The attention of a head over latents: [C], the operand of `gemv`. Each consumer sums the copies it has."""
@@ -124,21 +124,21 @@ class Combine:
         total = regs.reduce_sum(weights, regs.ONE_PER_THREAD, scratch)  # its barriers make the weights visible
 
         def step(i, acc):
-            stage, first = self._stage(wg, i), self._first(wg, i)
-            plgpu.barrier_wait(smem.partials_loaded.at[stage])
+            slot, first = self._slot(wg, i), self._first(wg, i)
+            plgpu.barrier_wait(smem.partials_loaded.at[slot])
             for j in range(PARTIALS_PER_COPY):
                 weight = smem.combine_weights[first + j]
-                partial = regs.load_f32(smem.partials.at[stage, j], regs.vector_layout(C))
+                partial = regs.load_f32(smem.partials.at[slot, j], regs.vector_layout(C))
                 acc += weight * jnp.where(weight > 0, partial, 0.0)  # of weight 0 it may be NaN
-            cta_sync.warpgroup_barrier()
-            self._start_copy(head, wg, i + PARTIAL_STAGES)
+            cta_sync.warpgroup_barrier()  # all warps have read the slot; no fence, see `fence_proxy_async`
+            self._start_copy(head, wg, i + PARTIAL_SLOTS)
             return acc
 
         zeros = plgpu.layout_cast(jnp.zeros((C,), jnp.float32), regs.vector_layout(C))
         steps = lax.div(
             self.num_partials + (NUM_CONSUMERS - wg) * PARTIALS_PER_COPY - 1, NUM_CONSUMERS * PARTIALS_PER_COPY
         )
-        regs.store(smem.latent.at[wg], lax.fori_loop(0, steps, step, zeros), regs.vector_layout(C))
+        regs.store(smem.head_vector.at[wg], lax.fori_loop(0, steps, step, zeros), regs.vector_layout(C))
         self.context.cta_barrier()
-        one, other = (regs.load_f32(smem.latent.at[i], gemv.operand_layout(C)) for i in range(NUM_CONSUMERS))
+        one, other = (regs.load_f32(smem.head_vector.at[i], gemv.operand_layout(C)) for i in range(NUM_CONSUMERS))
         return ((one + other) / total).astype(self.context.dtype)

@@ -1,10 +1,10 @@
 """A consumer warpgroup of the fused decoder layer: the phases of the layer, one after the other.
 
-All CTAs need in a phase what all have computed in the one before, so seven times in a layer they wait for each other,
+Most phases need what all CTAs have computed in the one before, so seven times in a layer CTAs wait for each other,
 while their producers go on copying tiles. Most vectors are handed on through mailboxes, which need no fence; partial
-results of the attention, which are larger, go through global memory behind a grid barrier with release and acquire.
-Where the wait is long, a relaxed grid barrier comes before the mailbox: spinning on all of its words would slow down
-the CTAs that are still working.
+results of the attention, which are larger, go through global memory and a grid barrier with release and acquire. Where
+the wait is long, a relaxed grid barrier comes before the mailbox: spinning on all of its words would slow down the CTAs
+that are still working.
 
 Five of the seven waits come before the output projection, where there is little to read: the pipeline is full and
 memory idle until they are over. So latency counts: how soon each vector is where it is needed. While they wait,
@@ -27,17 +27,19 @@ from latent_attention.hopper import registers as regs
 
 
 class Consumer:
-    """One consumer warpgroup of a CTA."""
+    """One consumer warpgroup of a CTA. Its constructor already emits code, such as the wait for the previous kernel."""
 
     def __init__(
         self, shape: LayerShape, num_ctas: int, dtype, eps: float, scale: float, cta, wg, refs: Refs, smem: Smem
     ):  # fmt: skip
         self.eps = eps
-        timeline.record(refs.timeline, cta, wg, "launch")
-        # Until the previous kernel has completed (programmatic dependent launch), only weights may be read.
+        launched = timeline.read_clocks(refs.timeline)
+        # Until the previous kernel has completed (programmatic dependent launch), only weights may be read, and nothing
+        # may be written: XLA can give an output memory that the previous kernel still reads.
         gammas = refs.input_gamma, refs.q_gamma, refs.kv_gamma
         self.input_gamma, self.q_gamma, kv_gamma = (gemv.load_vector(ref) for ref in gammas)
         plgpu.griddepcontrol_wait()
+        timeline.record(refs.timeline, cta, wg, "launch", launched)
         timeline.record(refs.timeline, cta, wg, "wait for previous layer")
         self.context = ConsumerContext(shape, num_ctas, dtype, cta, wg, refs, smem)
         self.projections = Projections(self.context)
@@ -55,7 +57,7 @@ class Consumer:
         # RMSNorm(h). Every CTA publishes its rows.
         x = self._rms_norm(gemv.load_vector(refs.h), self.input_gamma)
         mark("load hidden state")
-        projections.multiply("qkv_a", x, projections.publish(workspace.qkv_a))
+        projections.multiply("qkv_a", x, projections.publish_epilogue(workspace.qkv_a))
         mark("q_a, kv_a")
 
         # Up-projection of the queries, equations 13 and 14: [W^UQ; W^QR] RMSNorm(c_Q). All CTAs wait for all of c_Q at
@@ -64,7 +66,7 @@ class Consumer:
         cos, sin = (regs.load_f32(ref, regs.rope_angles_layout(R)) for ref in (refs.cos, refs.sin))
         x = context.receive_vector(workspace.qkv_a.at[pl.ds(0, context.shape.Q)], smem.vector)
         mark("receive latents")
-        projections.multiply("q_b", self._rms_norm(x, self.q_gamma), projections.publish(workspace.q))
+        projections.multiply("q_b", self._rms_norm(x, self.q_gamma), projections.publish_epilogue(workspace.q))
         mark("q_b")
 
         # Absorbed queries, RoPE and the new token's cache entry: single consumers of some CTAs each wait for the heads
@@ -77,16 +79,18 @@ class Consumer:
         mark("barrier 1")
 
         # Attention, equation 18, over latents: every CTA that has tiles of the cache waits for all absorbed queries,
-        # some for the new token. Partial results go to global memory. Grid barrier 2 with release and acquire: behind
-        # it, consumer 0 starts to load the partial results of the CTA's head. (The CTA barrier makes it release what
-        # consumer 1 has written.) While they wait, both prefetch tiles of W^O.
+        # some for the new token. Partial results go to global memory. Grid barrier 2 with release and acquire: after
+        # it, consumer 0 starts to load the partial results of the head of the CTA's first unit. (The CTA barrier makes
+        # consumer 0 release what consumer 1 has written.) While they wait, both prefetch tiles of W^O.
         attention.receive_queries()
         mark("receive queries")
         attention.attend_to_new()
         attention.attend()
         context.cta_barrier()
         mark("attention")
-        o_tiles = context.grid_barrier(lambda: self.combine.prefetch_partials(0), lambda: projections.prefetch("o"))
+        o_tiles = context.grid_barrier(
+            then=lambda: self.combine.prefetch_partials(0), meanwhile=lambda: projections.prefetch("o")
+        )
         mark("barrier 2")
 
         # Combine, and up-projection of values, equation 11: CTAs with a unit of it publish their rows.
@@ -98,9 +102,8 @@ class Consumer:
         x = context.receive_vector(workspace.values, smem.vector)
         plgpu.barrier_wait(smem.residual_loaded)
         mark("receive values")
-        projections.multiply(
-            "o", x, projections.residual(projections.publish(workspace.attn_residual)), prefetched=o_tiles
-        )
+        add_residual = projections.residual_epilogue(projections.publish_epilogue(workspace.attn_residual))
+        projections.multiply("o", x, add_residual, prefetched=o_tiles)
         mark("o")
 
         # Feed-forward network: gate and up. Grid barrier 3, relaxed, then all CTAs wait for the hidden state, which
@@ -110,7 +113,7 @@ class Consumer:
         )
         x = context.receive_vector(workspace.attn_residual, smem.residual)
         mark("barrier 3, receive residual")
-        swiglu = projections.swiglu(projections.publish(workspace.ffn_hidden))
+        swiglu = projections.swiglu_epilogue(projections.publish_epilogue(workspace.ffn_hidden))
         projections.multiply("gate_up", self._rms_norm(x, post_gamma), swiglu, 2, gate_up_tiles)
         mark("gate, up")
 
@@ -119,11 +122,11 @@ class Consumer:
         down_tiles = context.grid_barrier(meanwhile=lambda: projections.prefetch("down"), fence=False)
         x = context.receive_vector(workspace.ffn_hidden, smem.vector)
         mark("barrier 4, receive activations")
-        projections.multiply("down", x, projections.residual(self._write_out), prefetched=down_tiles)
+        projections.multiply("down", x, projections.residual_epilogue(self._write_out), prefetched=down_tiles)
         mark("down")
 
-    def _write_out(self, rows, y) -> None:
-        regs.scatter(self.context.refs.out, rows, y.astype(self.context.dtype))
+    def _write_out(self, indices, y) -> None:
+        regs.scatter(self.context.refs.out, indices, y.astype(self.context.dtype))
 
     def _rms_norm(self, x, gamma):
         return regs.rms_norm(x, gamma, self.eps, gemv.operand_layout(x.size), self.context.scratch)

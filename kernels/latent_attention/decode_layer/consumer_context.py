@@ -22,7 +22,7 @@ def _nothing() -> None: ...
 class ConsumerContext:
     """Where a consumer warpgroup is (CTA `cta` of `num_ctas`, consumer `wg`), its memory, barriers and mailboxes.
 
-    It reads `length` and the workspace, so the previous kernel must have completed.
+    The constructor emits loads of `length` and the workspace, so the previous kernel must have completed.
     """
 
     def __init__(self, shape: LayerShape, num_ctas: int, dtype, cta, wg, refs: Refs, smem: Smem):
@@ -31,11 +31,12 @@ class ConsumerContext:
         self.partition = consumer_partition(shape, num_ctas, refs, cta)
         """The CTA's part of each tile stream."""
         self.workspace = Workspace.split(shape, refs.workspace)
+        # Other CTAs may have arrived at barrier 1 by now, but not this one, so the division still counts those before.
         barriers_passed = lax.div(grid_barrier.load_counter(self.workspace.counter), num_ctas)
         self.counter_target = barriers_passed * num_ctas
         """The counter's value at the last grid barrier."""
-        # The lower half of the number of barriers so far: another one than in the previous layer, and not the 0 of a
-        # new workspace. Each layer publishes every word, so no older epoch is left when it comes round again.
+        # 4 k + 1 in the k-th layer, modulo 2^16: never the previous layer's, nor the 0 of a new workspace. Each layer
+        # publishes every word, so no older epoch is left when it comes round again.
         self.epoch = (barriers_passed + 1) & 0xFFFF
 
     def num_own(self, units: int) -> Any:
@@ -51,8 +52,9 @@ class ConsumerContext:
     ) -> Any:
         """Waits for all CTAs, then for both consumers of this one.
 
-        Consumer 0 arrives for its CTA, and waits. What consumer 1 has written to global memory is covered only if a
-        `cta_barrier` comes before.
+        To be called once for each barrier of the layer, outside of loops and `pl.when`: the counter's target advances
+        as the kernel is traced. Consumer 0 arrives for its CTA, and waits. What consumer 1 has written to global memory
+        is covered only if a `cta_barrier` comes before.
 
         Args:
             then: what consumer 0 does as soon as all CTAs have arrived: starting copies of what they have written.
@@ -67,15 +69,15 @@ class ConsumerContext:
         @pl.when(self.wg == 0)
         def _():
             cta_sync.warpgroup_barrier()
-            grid_barrier.barrier_arrive(self.workspace.counter, release=fence)
+            grid_barrier.arrive(self.workspace.counter, release=fence)
 
         self.counter_target += self.num_ctas
         result = meanwhile()
 
         @pl.when(self.wg == 0)
         def _():
-            grid_barrier.barrier_wait(self.workspace.counter, self.counter_target, acquire=fence)
-            if then is not _nothing:
+            grid_barrier.wait(self.workspace.counter, self.counter_target, acquire=fence)
+            if then is not _nothing:  # no barrier before it: the thread that has waited is the one that starts copies
                 cta_sync.fence_proxy_async()
                 then()
 
@@ -96,7 +98,10 @@ class ConsumerContext:
         cta_sync.warpgroup_barrier()
 
     def receive_vector(self, words, smem_ref) -> Any:
-        """A vector that all CTAs publish, received by both consumers into shared memory, as the operand of `gemv`."""
+        """A vector that all CTAs publish, received by both consumers into shared memory, as the operand of `gemv`.
+
+        Its `cta_barrier` also comes after consumer 0's last read of `row_sums`, see `Projections.multiply`.
+        """
         smem_ref = smem_ref.at[pl.ds(0, words.shape[0])]
         mailbox.receive(words, smem_ref, self.epoch, 128 * NUM_CONSUMERS)
         self.cta_barrier()

@@ -1,6 +1,6 @@
 """gemv on Hopper's tensor cores (mma.sync): rows of a matrix, in registers, times a vector, in registers.
 
-`load_rows` loads rows from shared memory, `gemv` writes partial sums to shared memory and `reduce_partials` adds these
+`load_rows` loads rows from shared memory, `gemv` writes partial sums to shared memory and `reduce_row_sums` adds these
 up. A vector [width] is distributed over the 128 threads of a warpgroup, or, if it is narrow, replicated in each of its
 warps.
 """
@@ -26,7 +26,7 @@ from latent_attention.hopper.smem_tiles import load_as, tiled_layout
 
 
 def is_narrow(width: int) -> bool:
-    """Whether each warp has whole rows of this width, instead of a quarter of every row."""
+    """Whether each warp has whole rows of this width, a multiple of 256, instead of a quarter of every row."""
     return width % 256 == 0 and width <= 1024
 
 
@@ -48,13 +48,14 @@ def matrix_layout(width: int) -> Any:
 
 
 _REDUCED, _ONE_WARP, _ALL_WARPS = 4, 8 + 4, 4 * 8 + 4
-"""Partial sums of a row: one of each warp (reduced by shuffles), or eight of one warp or of each (the diagonal of the
-mma result), padded by four against bank conflicts."""
+"""Partial sums of a row: one from each of the four warps (reduced by shuffles), eight from the one warp that has the
+row (the diagonal of the mma result), or eight from each of the four. Eights are padded by four against bank
+conflicts."""
 _MAX_UNREDUCED_ROWS = 32
 """Rows of a CTA at most for which there is room for `_ALL_WARPS`."""
 
 
-def partials_per_row(width: int, tile_rows: int, cta_rows: int) -> int:
+def sums_per_row(width: int, tile_rows: int, cta_rows: int) -> int:
     """Room for partial sums of a row, in float32 elements: fewer where a tile has several rows, or the CTA many."""
     if is_narrow(width):
         return _ONE_WARP
@@ -82,8 +83,8 @@ def load_rows(ref, rows: int, width: int) -> Any:
     return load(ref)  # pyright: ignore[reportCallIssue]
 
 
-def gemv(x, w, partials_ref, per_row: int) -> None:
-    """Writes partial sums of w x to shared memory, for `reduce_partials`.
+def gemv(x, w, sums_ref, per_row: int) -> None:
+    """Writes partial sums of w x to shared memory, for `reduce_row_sums`.
 
     Each mma multiplies a 16 x 16 matrix A by a 16 x 8 matrix B. A thread holds four elements of each of two rows of A
     and four of B. B gets the thread's elements of x, A its elements of two rows of w at the same positions; then the
@@ -91,16 +92,16 @@ def gemv(x, w, partials_ref, per_row: int) -> None:
 
     Args:
         x: [width], in `operand_layout`.
-        w: [rows, width] of `load_rows`; rows a multiple of 4 if they are narrow.
-        partials_ref: float32 [rows * per_row].
-        per_row: of `partials_per_row`.
+        w: [rows, width], from `load_rows`; rows a multiple of 4 if they are narrow.
+        sums_ref: float32 [rows * per_row].
+        per_row: from `sums_per_row`.
     """
     rows, width = w.shape
     narrow, reduced = is_narrow(width), per_row == _REDUCED
     vec = 8 if narrow else vector_length(width)
 
     @plgpu.inline_mgpu(arg_types=(operand_layout(width), matrix_layout(width), plgpu.RefType()))
-    def multiply(_, x, w, partials):
+    def multiply(_, x, w, sums):
         def words(registers) -> list:
             """Registers as words of two elements, padded to an even number of them."""
             packed = [mgpu.utils.bitcast(r, ir.VectorType.get((vec // 2,), i32())) for r in registers.reshape(-1)]
@@ -146,10 +147,10 @@ def gemv(x, w, partials_ref, per_row: int) -> None:
         with ir.InsertionPoint(writes.then_block):
             for i, total in enumerate(totals):
                 index = arith.addi(at, constant(i * per_row * (4 if narrow else 1)))
-                llvm.store(total, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(partials), [index], f32))
+                llvm.store(total, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [index], f32))
             scf.yield_([])
 
-    multiply(x, w, partials_ref)  # pyright: ignore[reportCallIssue]
+    multiply(x, w, sums_ref)  # pyright: ignore[reportCallIssue]
 
 
 def _mma(dtype: str, a: list, b: list, c: list) -> list:
@@ -163,20 +164,20 @@ def _mma(dtype: str, a: list, b: list, c: list) -> list:
     return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
 
 
-def reduce_partials(partials_ref, rows, per_row: int) -> Any:
-    """The sums [128] of the partial sums of rows [128], both `ONE_PER_THREAD`."""
+def reduce_row_sums(sums_ref, rows, per_row: int) -> Any:
+    """The results [128] of rows [128] from their partial sums, both `ONE_PER_THREAD`."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), ONE_PER_THREAD),
         return_type=plgpu.ShapeDtypeStruct(rows.shape, jnp.float32, layout=ONE_PER_THREAD),
     )
-    def reduce(_, partials, rows):
+    def reduce(_, sums, rows):
         f32 = ir.F32Type.get()
         four, one = (ir.VectorType.get((n,), f32) for n in (4, 1))
 
         def row_sum(row):
             pointer = mgpu.utils.getelementptr(
-                mgpu.utils.memref_ptr(partials), [arith.muli(row, arith.constant(row.type, per_row))], f32
+                mgpu.utils.memref_ptr(sums), [arith.muli(row, arith.constant(row.type, per_row))], f32
             )
             quads = [
                 llvm.load(four, mgpu.utils.getelementptr(pointer, [4 * i], f32), alignment=16)
@@ -187,4 +188,4 @@ def reduce_partials(partials_ref, rows, per_row: int) -> Any:
 
         return map_elements(rows, row_sum)
 
-    return reduce(partials_ref, rows)  # pyright: ignore[reportCallIssue]
+    return reduce(sums_ref, rows)  # pyright: ignore[reportCallIssue]

@@ -18,7 +18,11 @@ def max_partials(num_ctas: int) -> int:
 
 
 class Refs(NamedTuple):
-    """The kernel's arguments and outputs. Matrices are flat, except `kv_b`."""
+    """The kernel's arguments and outputs, in this order. Matrices are flat, except `kv_b`.
+
+    q_a is W^DQ of DeepSeek-V2, kv_a [W^DKV; W^KR], q_b W^UQ and W^QR, head by head, kv_b W^UK and W^UV, head by head,
+    and o W^O.
+    """
 
     h: Any
     """Hidden state [D]."""

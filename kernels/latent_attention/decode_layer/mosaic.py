@@ -12,8 +12,10 @@ other CTAs wherever a vector is complete only then. docs/kernels.md explains the
 - `consumer_context`: barriers and mailboxes of a consumer, on `hopper.grid_barrier`, `hopper.mailbox` and
   `hopper.cta_sync`; `global_layout`, `smem_layout`: all arrays and mbarriers; `timeline`: timestamps of the phases.
 
-By programmatic dependent launch, a CTA starts as soon as one of the previous layer has ended on its SM. Its first
-weights are being copied when all of them have, which everything else that it reads must wait for.
+By programmatic dependent launch, a CTA starts as soon as one of the previous layer has ended on its SM. It copies
+weights at once; everything else only after all CTAs of the previous layer have ended.
+
+Letters are those of `LayerShape`; S is the capacity of the cache. `Refs` has the matrices by the paper's names.
 """
 
 from collections.abc import Mapping
@@ -53,7 +55,7 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
         return f"its tiles do not fit these widths: {shape}"
     if V % (NUM_CONSUMERS * VALUE_ROWS):
         return f"it takes V in multiples of {NUM_CONSUMERS * VALUE_ROWS}, not {V}"
-    if N > C + R:  # the keys of a unit of the absorption are in registers
+    if N > C + R:  # the keys of a unit of the absorption are in registers: N / 4 of each thread's
         return f"it takes N up to {C + R}, not {N}"
     if H > gpu.num_sms or capacity % TILE_TOKENS:
         return f"it takes a cache of a multiple of {TILE_TOKENS} tokens and an SM per head"
@@ -63,7 +65,11 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
 
 
 def init_workspace(shape: LayerShape) -> jax.Array:
-    """The sync workspace: passed from each layer to the next; its counter suffices for four million layers."""
+    """The sync workspace: new for the first layer, then passed from each layer to the next.
+
+    Its counter overflows after 2^31 / (4 barriers * CTAs) layers, 4 million on 132 SMs. Nothing resets it; a new
+    workspace starts anew.
+    """
     return jnp.zeros(sum(Workspace.widths(shape)), jnp.int32)
 
 
@@ -83,7 +89,7 @@ def decode_layer(
         length: int32 [1], the number of tokens in the cache. Where it is full, nothing is written, and attention leaves
             the new token out.
         cache: c [1, S, C] and k_rope [1, S, R]; updated in place where they are donated, else XLA copies them before.
-        workspace: of `init_workspace`, then of the previous layer.
+        workspace: from `init_workspace`, then from the previous layer.
         eps: of the norms.
         scale: of the attention scores.
 
@@ -118,6 +124,7 @@ def _launch(
         refs = Refs(*args)
 
         def run(smem: Smem):
+            smem.assert_offsets()
             cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
             @pl.when(wg == NUM_CONSUMERS)
@@ -136,7 +143,7 @@ def _launch(
 
                 # The next kernel may launch once every CTA has come here. All of them are resident by then, so its CTAs
                 # take no SM that this one still needs for its grid barriers. As every CTA also waits for the previous
-                # kernel below, kernels complete in order.
+                # kernel, in `Consumer`'s constructor and `Producer.run`, kernels complete in order.
                 plgpu.griddepcontrol_launch_dependents()
                 Consumer(shape, num_ctas, dtype, eps, scale, cta, wg, refs, smem).run()
 
@@ -152,7 +159,7 @@ def _launch(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )
-    out = launch(
+    out = launch(  # in the order of `Refs`; the outputs follow, as in `out_types`
         h_D, weights["input_layernorm"], flat["q_a_proj"], flat["kv_a_proj_with_mqa"], attn["q_a_layernorm"],
         flat["q_b_proj"], attn["kv_a_layernorm"], matrices["kv_b_proj"], cos, sin, length,
         flat["o_proj"], weights["post_attention_layernorm"], flat["gate_proj"], flat["up_proj"], flat["down_proj"],

@@ -40,15 +40,15 @@ class Producer:
         """
         refs, smem = self.refs, self.smem
         before, _ = self._split_at_tokens(jnp.int32(0))  # these partitions do not depend on kv_len
-        self.end_before = before[-1].first_index + before[-1].num_tiles
-        completed = self._copy(before, self.end_before, jnp.int32(0))
+        tokens_begin = before[-1].first_index + before[-1].num_tiles
+        completed = self._copy(before, tokens_begin, tokens_begin, jnp.int32(0))
         plgpu.griddepcontrol_wait()
-        fence_proxy_async()
+        fence_proxy_async()  # h and the cache were written by generic stores, and are now read by copies
         plgpu.copy_gmem_to_smem(
             refs.h, smem.residual, smem.residual_loaded, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
         )
         _, tokens_and_after = self._split_at_tokens(cache_length(refs))
-        self._copy(tokens_and_after, tokens_and_after[1].first_index, completed)
+        self._copy(tokens_and_after, tokens_begin, tokens_and_after[1].first_index, completed)
 
     def _split_at_tokens(self, kv_len) -> tuple[list[CtaPartition], list[CtaPartition]]:
         """The CTA's partitions before the tokens, and those from the tokens on."""
@@ -57,31 +57,32 @@ class Producer:
         tokens = list(parts).index("tokens")
         return list(parts.values())[:tokens], list(parts.values())[tokens:]
 
-    def _copy(self, parts: list[CtaPartition], after, completed):
-        """Copies the tiles of these partitions, in order, with a bounded number of tiles in flight.
+    def _copy(self, parts: list[CtaPartition], tokens_begin, tokens_end, completed):
+        """Copies the tiles of these partitions, in order, with a bounded number of matrix tiles in flight.
 
         Args:
             parts: what to copy.
-            after: running stage index of the first tile behind the tokens.
+            tokens_begin: running stage index after the last matrix tile before the tokens.
+            tokens_end: running stage index of the first matrix tile after the tokens.
             completed: up to this running index, the copies of matrix tiles have been waited for. A wait on an mbarrier
                 distinguishes odd from even phases only, so each of them must be waited for, in order.
 
         Returns:
             `completed`, after these.
         """
-        smem, end_before = self.smem, self.end_before
+        smem = self.smem
         copies = [
-            self._copy_tokens if stream.stages == 2 else functools.partial(self._copy_rows, stream)
+            self._copy_tokens if stream.is_tokens else functools.partial(self._copy_rows, stream)
             for stream, *_ in parts
         ]
 
         def wait_completed(index, _) -> None:
             # Indices between those of matrices are of tokens, or skipped before them.
-            of_matrix = (index < end_before) | (index >= after)
+            of_matrix = (index < tokens_begin) | (index >= tokens_end)
             pl.when(of_matrix)(lambda: plgpu.barrier_wait(smem.produced.at[stage_of(index)]))
 
         def step(n, completed):
-            # The n-th tile: which partition, and which tile i of it. Selected by comparisons, as there are few.
+            # The n-th tile: which partition, and which tile i of it. Selected by comparisons: partitions are few.
             which = i = first_tile = first_index = stages = throttled = end = jnp.int32(0)
             for k, (stream, part_first_tile, num_tiles, part_first_index) in enumerate(parts):
                 reached = n >= end
@@ -95,7 +96,9 @@ class Producer:
             stage = stage_of(index)
             plgpu.barrier_wait(smem.consumed.at[stage])
             pl.when(is_tokens)(lambda: plgpu.barrier_wait(smem.consumed.at[stage + 1]))
-            until = jnp.where(is_tokens, end_before, index + 1 - jnp.where(i < throttled, 1, MAX_TILES_IN_FLIGHT))
+            # Before a tile of the cache, all matrix tiles must have completed, as `completed` skips the tokens' stages
+            # after it. Before a matrix tile, all but MAX_TILES_IN_FLIGHT, this one counted, or all if it is throttled.
+            until = jnp.where(is_tokens, tokens_begin, index + 1 - jnp.where(i < throttled, 1, MAX_TILES_IN_FLIGHT))
             lax.fori_loop(completed, until, wait_completed, None)
             lax.switch(which, copies, first_tile + i * self.num_ctas, stage)
             return jnp.where(is_tokens, index + 2, jnp.maximum(completed, until))

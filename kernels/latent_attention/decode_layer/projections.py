@@ -1,7 +1,7 @@
 """The projections of the layer: matrices that come through the pipeline, times a vector, rows to consumers in tiles.
 
 Both consumers multiply tiles, each its own (`consumer_tile_range`); their partial sums meet in shared memory, and
-consumer 0 adds them up and hands the results to an epilogue: `publish`, `residual`, `swiglu`.
+consumer 0 adds them up and hands the results to an epilogue.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,11 +47,14 @@ class Projections:
 
         Args:
             name: the tile stream.
-            x: the operand, `gemv.load_vector`.
+            x: the operand, from `gemv.load_vector`.
             epilogue: see `Epilogue`.
             num_matrices: 2 if each tile has rows of two matrices.
-            prefetched: of `prefetch`. These tiles come after those in the pipeline by now, so that the producer refills
-                the pipeline while they are multiplied.
+            prefetched: from `prefetch`. These tiles are multiplied after those that the pipeline has room for, so that
+                the producer refills it meanwhile.
+
+        When consumer 1 returns, consumer 0 may still read `row_sums`. So a `cta_barrier` must precede the next call,
+        as `receive_vector` and `grid_barrier` have one.
         """
         part = self.context.partition[name]
         stream = part.stream
@@ -59,12 +62,13 @@ class Projections:
 
         def tile(m, w):
             row = (first + m * NUM_CONSUMERS) * stream.rows
-            partials = self.smem.gemv_partials.at[pl.ds(row * stream.partials, stream.rows * stream.partials)]
-            gemv.gemv(x, w, partials, stream.partials)
+            row_sums = self.smem.row_sums.at[pl.ds(row * stream.sums_per_row, stream.rows * stream.sums_per_row)]
+            gemv.gemv(x, w, row_sums, stream.sums_per_row)
 
         def step(m, _):
             tile(m, self._load_tile(part, first + m * NUM_CONSUMERS))
 
+            # This consumer has emptied its half of the pipeline once, or has no more tiles: now those prefetched.
             @pl.when(m == jnp.minimum(len(prefetched) + NUM_STAGES // NUM_CONSUMERS, steps) - 1)
             def _():
                 for n, w in enumerate(prefetched):
@@ -79,13 +83,13 @@ class Projections:
         stream, stage = part.stream, stage_of(part.first_index + i)
         plgpu.barrier_wait(self.smem.produced.at[stage])
         w = gemv.load_rows(self.smem.stages.at[stage, pl.ds(0, stream.rows * stream.width)], stream.rows, stream.width)
-        plgpu.barrier_arrive(self.smem.consumed.at[stage])
+        plgpu.barrier_arrive(self.smem.consumed.at[stage])  # by every thread, so it needs no barrier before
         return w
 
     def _reduce(self, part: CtaPartition, epilogue: Epilogue, num_matrices: int) -> None:
         """Adds up the partial sums of all of the CTA's rows."""
         stream, first_tile, num_tiles, _ = part
-        rows, partials = stream.rows // num_matrices, self.smem.gemv_partials
+        rows, row_sums = stream.rows // num_matrices, self.smem.row_sums
 
         def step(i, _):
             # 128 rows; beyond the last row, that one again.
@@ -93,21 +97,21 @@ class Projections:
             tile = lax.div(n, rows)
             row = n - tile * rows
             sums = [
-                gemv.reduce_partials(partials, tile * stream.rows + matrix * rows + row, stream.partials)
+                gemv.reduce_row_sums(row_sums, tile * stream.rows + matrix * rows + row, stream.sums_per_row)
                 for matrix in range(num_matrices)
             ]
             epilogue((first_tile + tile * self.num_ctas) * rows + row, *sums)
 
         lax.fori_loop(0, lax.div(num_tiles * rows + 127, 128), step, None)
 
-    def publish(self, words) -> Epilogue:
+    def publish_epilogue(self, words) -> Epilogue:
         """Epilogue that hands the results to all CTAs through a mailbox."""
-        return lambda rows, y: self.context.publish(words, rows, y)
+        return lambda indices, y: self.context.publish(words, indices, y)
 
-    def residual(self, write: Epilogue) -> Epilogue:
+    def residual_epilogue(self, write: Epilogue) -> Epilogue:
         """Epilogue that adds the residual before it writes."""
-        return lambda rows, y: write(rows, y + regs.gather(self.smem.residual, rows))
+        return lambda indices, y: write(indices, y + regs.gather(self.smem.residual, indices))
 
-    def swiglu(self, write: Epilogue) -> Epilogue:
+    def swiglu_epilogue(self, write: Epilogue) -> Epilogue:
         """Epilogue that writes SwiGLU of the results of two matrices."""
-        return lambda rows, gate, up: write(rows, gate / (1 + jnp.exp(-gate)) * up)
+        return lambda indices, gate, up: write(indices, gate / (1 + jnp.exp(-gate)) * up)

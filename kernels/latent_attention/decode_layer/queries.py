@@ -18,7 +18,7 @@ from latent_attention.hopper.smem_tiles import load_as
 
 
 class Queries:
-    """These steps of one consumer warpgroup. A unit of the absorption is 64 columns of W^UK of one head."""
+    """Absorption, RoPE and append by one consumer. A unit of the absorption is 64 columns of W^UK of one head."""
 
     def __init__(self, context: ConsumerContext, kv_gamma, eps: float):
         self.context, self.kv_gamma, self.eps = context, kv_gamma, eps
@@ -26,7 +26,7 @@ class Queries:
         self.units = context.shape.H * self.units_per_head
 
     def load_first_keys(self) -> tuple[Any, Any]:
-        """The CTA's first unit, and `load_keys` of it; of a CTA that has none, some other unit."""
+        """The CTA's first unit and its keys; of a CTA that has none, some other unit."""
         unit = jnp.minimum(self.context.cta, self.units - 1)
         return unit, self._load_keys(unit)
 
@@ -40,7 +40,7 @@ class Queries:
     def absorb(self, unit, keys) -> None:
         """W^UK of equation 10 absorbed into the queries: q^C W^UK of each head, by consumer 0.
 
-        `unit` and `keys` are of `load_first_keys`.
+        `unit` and `keys` are from `load_first_keys`.
         """
         context, (C, R, N) = self.context, self.context.shape[2:5]
         cta, num_ctas = context.cta, context.num_ctas
@@ -51,7 +51,7 @@ class Queries:
             words = context.workspace.q.at[pl.ds(head * (N + R), N)]
             q = regs.load_f32(context.receive_query(words), regs.VECMAT_TILE.reduce((1,)))
             y = regs.vecmat(q, keys.astype(jnp.float32), context.scratch)
-            result = context.smem.latent.at[context.wg, pl.ds(0, regs.VECMAT_COLUMNS)]
+            result = context.smem.head_vector.at[context.wg, pl.ds(0, regs.VECMAT_COLUMNS)]
             regs.store(result, y, regs.VECMAT_TILE.reduce((0,)))
             context.publish_vector(context.workspace.absorbed_q, head * (C + R) + column, result)
 
@@ -73,7 +73,7 @@ class Queries:
         @pl.when((context.wg == 1) & (context.cta < H))
         def _():
             words = context.workspace.q.at[pl.ds(context.cta * (N + R) + N, R)]
-            result = context.smem.latent.at[context.wg, pl.ds(0, R)]
+            result = context.smem.head_vector.at[context.wg, pl.ds(0, R)]
             q = regs.load_f32(context.receive_query(words), layout)
             regs.store(result, regs.apply_rope(q, cos, sin), layout)
             context.publish_vector(context.workspace.absorbed_q, context.cta * (C + R) + C, result)

@@ -15,12 +15,12 @@ from latent_attention.decode_layer.tile_stream import (
     NUM_STAGES,
     STAGE_ELEMENTS,
     TILE_TOKENS,
-    partials_per_row,
+    sums_per_row,
 )
 from latent_attention.hopper.smem_tiles import REDUCE_SCRATCH, swizzled_smem
 
-PARTIAL_STAGES = 4
-"""Copies of partial results in flight for each consumer."""
+PARTIAL_SLOTS = 4
+"""Copies of partial results in flight for each consumer (not stages of the pipeline)."""
 VALUE_ROWS = 16
 """Rows of the up-projection of values that a consumer multiplies at a time."""
 _ALIGNMENT = 1024
@@ -32,27 +32,30 @@ def max_vector(shape: LayerShape) -> int:
     return max(shape.Q, shape.H * shape.V, shape.F, NUM_CONSUMERS * (shape.N + shape.R))
 
 
-def value_partials_per_row(shape: LayerShape) -> int:
-    """`gemv.partials_per_row` of the up-projection of values."""
-    return gemv.partials_per_row(shape.C, VALUE_ROWS, NUM_CONSUMERS * VALUE_ROWS)
+def value_sums_per_row(shape: LayerShape) -> int:
+    """`gemv.sums_per_row` of the up-projection of values."""
+    return gemv.sums_per_row(shape.C, VALUE_ROWS, NUM_CONSUMERS * VALUE_ROWS)
 
 
 class Smem(NamedTuple):
     """Shared memory and mbarriers, in the order in which they are allocated: their types, then references to them.
 
-    Arrays that are in use at different times share their place (`plgpu.RefUnion`); properties name these. Docstrings
-    of mbarriers say what completes a phase.
+    Arrays that are in use at different times share their place (`plgpu.RefUnion`); properties name these. In two of
+    them, `pipeline` and `p_or_scratch`, arrays are in use side by side in different parts of the place, which JAX does
+    not promise to keep apart: `assert_offsets`. Docstrings of mbarriers say what completes a phase; Pallas counts
+    arrivals of whole warpgroups, each of 128 threads.
     """
 
     consumed: Any
-    """One per stage: its consumer has read it."""
+    """One per stage: the consumer of the tile in it has read it."""
     queries_or_vectors: Any
-    """One after the other: `vector` with parts of the queries; `q_c`, `q_rope` and `exchange`; `partials`; `vector`
-    with the operands of what follows."""
+    """One after the other: `vector` with c_Q, then with parts of the queries; `q_c`, `q_rope` and `exchange`;
+    `partials`; `vector` with the operands of what follows."""
     produced: Any
     """One per stage: the two copies of a matrix tile have completed."""
-    latent: Any
-    """float32 [NUM_CONSUMERS, C]: each consumer's sum in the combine; before that, a part of a query."""
+    head_vector: Any
+    """A vector of one head by each consumer, float32 [NUM_CONSUMERS, C]: 64 elements of an absorbed query, or the
+    rotary part of a query; later its sum in the combine."""
     exchange_lse: Any
     """Log-sum-exps of `exchange`: float32 [H]."""
     head_lse: Any
@@ -60,9 +63,9 @@ class Smem(NamedTuple):
     head_lse_loaded: Any
     """Its copy has completed."""
     partials_loaded: Any
-    """One per copy in `partials`: it has completed."""
-    gemv_partials: Any
-    """float32 partial sums of the CTA's rows of a matrix, see `gemv.gemv`."""
+    """One per slot of `partials`: the copy into it has completed."""
+    row_sums: Any
+    """float32 partial sums of the CTA's rows of a matrix, see `gemv.gemv` (not partial results of the attention)."""
     residual: Any
     """The residual stream [D], 16 bits."""
     residual_loaded: Any
@@ -81,21 +84,23 @@ class Smem(NamedTuple):
         """Types of all, for `pl.run_scoped`."""
         D, _, C, R, _, _, H, _ = shape
         pair, partials = 2 * STAGE_ELEMENTS, max_partials(num_ctas)
-        gemv_partials = partials_per_row(shape, num_ctas)[1], NUM_CONSUMERS * VALUE_ROWS * value_partials_per_row(shape)
+        assert TILE_TOKENS * (C + R) <= pair and pair % C == pair % R == 0  # or pairs of stages would not begin alike
+        assert 128 * H <= 4 * REDUCE_SCRATCH  # see p_or_scratch
+        row_sums = sums_per_row(shape, num_ctas)[1], NUM_CONSUMERS * VALUE_ROWS * value_sums_per_row(shape)
         return cls(
             consumed=plgpu.Barrier(num_arrivals=1, num_barriers=NUM_STAGES),
             queries_or_vectors=plgpu.RefUnion(
                 (swizzled_smem(H, C, dtype), swizzled_smem(H, R, dtype), swizzled_smem(H, C, dtype)),
-                plgpu.SMEM((NUM_CONSUMERS * PARTIAL_STAGES, PARTIALS_PER_COPY, C), dtype),
+                plgpu.SMEM((NUM_CONSUMERS * PARTIAL_SLOTS, PARTIALS_PER_COPY, C), dtype),
                 plgpu.SMEM((max_vector(shape),), dtype),
             ),
             produced=plgpu.Barrier(num_arrivals=2, num_barriers=NUM_STAGES),
-            latent=plgpu.SMEM((NUM_CONSUMERS, C), jnp.float32),
+            head_vector=plgpu.SMEM((NUM_CONSUMERS, C), jnp.float32),
             exchange_lse=plgpu.SMEM((H,), jnp.float32),
             head_lse=plgpu.SMEM((partials,), jnp.float32),
             head_lse_loaded=plgpu.Barrier(num_arrivals=1),
-            partials_loaded=plgpu.Barrier(num_arrivals=1, num_barriers=NUM_CONSUMERS * PARTIAL_STAGES),
-            gemv_partials=plgpu.SMEM((max(gemv_partials),), jnp.float32),
+            partials_loaded=plgpu.Barrier(num_arrivals=1, num_barriers=NUM_CONSUMERS * PARTIAL_SLOTS),
+            row_sums=plgpu.SMEM((max(row_sums),), jnp.float32),
             residual=plgpu.SMEM((D,), dtype),
             residual_loaded=plgpu.Barrier(num_arrivals=1),
             pipeline=plgpu.RefUnion(
@@ -105,13 +110,20 @@ class Smem(NamedTuple):
             ),
             combine_weights=plgpu.SMEM((partials,), jnp.float32),
             tokens_produced=plgpu.Barrier(num_arrivals=2, num_barriers=NUM_STAGES // 2),
-            # A reduction of scores uses 128 H bytes of a consumer's scratch; they end where the other's p starts.
+            # Bytes of consumers 0 and 1: p [0, 128 H) and [128 H, 256 H), scratch and new_token_scratch [0, 4096) and
+            # [4096, 8192). While one's p is in use, the other reduces scores in the first 128 H bytes of its scratch
+            # (128 threads store H / 8 pairs of float32 each), or consumer 1 is in `attend_to_new`: none overlap.
             p_or_scratch=plgpu.RefUnion(
                 swizzled_smem(H, TILE_TOKENS, dtype, NUM_CONSUMERS),
                 plgpu.SMEM((NUM_CONSUMERS, REDUCE_SCRATCH), jnp.float32),
                 plgpu.SMEM((NUM_CONSUMERS, 2, REDUCE_SCRATCH), dtype),
             ),
         )
+
+    def assert_offsets(self) -> None:
+        """Checks that arrays which share their place begin where it does, when the kernel is traced."""
+        for ref in (*self.pipeline, *self.p_or_scratch):
+            assert ref.transforms[0].offset == 0
 
     @property
     def stages(self) -> Any:
@@ -145,7 +157,7 @@ class Smem(NamedTuple):
 
     @property
     def partials(self) -> Any:
-        """Partial results of one head for the combine, PARTIAL_STAGES copies for each consumer."""
+        """Partial results of one head for the combine, PARTIAL_SLOTS copies for each consumer."""
         return self.queries_or_vectors[1]
 
     @property
@@ -167,7 +179,8 @@ class Smem(NamedTuple):
     def new_token_scratch(self) -> Any:
         """Two vectors [C + R] of each consumer: the new token before and after norm and RoPE, or a query and it.
 
-        These are narrow, so that they are reduced within a warp, without `scratch`.
+        Padded to REDUCE_SCRATCH, as they are where the same consumer's `scratch` is. They are reduced within a warp
+        (`gemv.is_narrow`, `registers.rope_pairs_layout`), because a reduction in `scratch` would overwrite them.
         """
         return self.p_or_scratch[2]
 

@@ -50,7 +50,8 @@ class SplitKV:
         self.wg, self.scratch, self.dtype = context.wg, context.scratch, context.dtype
         self.log2_scale = scale * math.log2(math.e)
         self.kv_len = cache_length(self.refs)
-        # The new token's, and one of each CTA that has tiles: number 1 + first_tile, so that there are no gaps.
+        # The new token's, and one of each CTA that has tiles: number 1 + first_tile. There are no gaps, as the first
+        # tiles of the n CTAs that have some are 0 to n - 1.
         self.num_partials = 1 + jnp.minimum(lax.div(self.kv_len + TILE_TOKENS - 1, TILE_TOKENS), context.num_ctas)
         # The largest p of a tile is 2^headroom, so that small ones do not underflow in float16.
         self.headroom = 15 if self.dtype == jnp.float16 else 0
@@ -59,7 +60,7 @@ class SplitKV:
         """Partial result 0, of the new token alone: its latent and its score, one head per CTA, by consumer 1."""
         context, refs, C, R = self.context, self.refs, self.shape.C, self.shape.R
         scratch = self.smem.new_token_scratch.at[self.wg]
-        head = context.num_ctas - 1 - context.cta
+        head = context.num_ctas - 1 - context.cta  # the last CTAs, as the first ones have had RoPE to do
         assert gemv.is_narrow(C)
 
         @pl.when((head < self.shape.H) & (self.wg == 1))
@@ -75,9 +76,9 @@ class SplitKV:
 
             score, c = dot(pl.ds(0, C), gemv.operand_layout(C))
             score = (score + dot(pl.ds(C, R), regs.rope_pairs_layout(R))[0]) * self.log2_scale
-            is_in_cache = refs.length[0] < refs.c.shape[1]
+            fits_in_cache = refs.length[0] < refs.c.shape[1]
             regs.store(refs.partial_out.at[0, head], c.astype(self.dtype), gemv.operand_layout(C))
-            refs.partial_lse[head, 0] = jnp.where(is_in_cache, score, MASKED)
+            refs.partial_lse[head, 0] = jnp.where(fits_in_cache, score, MASKED)
             cta_sync.warpgroup_barrier()  # all warps have read `new_token_scratch`, which p overwrites
 
     def receive_queries(self) -> None:
@@ -96,29 +97,31 @@ class SplitKV:
         """The CTA's partial result over its tiles (equation 18 on latents), if it has any; after `receive_queries`."""
         smem, wg, H, C = self.smem, self.wg, self.shape.H, self.shape.C
         part = self.context.partition["tokens"]
-        first_tile, num_tiles, first_index = part[1:]
         first, steps = consumer_tile_range(wg, part)
 
         def step(m, carry):
             i = first + NUM_CONSUMERS * m
-            stage = stage_of(first_index + 2 * i)
-            carry = self._tile(lax.div(stage, 2), (first_tile + i * self.context.num_ctas) * TILE_TOKENS, *carry)
+            stage = stage_of(part.first_index + 2 * i)
+            carry = self._tile(lax.div(stage, 2), (part.first_tile + i * self.context.num_ctas) * TILE_TOKENS, *carry)
             for j in range(2):
-                plgpu.barrier_arrive(smem.consumed.at[stage + j])
+                plgpu.barrier_arrive(smem.consumed.at[stage + j])  # by every thread, so it needs no barrier before
             return carry
 
         @pl.when(steps > 0)
         def _():
-            lowest = plgpu.layout_cast(jnp.full((H,), MASKED, jnp.float32), PER_COLUMN)
-            carry = wgmma_zeros((C, H)), lowest, wgmma_zeros((TILE_TOKENS, H))
+            initial_max = plgpu.layout_cast(jnp.full((H,), MASKED, jnp.float32), PER_COLUMN)
+            carry = wgmma_zeros((C, H)), initial_max, wgmma_zeros((TILE_TOKENS, H))
             acc, m_i, p_sums = lax.fori_loop(0, steps, step, carry)
             l_i = reduce_columns("add", p_sums, self.scratch)
             result = acc * broadcast_per_column(1 / l_i, acc.shape), m_i + jnp.log2(l_i)
+            # The consumer of the CTA's first tile writes. The other one has tiles, and sends, if there is a second: so
+            # whenever one of them comes to the `cta_barrier` in `_send` or `_merged`, so does the other.
             pl.when(first == 1)(lambda: self._send(*result))
 
             @pl.when(first == 0)
             def _():
-                self._write(1 + first_tile, *lax.cond(num_tiles > 1, lambda: self._merged(*result), lambda: result))
+                index = 1 + part.first_tile
+                self._write(index, *lax.cond(part.num_tiles > 1, lambda: self._merged(*result), lambda: result))
 
     def _tile(self, pair, base, acc, m_i, p_sums):
         """One step of the online softmax: the tile in a pair of stages, of tokens from `base` on.

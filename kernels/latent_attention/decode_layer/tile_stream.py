@@ -21,36 +21,42 @@ from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer import gemv
 
 STAGE_ELEMENTS = 10240
-"""16-bit elements of a pipeline stage: 20 KiB."""
+"""16-bit elements of a pipeline stage, 20 KiB. Two stages hold exactly TILE_TOKENS * (C + R), one holds four rows of
+D = 2560."""
 NUM_STAGES = 8
-"""Stages of the pipeline. A multiple of 4, as stages, and pairs of stages, alternate between the two consumers."""
+"""Stages of the pipeline. A multiple of 4, as matrix tiles in stages, and cache tiles in pairs of them, alternate
+between the two consumers. At least MAX_TILES_IN_FLIGHT, or the producer would refill a stage before it has seen its
+last phase."""
 NUM_CONSUMERS = 2
-"""Consumer warpgroups of a CTA."""
+"""Consumer warpgroups of a CTA; the phases are written for two (consumer 0 does this, consumer 1 that)."""
 TILE_TOKENS = 64
 """Tokens of a tile of the cache: M of wgmma."""
 MAX_TILES_IN_FLIGHT = 3
 """Tiles of matrices being copied at a time. They suffice for full bandwidth; with more, all other memory traffic of the
 kernel (mailboxes, barriers, partial results) waits longer."""
 _THROTTLED_TILES = 6
-"""Tiles of `o` that are copied one at a time: they have room in the pipeline long before they are needed, and so delay
-other traffic least."""
+"""First tiles of `o` in each CTA, which are copied one at a time: they have room in the pipeline long before they are
+needed, and so delay other traffic least."""
 _MAX_PREFETCHED = 2
-"""Tiles that a consumer prefetches into registers; there is no room for more."""
+"""Tiles at most that a consumer prefetches into registers: each takes up to STAGE_ELEMENTS / 256 = 40 of the 232
+of a thread."""
 _NARROW_ROW_STEP = 8
 """Tiles of narrow rows (`gemv.is_narrow`) have a multiple of this many rows, two for each warp."""
 _TILE_OVERHEAD = 4096
 """Fixed cost of a tile, as the number of elements that are read in that time."""
 
+assert NUM_STAGES % (2 * NUM_CONSUMERS) == 0 and NUM_STAGES >= MAX_TILES_IN_FLIGHT
 
-class TileRows(NamedTuple):
-    """Rows of a tile of each matrix."""
+
+class PerMatrix(NamedTuple):
+    """A number for each matrix: rows of a tile, widths and others."""
 
     qkv_a: int
     """The down-projections of queries (`q_a`) and of keys and values (`kv_a`), whose tiles form one list."""
     q_b: int
     o: int
     gate: int
-    """Rows of `gate`; a tile has as many of `up`."""
+    """Of `gate`, and as many of `up`: a tile has rows of both."""
     down: int
 
 
@@ -61,13 +67,20 @@ class TileStream(NamedTuple):
     rows: int
     width: int
     halves: Callable[[Any], list]
-    """Global references to the two halves of tile i, copied separately; empty for a tile of the cache."""
-    partials: int
-    """Partial sums for each row, see `gemv.partials_per_row`."""
+    """Global references to the two halves of tile i; empty for a tile of the cache. `gate` and `up` are two arrays, so
+    their tiles take two copies, and the others have two as well, so that each phase of `Smem.produced` expects as
+    many."""
+    sums_per_row: int
+    """Partial sums for each row, see `gemv.sums_per_row`."""
     stages: int = 1
     """Pipeline stages of a tile."""
     throttled: int = 0
     """How many of a CTA's first tiles are copied one at a time."""
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether this is the cache."""
+        return self.stages == 2
 
 
 class CtaPartition(NamedTuple):
@@ -81,62 +94,62 @@ class CtaPartition(NamedTuple):
 
 
 def choose_tile_rows(outs: tuple[int, ...], width: int, num_ctas: int, step: int = 1) -> int:
-    """Rows of a tile of matrices [out, width] with which the busiest CTA finishes first; 0 if none fits a stage."""
+    """Rows of a tile of matrices [out, width] with which the busiest CTA finishes earliest; 0 if none fits a stage."""
     common = math.gcd(*outs)
     step *= _NARROW_ROW_STEP if gemv.is_narrow(width) else 1
     fitting = [rows for rows in range(step, STAGE_ELEMENTS // width + 1, step) if common % rows == 0]
     return min(fitting, key=lambda rows: -(-sum(outs) // rows // num_ctas) * (rows * width + _TILE_OVERHEAD), default=0)
 
 
-def tile_rows(shape: LayerShape, num_ctas: int) -> TileRows:
+def tile_rows(shape: LayerShape, num_ctas: int) -> PerMatrix:
     """Rows of a tile of every matrix."""
     D, Q, C, R, N, V, H, F = shape
-    return TileRows(
+    return PerMatrix(
         qkv_a=choose_tile_rows((Q, C + R), D, num_ctas), q_b=choose_tile_rows((H * (N + R),), Q, num_ctas),
         o=choose_tile_rows((D,), H * V, num_ctas), gate=choose_tile_rows((2 * F,), D, num_ctas, 2) // 2,
         down=choose_tile_rows((D,), F, num_ctas),
     )  # fmt: skip
 
 
-def partials_per_row(shape: LayerShape, num_ctas: int) -> tuple[TileRows, int]:
-    """`gemv.partials_per_row` of each matrix, and the most partial sums that a CTA has of any one of them."""
+def sums_per_row(shape: LayerShape, num_ctas: int) -> tuple[PerMatrix, int]:
+    """`gemv.sums_per_row` of each matrix, and the most partial sums that a CTA has of any one of them."""
     D, Q, C, R, N, V, H, F = shape
     rows = tile_rows(shape, num_ctas)
     both = rows._replace(gate=2 * rows.gate)
-    outs, widths = TileRows(Q + C + R, H * (N + R), D, 2 * F, D), TileRows(D, Q, H * V, D, F)
+    outs, widths = PerMatrix(Q + C + R, H * (N + R), D, 2 * F, D), PerMatrix(D, Q, H * V, D, F)
     most = [-(-out // n // num_ctas) * n for out, n in zip(outs, both, strict=True)]
-    partials = TileRows(*map(gemv.partials_per_row, widths, both, most))
-    return partials, max(n * each for n, each in zip(most, partials, strict=True))
+    sums = PerMatrix(*map(gemv.sums_per_row, widths, both, most))
+    return sums, max(n * each for n, each in zip(most, sums, strict=True))
 
 
 def tile_streams(shape: LayerShape, num_ctas: int, refs, kv_len) -> dict[str, TileStream]:
     """All streams, in the order in which they are copied. The matrices of `refs` are flat."""
     D, Q, C, R, N, V, H, F = shape
-    rows, (partials, _) = tile_rows(shape, num_ctas), partials_per_row(shape, num_ctas)
+    rows, (sums, _) = tile_rows(shape, num_ctas), sums_per_row(shape, num_ctas)
 
-    def matrix(ref, out: int, width: int, rows: int, partials: int) -> TileStream:
+    def matrix(ref, out: int, width: int, rows: int, sums_per_row: int) -> TileStream:
         half = rows * width // 2
 
         def halves(tile) -> list:
             start = 2 * half * tile
             return [ref.at[pl.ds(start, half)], ref.at[pl.ds(start + half, half)]]
 
-        return TileStream(out // rows, rows, width, halves, partials)
+        return TileStream(out // rows, rows, width, halves, sums_per_row)
 
     def gate_and_up(tile) -> list:
         n = rows.gate * D
         return [ref.at[pl.ds(tile * n, n)] for ref in (refs.gate, refs.up)]
 
     return {
-        "q_a": matrix(refs.q_a, Q, D, rows.qkv_a, partials.qkv_a),
-        "kv_a": matrix(refs.kv_a, C + R, D, rows.qkv_a, partials.qkv_a),
-        "q_b": matrix(refs.q_b, H * (N + R), Q, rows.q_b, partials.q_b),
+        "q_a": matrix(refs.q_a, Q, D, rows.qkv_a, sums.qkv_a),
+        "kv_a": matrix(refs.kv_a, C + R, D, rows.qkv_a, sums.qkv_a),
+        "q_b": matrix(refs.q_b, H * (N + R), Q, rows.q_b, sums.q_b),
         "tokens": TileStream(
             lax.div(kv_len + TILE_TOKENS - 1, TILE_TOKENS), TILE_TOKENS, C + R, lambda tile: [], 0, stages=2
         ),
-        "o": matrix(refs.o, D, H * V, rows.o, partials.o)._replace(throttled=_THROTTLED_TILES),
-        "gate_up": TileStream(F // rows.gate, 2 * rows.gate, D, gate_and_up, partials.gate),
-        "down": matrix(refs.down, D, F, rows.down, partials.down),
+        "o": matrix(refs.o, D, H * V, rows.o, sums.o)._replace(throttled=_THROTTLED_TILES),
+        "gate_up": TileStream(F // rows.gate, 2 * rows.gate, D, gate_and_up, sums.gate),
+        "down": matrix(refs.down, D, F, rows.down, sums.down),
     }
 
 
@@ -165,9 +178,11 @@ def stage_of(index):
 
 
 def owner(index):
-    """The consumer to which a stage, or a pair of stages, belongs, by its running index (of pairs: half of it).
+    """The consumer of the tile in a stage, or in a pair of stages, by its running index (of pairs: half of it).
 
-    Always the same one for a stage, so that this consumer sees every phase of the stage's mbarriers.
+    The same one for each `produced` mbarrier and each `tokens_produced` mbarrier, so that it sees every phase of it. A
+    stage itself can be of one consumer for a matrix and of the other for the cache: stage 1 is consumer 1's, but stages
+    0 and 1 as a pair are consumer 0's.
     """
     return lax.rem(index, NUM_CONSUMERS)
 
@@ -179,12 +194,15 @@ def consumer_tile_range(wg, part: CtaPartition) -> tuple[Any, Any]:
 
 
 def num_prefetched(stream: TileStream, num_ctas: int) -> int:
-    """Tiles of a matrix that each consumer prefetches into registers: fewer than any consumer has of it."""
+    """Tiles of a matrix that each consumer prefetches into registers.
+
+    Fewer than any consumer has of it, as `Projections.multiply` multiplies them after at least one other.
+    """
     return max(min(stream.num_tiles // num_ctas // NUM_CONSUMERS - 1, _MAX_PREFETCHED), 0)
 
 
 def token_tile(shape: LayerShape, smem, pair) -> tuple[Any, Any]:
-    """Latents [TILE_TOKENS, C] and, behind them, rotary keys [TILE_TOKENS, R] in a pair of stages."""
+    """Latents [TILE_TOKENS, C] and, after them, rotary keys [TILE_TOKENS, R] in a pair of stages."""
     rope_rows = pl.ds(TILE_TOKENS * shape.C // shape.R, TILE_TOKENS)
     return smem.c_tiles.at[pair, pl.ds(0, TILE_TOKENS)], smem.rope_tiles.at[pair, rope_rows]
 

@@ -5,6 +5,8 @@ cycles of its SM, so it measures phases within a CTA; `%globaltimer` counts nano
 steps.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
@@ -13,6 +15,7 @@ from jaxlib.mlir.dialects import llvm
 
 from latent_attention.decode_layer.tile_stream import NUM_CONSUMERS
 from latent_attention.hopper.mlir import i32, inline_ptx
+from latent_attention.hopper.registers import SPLAT
 
 PHASES = (
     "launch",
@@ -44,18 +47,38 @@ def timeline_type(num_ctas: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((num_ctas, NUM_CONSUMERS, len(PHASES), len(CLOCKS)), jnp.int32)
 
 
-def record(timeline_ref, cta, wg, phase: str) -> None:
-    """Stores the clocks at the end of a phase to the timeline, see `timeline_type`; nothing if it is None."""
+def _clock(name: str) -> Any:
+    # The clobber keeps memory accesses of the phase before the clock is read.
+    return llvm.inline_asm(i32(), [], f"mov.u32 $0, {name};", "=r,~{memory}", has_side_effects=True)
+
+
+def read_clocks(timeline_ref) -> tuple:
+    """Each thread's clocks now, to be stored later by `record`; nothing if there is no timeline."""
+    if timeline_ref is None:
+        return ()
+    splat = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT)
+
+    @plgpu.inline_mgpu(return_type=(splat,) * len(CLOCKS))
+    def read(_):
+        return tuple(mgpu.FragmentedArray.splat(_clock(name), (), is_signed=True) for name in CLOCKS)
+
+    return read()  # pyright: ignore[reportCallIssue]
+
+
+def record(timeline_ref, cta, wg, phase: str, clocks: tuple = ()) -> None:
+    """Stores the clocks at the end of a phase to the timeline, see `timeline_type`; nothing if it is None.
+
+    They are read now, unless `clocks` has been read before by `read_clocks`.
+    """
     if timeline_ref is None:
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def store(_, entry):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[SPLAT] * len(clocks)))
+    def store(_, entry, *clocks):
         with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
             pointer = mgpu.utils.memref_ptr(entry)
-            for i, clock in enumerate(CLOCKS):
-                # The clobber keeps memory accesses of the phase before the clock is read.
-                value = llvm.inline_asm(i32(), [], f"mov.u32 $0, {clock};", "=r,~{memory}", has_side_effects=True)
+            for i, name in enumerate(CLOCKS):
+                value = clocks[i].registers.item() if clocks else _clock(name)
                 inline_ptx(f"st.global.u32 [$0 + {4 * i}], $1;", "l,r", pointer, value)
 
-    store(timeline_ref.at[cta, wg, PHASES.index(phase)])  # pyright: ignore[reportCallIssue]
+    store(timeline_ref.at[cta, wg, PHASES.index(phase)], *clocks)  # pyright: ignore[reportCallIssue]

@@ -30,7 +30,10 @@ def why_not(dtype: str, gpu: Gpu | None) -> str | None:
 
 
 def init_counter() -> jax.Array:
-    """Counter of the grid barriers, passed from each kernel to the next; it overflows after a million layers."""
+    """Counter of the grid barriers, passed from each kernel to the next.
+
+    It overflows after 2^31 / (5 barriers * programs) layers: 3 million on 132 SMs.
+    """
     return jnp.zeros(1, jnp.int32)
 
 
@@ -62,7 +65,7 @@ def before_attention(
         _like((1, 1, shape.H, shape.C + shape.R), h_D), _like(shape.Q, h_D), _like(shape.C + shape.R, h_D),
         _like(shape.H * (shape.N + shape.R), h_D), _like(c.shape, c), _like(k_rope.shape, k_rope),
     ]  # fmt: skip
-    aliases = {15: 4, 16: 5, 17: 6, 18: 7}
+    aliases = {15: 4, 16: 5, 17: 6, 18: 7}  # of argument and output: c, k_rope, scales, counter
     # jax-triton drops None: without scales, an array of one element takes their place and is never read.
     scales_or_dummy = jnp.zeros(1, jnp.float32) if scales is None else scales
     out_shape += [_like(scales_or_dummy.shape, scales_or_dummy), _like(1, counter)]

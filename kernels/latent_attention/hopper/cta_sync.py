@@ -32,8 +32,9 @@ def named_barrier(num_warpgroups: int) -> None:
 def fence_proxy_async() -> None:
     """Orders this thread's earlier generic-proxy accesses before the bulk copies (async proxy) that it starts next.
 
-    Writes that this thread has observed, its own or by acquire, are then visible to those copies, and its reads are
-    done before they overwrite what was read.
+    Writes that this thread has observed, its own or by acquire, are then visible to those copies, or overwritten by
+    them. Copies over memory that was only read (a free pipeline stage) are started without it, after an mbarrier or a
+    barrier: a read has returned its value by then, while a write may still be under way.
     """
 
     @plgpu.inline_mgpu()

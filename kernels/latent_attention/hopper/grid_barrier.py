@@ -35,29 +35,29 @@ def load_counter(counter_ref) -> Any:
     return load(counter_ref)  # pyright: ignore[reportCallIssue]
 
 
-def barrier_arrive(counter_ref, *, release: bool) -> None:
+def arrive(counter_ref, *, release: bool) -> None:
     """One thread of the warpgroup adds 1 to the counter, with release semantics or relaxed.
 
     Writes of the other threads are released too if a `warpgroup_barrier` comes before.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def arrive(_, counter):
+    def add_one(_, counter):
         with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
             order = "release" if release else "relaxed"
             inline_ptx(f"red.{order}.gpu.global.add.u32 [$0], 1;", "l", mgpu.utils.memref_ptr(counter))
 
-    arrive(counter_ref)  # pyright: ignore[reportCallIssue]
+    add_one(counter_ref)  # pyright: ignore[reportCallIssue]
 
 
-def barrier_wait(counter_ref, target, *, acquire: bool) -> None:
+def wait(counter_ref, target, *, acquire: bool) -> None:
     """One thread of the warpgroup spins until the counter reaches `target`, with acquire semantics or relaxed.
 
-    The other threads need a barrier within the CTA after it.
+    The other threads need a barrier within the CTA after it. (Bulk copies are started by the same thread.)
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def wait(_, counter, target):
+    def spin(_, counter, target):
         with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
             loop = scf.WhileOp([], [])
             with ir.InsertionPoint(loop.before.blocks.append()):
@@ -66,4 +66,4 @@ def barrier_wait(counter_ref, target, *, acquire: bool) -> None:
             with ir.InsertionPoint(loop.after.blocks.append()):
                 scf.yield_([])
 
-    wait(counter_ref, target)  # pyright: ignore[reportCallIssue]
+    spin(counter_ref, target)  # pyright: ignore[reportCallIssue]

@@ -1,4 +1,4 @@
-"""Vectors handed from all CTAs to all CTAs without a fence, as in NCCL's LL protocol: each word carries its own flag.
+"""Vectors handed from CTAs to CTAs without a fence, as in NCCL's LL protocol: each word carries its own flag.
 
 A mailbox is an int32 vector in global memory. Each word holds a 16-bit element in its upper half and the epoch of its
 writer in its lower half. A 32-bit store is atomic, so whoever reads the expected epoch has the element too, whatever
@@ -37,7 +37,7 @@ def publish(words_ref, indices, x, epoch) -> None:
 def receive(words_ref, smem_ref, epoch, num_threads: int) -> None:
     """Spins until all words [width], a multiple of 4, are of this epoch; writes their elements to `smem_ref` [width].
 
-    The `num_threads` threads of neighbouring warpgroups share the work, counted from a multiple of `num_threads` on.
+    The `num_threads` threads of neighbouring warpgroups, the first of a multiple of `num_threads`, share the work.
     They see each other's elements only after a barrier.
     """
 

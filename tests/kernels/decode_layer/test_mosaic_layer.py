@@ -50,9 +50,9 @@ def lower(op, shape, dtype, num_sms):
 def test_the_timeline_has_every_phase_once_in_order(monkeypatch):
     phases, record = [], timeline.record
 
-    def recorded(timeline_ref, cta, wg, phase):
+    def recorded(timeline_ref, cta, wg, phase, *clocks):
         phases.append(phase)
-        record(timeline_ref, cta, wg, phase)
+        record(timeline_ref, cta, wg, phase, *clocks)
 
     monkeypatch.setattr(timeline, "record", recorded)
     *_, stamps = lower(mosaic.decode_layer_timeline, SMALL, "bfloat16", 132).out_info

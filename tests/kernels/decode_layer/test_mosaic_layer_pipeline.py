@@ -23,8 +23,8 @@ from latent_attention.decode_layer.tile_stream import (
     consumer_tile_range,
     num_prefetched,
     owner,
-    partials_per_row,
     partition,
+    sums_per_row,
     tile_rows,
     tile_streams,
 )
@@ -328,12 +328,12 @@ def test_throttled_tiles_are_copied_one_at_a_time(monkeypatch):
 @pytest.mark.parametrize("num_ctas", [132, 78])
 @pytest.mark.parametrize("shape", [INFINITE_1B, INFINITE_1B._replace(D=5120), SMALL])
 def test_a_cta_has_no_more_partial_sums_than_there_is_room_for(shape, num_ctas):
-    _, room = partials_per_row(shape, num_ctas)
+    _, room = sums_per_row(shape, num_ctas)
 
     @jax.vmap
     def partial_sums(cta):
         parts = consumer_partition(shape, num_ctas, FakeRefs(0, []), cta)
-        return {name: part.num_tiles * part.stream.rows * part.stream.partials for name, part in parts.items()}
+        return {name: part.num_tiles * part.stream.rows * part.stream.sums_per_row for name, part in parts.items()}
 
     assert max(int(n.max()) for n in partial_sums(jnp.arange(num_ctas)).values()) <= room
 
