@@ -143,7 +143,7 @@ class Results:
 
     @classmethod
     def from_json(cls, content: Any) -> "Results":
-        """The results of `to_json`, also those of files without a version.
+        """The results of `to_json`, also those of files without a version, and with only some cells of their grid.
 
         Raises:
             AttributeError, KeyError, TypeError, ValueError: the content is not what an evaluation writes.
@@ -156,15 +156,13 @@ class Results:
         _require(all(isinstance(n, int) for n in model.get("trained_lengths", [])), "model.trained_lengths")
         _require(isinstance(provenance, dict), "provenance")
         _require(all(isinstance(content[key], str) for key in _WITHOUT_VERSION), "task, title or description")
-        cells = tuple(Cell.from_json(cell) for cell in content["cells"])
-        _require_grid(cells)
         return cls(
             **{key: content[key] for key in _WITHOUT_VERSION},
             model=model,
             provenance=provenance,
             seconds=content.get("seconds", 0.0),
             config=content.get("config", {}),
-            cells=cells,
+            cells=tuple(Cell.from_json(cell) for cell in content["cells"]),
             failures=tuple(Failure.from_json(failure) for failure in content.get("failures", ())),
         )
 
@@ -179,14 +177,21 @@ def totals_by_length(cells: Sequence[Cell]) -> list[Cell]:
     return totals
 
 
-def read_results(path: Path) -> Results:
+def read_results(path: Path, *, finished: bool = True) -> Results:
     """The results in a file.
+
+    Args:
+        path: the file.
+        finished: require the whole grid of cells, which an evaluation that was interrupted does not have yet.
 
     Raises:
         InputError: it cannot be read, or is not what an evaluation writes.
     """
     try:
-        return Results.from_json(json.loads(path.read_bytes()))
+        results = Results.from_json(json.loads(path.read_bytes()))
+        if finished:
+            require_grid([cell.params for cell in results.cells])
+        return results
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path} cannot be read ({e!r}); evaluate the run again or remove the file") from e
 
@@ -200,12 +205,13 @@ def results_of_run(run_dir: Path) -> list[Results]:
     return [read_results(path) for path in sorted((run_dir / "eval").glob("*.json"))]
 
 
-def _require_grid(cells: Sequence[Cell]) -> None:
+def require_grid(cells: Sequence[Params]) -> None:
     """Raises KeyError, TypeError or ValueError unless there is one cell for each length and value of one parameter."""
-    _require(len({frozenset(cell.params) for cell in cells}) == 1, "no cells, or cells of different parameters")
-    (name,) = cells[0].params.keys() - {"length"}
-    lengths, values = {cell.length for cell in cells}, sorted({cell.params[name] for cell in cells})
-    places = {(cell.length, cell.params[name]) for cell in cells}
+    _require(len({frozenset(cell) for cell in cells}) == 1, "no cells, or cells of different parameters")
+    _require(len(cells[0]) == 2, f"a cell of {cells[0]}")
+    (name,) = cells[0].keys() - {"length"}
+    lengths, values = {cell["length"] for cell in cells}, sorted({cell[name] for cell in cells})
+    places = {(cell["length"], cell[name]) for cell in cells}
     _require(len(places) == len(cells) == len(lengths) * len(values), "cells that are not a whole grid")
 
 

@@ -15,7 +15,7 @@ from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.provenance import provenance
 from mla_jax.evals.report import format_table, plot_heatmap
-from mla_jax.evals.results import Cell, Failure, Results, read_results
+from mla_jax.evals.results import Cell, Failure, Results, read_results, require_grid
 from mla_jax.evals.task import Params, Task
 from mla_jax.files import write_json
 from mla_jax.inference.generator import Generator
@@ -27,7 +27,7 @@ FAILURES_KEPT = 3
 
 def measure(
     task: Task, generator: Generator, tokenizer: Tokenizer, *, finished: Sequence[Params] = (), progress: bool = False
-) -> Iterator[tuple[list[Cell], list[Failure]]]:
+) -> Iterator[tuple[Cell, list[Failure]]]:
     """Generates and scores the answers to all prompts of a task, one length after another.
 
     Args:
@@ -38,21 +38,21 @@ def measure(
         progress: show a bar on a terminal, a line now and then elsewhere.
 
     Yields:
-        The counts of the cells of a length, and at most FAILURES_KEPT wrong answers of each cell.
+        The count of a cell as soon as all its prompts are answered, and at most FAILURES_KEPT of its wrong answers.
     """
     left = [cell for cell in task.cells if cell not in finished]
     pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
     with tqdm(total=len(left) * task.samples, unit=" prompts", disable=not progress, mininterval=pause) as bar:
         for length, cells in itertools.groupby(left, key=lambda cell: cell["length"]):
             bar.set_description(f"{task.name} at {length} tokens")
-            yield _of_one_length(task, list(cells), generator, tokenizer, bar)
+            yield from _of_one_length(task, list(cells), generator, tokenizer, bar)
 
 
 def _of_one_length(
     task: Task, cells: list[Params], generator: Generator, tokenizer: Tokenizer, bar: tqdm
-) -> tuple[list[Cell], list[Failure]]:
-    """Counts and wrong answers of cells whose prompts have the same length, and so may share batches."""
-    correct: list[int] = [0] * len(cells)
+) -> Iterator[tuple[Cell, list[Failure]]]:
+    """Counts and wrong answers of cells whose prompts have the same length, and so may share batches, in order."""
+    asked, correct = [0] * len(cells), [0] * len(cells)
     failures: list[list[Failure]] = [[] for _ in cells]
     for batch in _batches(len(cells), task):
         prompts = [task.prompt(cells[cell], sample) for cell, sample in batch]
@@ -61,14 +61,16 @@ def _of_one_length(
         )
         answers = dict(zip(batch, zip(prompts, new, strict=True), strict=True))  # the filling of the last batch merges
         for (cell, _), (prompt, ids) in answers.items():
+            asked[cell] += 1
             text = tokenizer.decode(ids)
             if task.is_correct(prompt.answer, text):
                 correct[cell] += 1
             else:
                 failures[cell].append(Failure(cells[cell], prompt.seed, prompt.index, prompt.answer, text))
         bar.update(len(answers))
-    counted = [Cell(params, task.samples, right) for params, right in zip(cells, correct, strict=True)]
-    return counted, [failure for of_cell in failures for failure in of_cell[:FAILURES_KEPT]]
+        for cell in dict.fromkeys(cell for cell, _ in answers):
+            if asked[cell] == task.samples:
+                yield Cell(cells[cell], task.samples, correct[cell]), failures[cell][:FAILURES_KEPT]
 
 
 def _batches(cells: int, task: Task) -> Iterator[list[tuple[int, int]]]:
@@ -97,7 +99,9 @@ def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
 
     Raises:
         InputError: the folder cannot be written.
+        ValueError: the cells of the task are not a whole grid.
     """
+    require_grid(task.cells)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -107,11 +111,11 @@ def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
     results = _resume(_empty(run, task), unfinished)
     generator = Generator(run.model, run.params, cache_dtype=task.cache_dtype)
     finished, start = [cell.params for cell in results.cells], time.perf_counter() - results.seconds
-    for cells, failures in measure(task, generator, run.tokenizer, finished=finished, progress=True):
+    for cell, failures in measure(task, generator, run.tokenizer, finished=finished, progress=True):
         results = dataclasses.replace(
             results,
             seconds=round(time.perf_counter() - start, 1),
-            cells=(*results.cells, *cells),
+            cells=(*results.cells, cell),
             failures=(*results.failures, *failures),
         )
         write_json(unfinished, results.to_json())
@@ -145,7 +149,7 @@ def _empty(run: Run, task: Task) -> Results:
 def _resume(empty: Results, unfinished: Path) -> Results:
     """`empty` with the cells that an interrupted evaluation finished, if model, task and source are the same."""
     try:
-        left = read_results(unfinished)
+        left = read_results(unfinished, finished=False)
     except InputError:  # none, usually
         return empty
 

@@ -50,7 +50,7 @@ def ask(answer, grid=GRID, config=MODEL):
     generator = Generator(answer)
     measured = list(measure(passkey_task(config, TOKENIZER, grid), generator, TOKENIZER))
     return (
-        [cell for cells, _ in measured for cell in cells],
+        [cell for cell, _ in measured],
         [f for _, failures in measured for f in failures],
         generator,
     )
@@ -230,3 +230,59 @@ def test_what_was_measured_of_another_step_or_grid_is_measured_again(tmp_path, m
     grid = dataclasses.replace(GRID, samples=other.get("samples", 5))
     results = evaluate(run, passkey_task(MODEL, TOKENIZER, grid), tmp_path / "eval")
     assert results.counts == (6 * grid.samples, 6 * grid.samples)
+
+
+class Stopped(Generator):
+    """Is interrupted after a number of batches."""
+
+    def __init__(self, answer, batches):
+        super().__init__(answer)
+        self.left = batches
+
+    def generate(self, prompts, **options):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().generate(prompts, **options)
+
+
+@pytest.mark.parametrize(("batches", "kept"), [(1, 0), (2, 1), (3, 2), (4, 3), (5, 3), (6, 4), (7, 5)])
+def test_an_interrupted_evaluation_keeps_every_cell_that_it_finished(tmp_path, monkeypatch, batches, kept):
+    """Of 4 prompts a batch and 5 a cell, in cells of 2 lengths x 3 depths."""
+
+    def answer(key, depth):
+        return key if depth > 0.4 else "1"
+
+    monkeypatch.setattr(runner, "provenance", lambda: {"git_revision": "same"})
+    monkeypatch.setattr(runner, "Generator", Stopped(answer, batches))
+    run, task = Run(tmp_path, MODEL, {}, TOKENIZER, step=4, trained_lengths=()), passkey_task(MODEL, TOKENIZER, GRID)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, task, tmp_path / "eval")
+    unfinished = tmp_path / "eval" / "passkey.json.unfinished"
+    if kept:
+        assert [cell.params for cell in read_results(unfinished, finished=False).cells] == list(task.cells[:kept])
+    else:
+        assert not unfinished.exists()
+    generator = Generator(answer)
+    monkeypatch.setattr(runner, "Generator", generator)
+    results = evaluate(run, task, tmp_path / "eval")
+    asked = {tuple(prompt) for batch in generator.batches for prompt in batch}
+    assert len(asked) == 5 * (6 - kept)
+    assert [cell.params for cell in results.cells] == list(task.cells)
+    assert [cell.correct for cell in results.cells] == 2 * [0, 5, 5]
+    assert len(results.failures) == 2 * FAILURES_KEPT
+    assert read_results(tmp_path / "eval" / "passkey.json") == results
+
+
+CELLS = passkey_task(MODEL, TOKENIZER, GRID).cells
+
+
+@pytest.mark.parametrize("cells", [(), CELLS[:5], CELLS + CELLS[:1], (*CELLS, {"length": 128, "hops": 2})])
+def test_cells_that_are_no_grid_are_refused_before_the_model_runs(tmp_path, monkeypatch, cells):
+    generator = Generator(lambda key, _: key)
+    monkeypatch.setattr(runner, "Generator", generator)
+    run = Run(tmp_path, MODEL, {}, TOKENIZER, step=0, trained_lengths=())
+    task = dataclasses.replace(passkey_task(MODEL, TOKENIZER, GRID), cells=cells)
+    with pytest.raises(ValueError, match="not a whole grid|cells of different parameters"):
+        evaluate(run, task, tmp_path / "eval")
+    assert generator.batches == [] and not (tmp_path / "eval").exists()

@@ -1,6 +1,7 @@
 """Files of results: written and read again, those of before there were versions, and those that are damaged."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -193,3 +194,12 @@ def test_a_damaged_file_is_named(tmp_path, text):
     ) as e:
         results_of_run(tmp_path)
     assert "\n" not in str(e.value)
+
+
+def test_a_file_of_some_cells_is_read_where_it_may_be_unfinished(tmp_path):
+    path = tmp_path / "hops.json.unfinished"
+    some = dataclasses.replace(RESULTS, cells=RESULTS.cells[:3])
+    path.write_text(json.dumps(some.to_json()))
+    assert read_results(path, finished=False) == some
+    with pytest.raises(InputError, match="not a whole grid"):
+        read_results(path)
