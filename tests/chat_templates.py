@@ -111,9 +111,9 @@ def chat_tokenizer(name: str) -> Tokenizer:
     return with_template(template, special)
 
 
-def with_template(template: str, special: tuple[str, ...] = ()) -> Tokenizer:
-    """The byte-level tokenizer with a template and more special tokens."""
-    plain = load_tokenizer("bytes")
+def with_template(template: str, special: tuple[str, ...] = (), spec: str = "bytes") -> Tokenizer:
+    """A built-in tokenizer with a template and more special tokens."""
+    plain = load_tokenizer(spec)
     backend = tokenizers.Tokenizer.from_str(plain._backend.to_str())
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return Tokenizer(backend, plain._config | {"chat_template": template}, "templated")

@@ -16,6 +16,7 @@ from mla_jax.checkpoint.run_folder import CONFIG, load_run
 from mla_jax.config import ModelConfig
 from mla_jax.data.chat import render
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.turns import stop_ids
 from mla_jax.errors import InputError, UsageError, one_line_errors
 from mla_jax.hardware import GIB, peak_memory
 from mla_jax.inference.generator import PREFILL_CHUNK, Generator
@@ -45,6 +46,7 @@ class Conversation:
     def __init__(self, generator: Generator, tokenizer: Tokenizer, args: argparse.Namespace):
         self.generator, self.tokenizer, self.args = generator, tokenizer, args
         self.session, self.turn = Session.empty(1), 0
+        self.stop_ids = (*stop_ids(tokenizer), *_special_stops(tokenizer, args.stop))
 
     def write(self, prompt: list[int]) -> str:
         """Streams the continuation to stdout, and statistics to stderr; returns it."""
@@ -68,7 +70,7 @@ class Conversation:
 
         try:
             self.generator.generate(
-                [prompt], max_new_tokens=args.max_new_tokens, eos_id=self.tokenizer.eos_id,
+                [prompt], max_new_tokens=args.max_new_tokens, eos_id=self.stop_ids,
                 sampling=_sampling(args, self.turn), session=self.session, on_tokens=show, on_prefill=progress,
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -83,6 +85,22 @@ class Conversation:
         if not args.quiet:
             print(_summary(len(prompt), reading, started, arrivals), file=sys.stderr)
         return stream.text
+
+
+def _special_stops(tokenizer: Tokenizer, stops: list[str]) -> list[int]:
+    """Ids of the stop strings that are special tokens, which are in no text.
+
+    Raises:
+        InputError: a stop string that holds a special token and something else.
+    """
+    found = []
+    for stop in stops:
+        ids = tokenizer.encode(stop)
+        if any(i in tokenizer.added_ids for i in ids):
+            if len(ids) > 1:
+                raise InputError(f"stop string {stop!r} holds a special token and more; give the special token alone")
+            found += ids
+    return found
 
 
 def _summary(prompt: int, read: int, started: float, arrivals: list[tuple[float, int]]) -> str:
@@ -161,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="a conversation, one line a turn, by the tokenizer's chat template")
     add("--system", help="system message of a chat")
     add("--max-new-tokens", type=int, default=256)
-    add("--stop", action="append", default=[], help="text that ends the continuation (repeatable)")
+    add("--stop", action="append", default=[], help="text or special token that ends the continuation (repeatable)")
     for field in dataclasses.fields(SamplingParams):
         add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     add("--step", default="latest", help="of a run: latest, best or a number")

@@ -100,6 +100,11 @@ class Tokenizer:
         assert token_id is not None
         return token_id
 
+    @functools.cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that stand for themselves in any text, such as special tokens and the marks of turns."""
+        return frozenset(self._backend.get_added_tokens_decoder())
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""

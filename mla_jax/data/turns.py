@@ -49,6 +49,22 @@ def assistant_spans(tokenizer: Tokenizer, messages: list[Message]) -> tuple[str,
     return text, spans
 
 
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: eos and, where it is another, the last that the template writes after a turn.
+
+    A template that refuses a short conversation, or ends turns by plain text, leaves eos alone.
+    """
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        text, spans = assistant_spans(tokenizer, messages)
+    except InputError:
+        return (tokenizer.eos_id,)
+    after, end = _after(tokenizer, messages, 1), spans[-1][1]
+    ids = tokenizer.encode(text[len(text) - len(after) : end]) if after is not None and text.endswith(after) else []
+    ends = [i for i in ids if i in tokenizer.added_ids]
+    return (tokenizer.eos_id,) if ends[-1:] in ([], [tokenizer.eos_id]) else (tokenizer.eos_id, ends[-1])
+
+
 def _marked_spans(marked: str) -> list[Span]:
     """The characters between each pair of marks, as they count without the marks."""
     spans, length = [], 0

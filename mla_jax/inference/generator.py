@@ -4,6 +4,7 @@ A `Generator` has the weights and knows what fits in memory; a `Session` is what
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -71,7 +72,7 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
         sampling: SamplingParams | None = None,
         session: Session | None = None,
         on_tokens: OnTokens | None = None,
@@ -82,7 +83,7 @@ class Generator:
         Args:
             prompts: token ids.
             max_new_tokens: the most tokens to add to a prompt.
-            eos_id: the token that ends a continuation; None never ends one early.
+            eos_id: the token or tokens that end a continuation; None never ends one early.
             sampling: how tokens are chosen; None for greedy.
             session: what was read before. Of each prompt, the tokens that its row of the session starts with are not
                 read again; the session holds the prompt and the continuation afterwards.
@@ -90,7 +91,7 @@ class Generator:
             on_prefill: see OnPrefill.
 
         Returns:
-            The new tokens of each prompt, without eos.
+            The new tokens of each prompt, without the token that ended it.
 
         Raises:
             InputError: an empty prompt, a token outside the vocabulary, a prompt that leaves no room for the new tokens
@@ -104,7 +105,8 @@ class Generator:
         # Decoding starts with the last token of each prompt.
         capacity = max(map(len, prompts)) + max_new_tokens
         self.read(session, [prompt[:-1] for prompt in prompts], capacity=capacity, on_prefill=on_prefill)
-        new = self._decode(session, prompts, max_new_tokens, eos_id, sampling, on_tokens)
+        stops = frozenset() if eos_id is None else frozenset(np.ravel(eos_id).tolist())
+        new = self._decode(session, prompts, max_new_tokens, stops, sampling, on_tokens)
         # The last token was never fed.
         session.tokens = [(prompt + row)[:-1] for prompt, row in zip(prompts, new, strict=True)]
         return new
@@ -220,7 +222,7 @@ class Generator:
         )
 
     def _decode(
-        self, session: Session, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None,
+        self, session: Session, prompts: list[list[int]], max_new_tokens: int, stops: frozenset[int],
         sampling: SamplingParams, on_tokens: OnTokens | None,
     ) -> list[list[int]]:  # fmt: skip
         rows, steps = len(session.layers[0].c_BSC), min(DECODE_BLOCK, max_new_tokens)
@@ -243,8 +245,8 @@ class Generator:
             fresh_NB = np.asarray(new_NB)
             for row in np.flatnonzero(~done):
                 fresh = fresh_NB[: max_new_tokens - len(new[row]), row].tolist()
-                if eos_id in fresh:
-                    fresh, done[row] = fresh[: fresh.index(eos_id)], True
+                if not stops.isdisjoint(fresh):
+                    fresh, done[row] = list(itertools.takewhile(lambda token: token not in stops, fresh)), True
                 new[row] += fresh
                 done[row] |= bool(fresh and on_tokens and on_tokens(int(row), fresh)) or len(new[row]) == max_new_tokens
             if done.all():
@@ -265,7 +267,8 @@ class Generator:
 
 def generate(
     config: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-    eos_id: int | None = None, sampling: SamplingParams | None = None, prefill_chunk: int = PREFILL_CHUNK,
+    eos_id: int | Sequence[int] | None = None, sampling: SamplingParams | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> list[list[int]]:  # fmt: skip
     """Calls `Generator.generate` once, for weights that are not used again."""
     generator = Generator(config, params, prefill_chunk=prefill_chunk)

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
+from chat_templates import CHATML, with_template
 from mla_jax.bridge.gguf.export import check_representable, export_gguf
 from mla_jax.bridge.hf.export import export
 from mla_jax.bridge.hf.layout import tensors
@@ -126,6 +127,7 @@ def test_metadata(hf_dir, tmp_path):
         "tokenizer.ggml.padding_token_id": TOKENIZER.pad_id,
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.chat_template": TOKENIZER.chat_template,
+        "tokenizer.ggml.eot_token_id": None,  # the eos token
     }
     assert {key: fields.get(key) for key in expected} == expected
     assert not any("scaling" in key for key in fields)
@@ -135,6 +137,13 @@ def test_metadata(hf_dir, tmp_path):
     assert (tokens[TOKENIZER.eos_id], types[TOKENIZER.eos_id]) == ("<|eos|>", kinds.CONTROL)
     assert {types[i] for i in range(256)} == {kinds.NORMAL}
     assert {types[i] for i in range(TOKENIZER.vocab_size, CONFIG.vocab_size)} == {kinds.UNUSED}
+
+
+def test_the_end_of_turn_is_told(params, tmp_path):
+    tokenizer = with_template(CHATML, ("<|im_end|>",), "needle-bpe")
+    fields, _ = read(export_gguf(export(CONFIG, params, tokenizer, tmp_path / "hf"), tmp_path / "out.gguf"))
+    assert [fields["tokenizer.ggml.eot_token_id"]] == tokenizer.encode("<|im_end|>")
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_id
 
 
 def test_yarn_as_deepseek_writes_it(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import transformers
 from safetensors import safe_open
 
+from chat_templates import chat_tokenizer
 from mla_jax import mesh
 from mla_jax.bridge.hf import export as hf_export
 from mla_jax.bridge.hf import reader
@@ -97,6 +98,16 @@ def test_the_tokenizer_loads_and_cuts_alike(params, tmp_path):
     generation = transformers.GenerationConfig.from_pretrained(out)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
     assert (generation.bos_token_id, generation.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+def test_transformers_stops_at_the_end_of_turn(params, tmp_path):
+    tokenizer = chat_tokenizer("chatml")
+    out = export(MODEL, params, tokenizer, tmp_path / "out")
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert generation.eos_token_id == [tokenizer.eos_id, *tokenizer.encode("<|im_end|>")]
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
+    plain = export(MODEL, params, TOKENIZER, tmp_path / "plain")
+    assert json.loads((plain / "generation_config.json").read_text())["eos_token_id"] == TOKENIZER.eos_id
 
 
 def test_the_layout_covers_the_parameter_tree():

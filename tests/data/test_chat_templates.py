@@ -6,10 +6,11 @@ import logging
 import pytest
 from transformers import AutoTokenizer
 
-from chat_templates import NAMES, chat_tokenizer, with_template
+from chat_templates import END_OF_TURN, NAMES, chat_tokenizer, with_template
 from mla_jax.data.chat import render
 from mla_jax.data.jsonl import load_documents
-from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mla_jax.data.turns import stop_ids
 from mla_jax.errors import InputError
 
 USER, AGAIN = {"role": "user", "content": "Why?"}, {"role": "user", "content": "<b>And</b>?"}
@@ -147,3 +148,25 @@ def test_bad_lines_are_skipped_on_request_and_counted(tmp_path, caplog):
         _load(tmp_path, tokenizer, *bad, on_bad_line="skip")
     with pytest.raises(InputError, match="line 2: .*not supported"):
         _load(tmp_path, tokenizer, [USER, ANSWER], *bad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_ends_with_the_template_s_end_of_turn(name):
+    tokenizer = chat_tokenizer(name)
+    (end,) = tokenizer.encode(END_OF_TURN[name])
+    assert stop_ids(tokenizer) == tuple(dict.fromkeys([tokenizer.eos_id, end]))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}",
+        "{% for m in messages %}{{ '<|user|>' + m['content'] }}{% endfor %}",
+    ],
+)
+def test_without_an_end_of_turn_eos_ends_answers(template):
+    tokenizer = with_template(template)
+    assert stop_ids(tokenizer) == (tokenizer.eos_id,)
+    plain = load_tokenizer("bytes")
+    assert stop_ids(plain) == (plain.eos_id,)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -68,6 +69,10 @@ def test_a_row_ends_before_eos_and_the_others_go_on(monkeypatch, block):
     cut = [row[: row.index(eos)] if eos in row else row for row in expected]
     assert generate(CONFIG, PARAMS, PROMPTS, max_new_tokens=NEW, eos_id=eos) == cut
     assert generate(CONFIG, PARAMS, PROMPTS[1:2], max_new_tokens=NEW, eos_id=expected[1][0]) == [[]]
+    late = [row[-1] for row in expected]
+    assert generate(CONFIG, PARAMS, PROMPTS, max_new_tokens=NEW, eos_id=[*late, eos]) == [
+        list(itertools.takewhile(lambda token: token not in (*late, eos), row)) for row in expected
+    ]
 
 
 def test_one_compiled_loop_serves_all_tokens_seeds_and_eos(monkeypatch):

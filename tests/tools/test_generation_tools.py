@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from chat_templates import with_template
 from mla_jax.bridge.hf.export import export
 from mla_jax.checkpoint.run_folder import save_imported
 from mla_jax.data.chat import render
@@ -54,6 +55,40 @@ def test_a_stop_string_ends_the_text(call, run_dir):
     stop = whole[len(whole) // 2 :][:3]
     code, out, _ = call(generate_tool, run_dir, PROMPT, "--max-new-tokens", 20, "--stop", stop)
     assert (code, out) == (0, whole[: whole.index(stop)] + "\n")
+
+
+def special(token, template=""):
+    """TOKENIZER with one token of its vocabulary as a special one, and its name."""
+    text = TOKENIZER._backend.id_to_token(token)
+    return with_template(template.replace("END", text), (text,), "needle-bpe"), text
+
+
+def test_a_stop_string_may_be_a_special_token(call, tmp_path):
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode(PROMPT)]
+    whole = generate(CONFIG, PARAMS, [ids], max_new_tokens=20)[0]
+    end = next(token for token in whole[2:] if token not in ids)
+    tokenizer, text = special(end)
+    run_dir = save_imported(tmp_path / "run", CONFIG, PARAMS, tokenizer)
+    code, out, err = call(generate_tool, run_dir, PROMPT, "--max-new-tokens", 20, "--stop", text)
+    assert (code, out) == (0, TOKENIZER.decode(whole[: whole.index(end)]) + "\n"), err
+    code, out, err = call(generate_tool, run_dir, PROMPT, "--stop", text + "x")
+    assert (code, out) == (1, "") and "holds a special token and more" in err
+
+
+def test_a_chat_stops_at_the_template_s_end_of_turn(call, tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + 'END' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    question = f"<|user|>{PROMPT}"
+    for token in range(262, 507):  # one that the model writes at the end of its question
+        tokenizer, text = special(token, template)
+        ids = tokenizer.encode(f"{question}{text}<|assistant|>")
+        if ids.count(token) == 1 and token in (new := generate(CONFIG, PARAMS, [ids], max_new_tokens=20)[0])[1:]:
+            break
+    run_dir = save_imported(tmp_path / "run", CONFIG, PARAMS, tokenizer)
+    code, out, err = call(generate_tool, run_dir, "--chat", "--max-new-tokens", 20, stdin=PROMPT)
+    assert (code, out) == (0, tokenizer.decode(new[: new.index(token)]) + "\n"), err
 
 
 def test_a_chat_follows_the_template_and_remembers(call, run_dir):

@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mla_jax.data.tokenizer import load_tokenizer
+from mla_jax.data.turns import stop_ids
 from mla_jax.errors import InputError
 
 # Pre-tokenizers, and llama.cpp's names for them (src/llama-vocab.cpp). llama.cpp has the rules in its code and takes
@@ -49,6 +51,8 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     special.merges = special.merges or ["<|merged|> <|merged|>"]
     special.add_special_token = {"bos": False, "eos": False, **special.add_special_token}
     special.add_to_gguf(writer, quiet=True)
+    for end_of_turn in stop_ids(load_tokenizer(str(folder)))[1:]:
+        writer.add_eot_token_id(end_of_turn)
 
 
 def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:

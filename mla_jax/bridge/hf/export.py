@@ -16,6 +16,7 @@ from mla_jax.checkpoint.run_folder import check_tokenizer
 from mla_jax.checkpoint.streaming import chunk_slices
 from mla_jax.config import ModelConfig, require_choice
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.turns import stop_ids
 from mla_jax.errors import InputError
 from mla_jax.evals.results import Results
 from mla_jax.files import atomic_folder, write_json
@@ -66,7 +67,11 @@ def export(
     with atomic_folder(out, replace=overwrite) as folder:
         _write_weights(config, params, folder, dtype, max_shard_bytes)
         write_json(folder / "config.json", hf_config)
-        write_json(folder / "generation_config.json", {**special_ids, "do_sample": False})
+        eos_id, *end_of_turn = stop_ids(tokenizer)
+        generation = {**special_ids, "do_sample": False}
+        if end_of_turn:
+            generation["eos_token_id"] = [eos_id, *end_of_turn]
+        write_json(folder / "generation_config.json", generation)
         tokenizer.save(folder)
         (folder / "README.md").write_text(model_card(out.name, config, dtype, results), encoding="utf-8")
     return out

@@ -15,6 +15,7 @@ from flax import nnx
 
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.turns import stop_ids
 from mla_jax.errors import InputError, UsageError
 from mla_jax.inference.generator import generate
 from mla_jax.model.layers import rms_norm
@@ -118,10 +119,9 @@ def verify(
             theirs_BTX = hf_model(torch.from_numpy(tokens_BT)).logits.numpy()
         difference = float(np.abs(ours_BTX - theirs_BTX).max())
         first = None if difference <= TOLERANCE else _first_difference(config, params, tokens_BT, theirs_LBTD)
-        continuations = generate(config, params, all_ids, max_new_tokens=NEW_TOKENS, eos_id=tokenizer.eos_id)
+        continuations = generate(config, params, all_ids, max_new_tokens=NEW_TOKENS, eos_id=stop_ids(tokenizer))
         same_tokens = sum(
-            _same_tokens(torch, hf_model, ids, ours, tokenizer.eos_id)
-            for ids, ours in zip(all_ids, continuations, strict=True)
+            _same_tokens(torch, hf_model, ids, ours) for ids, ours in zip(all_ids, continuations, strict=True)
         )
     return Verification(
         random_tokens=shape,
@@ -179,7 +179,7 @@ def _hidden(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Arra
     return bind(config, params)(tokens_BT)
 
 
-def _same_tokens(torch: ModuleType, hf_model, prompt: list[int], ours: list[int], eos_id: int | None) -> bool:
+def _same_tokens(torch: ModuleType, hf_model, prompt: list[int], ours: list[int]) -> bool:
     """Whether transformers continues the prompt alike; where two logits are a tie, either token will do."""
     ids = torch.tensor([prompt])
     theirs = hf_model.generate(
@@ -190,9 +190,11 @@ def _same_tokens(torch: ModuleType, hf_model, prompt: list[int], ours: list[int]
         output_logits=True,
         return_dict_in_generate=True,
     )
-    if len(ours) < NEW_TOKENS and eos_id is not None:
-        ours = [*ours, eos_id]
-    for logits_1X, our, their in zip(theirs.logits, ours, theirs.sequences[0, len(prompt) :].tolist(), strict=False):
+    new = theirs.sequences[0, len(prompt) :].tolist()
+    ends = np.ravel(hf_model.generation_config.eos_token_id).tolist()
+    if len(ours) < NEW_TOKENS:  # ours ended there, and generate leaves out by which token
+        ours = [*ours, *(token for token in new[len(ours) :][:1] if token in ends)]
+    for logits_1X, our, their in zip(theirs.logits, ours, new, strict=False):
         if our != their:
             return bool(logits_1X[0, their] - logits_1X[0, our] <= 2 * TOLERANCE)
     return len(theirs.logits) == len(ours)
