@@ -1,7 +1,8 @@
 """Jobs of several processes, one per GPU: joining them, comparing their configs, and which one writes and prints.
 
 How many there are comes from the environment: SLURM's inside `srun`, else JAX_COORDINATOR_ADDRESS (host:port of the
-first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. With one process every function here does nothing.
+first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The only process joins no other, and it
+writes and prints.
 """
 
 import contextlib

@@ -1,0 +1,42 @@
+"""The end of a training job: exit code, requeueing, summary and what is printed."""
+
+import json
+
+import pytest
+
+from mla_jax.training import job
+from mla_jax.training.loop import TrainResult
+from tiny import make_config
+
+
+@pytest.fixture
+def end(tmp_path, monkeypatch):
+    """Runs a job whose training ends with the given flags; the number of times that it was requeued."""
+
+    def run(**flags) -> int:
+        requeued = []
+        result = TrainResult(run_dir=tmp_path, step=7, metrics={"loss": 0.5}, **flags)
+        monkeypatch.setattr(job, "train", lambda config, *what: result if what == ("loss", "pipeline") else None)
+        monkeypatch.setattr(job, "requeue", lambda: requeued.append(1))
+        try:
+            job.train_job(make_config(tmp_path), "loss", "pipeline")  # pyright: ignore[reportArgumentType]
+        except SystemExit as e:
+            assert e.code == 130 and not flags["finished"]
+        else:
+            assert flags["finished"]
+        return len(requeued)
+
+    return run
+
+
+def test_a_finished_job_leaves_a_summary_and_says_what_is_next(end, tmp_path, capsys):
+    assert end(finished=True, terminated=False) == 0
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"step": 7, "loss": 0.5}
+    assert capsys.readouterr().out == f"Finished at step 7. Next: python -m experiments.evaluate run={tmp_path}\n"
+
+
+@pytest.mark.parametrize("terminated", [False, True])
+def test_an_interrupted_job_is_requeued_if_it_was_terminated(end, tmp_path, capsys, terminated):
+    assert end(finished=False, terminated=terminated) == terminated
+    assert not (tmp_path / "summary.json").exists()
+    assert "Interrupted: step 7 is saved" in capsys.readouterr().out
