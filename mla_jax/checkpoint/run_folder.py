@@ -4,6 +4,7 @@ RUN/config.yaml            everything that was configured
 RUN/tokenizer/             Hugging Face files
 RUN/conf/model/imported.yaml  an imported model, for `experiments.sft --config-dir RUN/conf model=imported`
 RUN/checkpoints/STEP/      see `checkpoint.manager`
+RUN/train.lock, trainer.json  while it is being trained: see `checkpoint.run_lock`
 RUN/trackers.json, goodput.json, tensorboard/, wandb/, profile/, eval/
 """
 
@@ -50,8 +51,7 @@ def start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
     The first process of a job does it for all.
 
     Raises:
-        InputError: the folder holds another model or tokenizer, or something that is no run at all, or no checkpoint
-            can be kept at its path.
+        InputError: the folder holds another model or tokenizer, or something that is no run at all.
     """
     broadcast_decision(lambda: _start_run(config, tokenizer))
     return Path(config.run_dir)
@@ -59,7 +59,6 @@ def start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
 
 def _start_run(config: SftConfig, tokenizer: Tokenizer) -> None:
     run_dir = Path(config.run_dir)
-    _check_path(run_dir)
     wanted = OmegaConf.create(dataclasses.asdict(config))
     if (run_dir / CONFIG).exists():
         existing = _read_config(run_dir)
@@ -128,7 +127,7 @@ def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokeniz
             checkpoint can be kept at that path.
     """
     run_dir = Path(run_dir)
-    _check_path(run_dir)
+    check_path(run_dir)
     if run_dir.exists():
         raise InputError(f"{run_dir} exists; choose another folder")
     check_tokenizer(tokenizer, model)
@@ -163,7 +162,7 @@ def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
         )
 
 
-def _check_path(run_dir: Path) -> None:
+def check_path(run_dir: Path) -> None:
     """Raises InputError if checkpoints written there could not be read again."""
     path = str(run_dir.resolve())
     misread = sorted(set(path) & set(_MISREAD))

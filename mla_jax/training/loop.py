@@ -15,6 +15,7 @@ import optax
 
 from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.checkpoint.run_folder import check_tokenizer, load_run, start_run
+from mla_jax.checkpoint.run_lock import RunLock, lock_run
 from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, TrainConfig, require, require_choice
 from mla_jax.data.pipeline import MakePipeline, Pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -85,16 +86,17 @@ def train(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> TrainRe
         make_pipeline: makes the batches of a stage; called with `config.data` again for each.
 
     Raises:
-        InputError: bad data, tokenizer or checkpoint, a failed save, or a loss that is no longer finite.
+        InputError: bad data, tokenizer or checkpoint, a failed save, a loss that is no longer finite, or a run that
+            another process trains.
         UsageError: parameters in 16 bits.
     """
-    with jax.set_mesh(make_mesh(config.mesh)):
-        return _Trainer(config, loss, make_pipeline).run()
+    with jax.set_mesh(make_mesh(config.mesh)), lock_run(Path(config.run_dir)) as lock:
+        return _Trainer(config, loss, make_pipeline, lock).run()
 
 
 class _Trainer:
-    def __init__(self, config: SftConfig, loss: Loss, make_pipeline: MakePipeline):
-        self.config, self.loss, self.make_pipeline = config, loss, make_pipeline
+    def __init__(self, config: SftConfig, loss: Loss, make_pipeline: MakePipeline, lock: RunLock):
+        self.config, self.loss, self.make_pipeline, self.lock = config, loss, make_pipeline, lock
         # Half a unit in the last place of a bfloat16 1.0 is 0.002: no update of a usual size would change a norm.
         require(
             config.model.param_dtype == "float32",
@@ -112,7 +114,7 @@ class _Trainer:
         for stage in config.train.stages:
             check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation)
         self.loop = LoopState()
-        self.data = self._pipeline()  # bad data ends here, before the run folder exists
+        self.data = self._pipeline()  # bad data ends here, before anything is in the run folder
         self.run_dir = start_run(config, tokenizer)
         self.checkpoints = Checkpoints(self.run_dir, config.train)
         self.state = self._restore_or_init(optimizer)
@@ -246,6 +248,7 @@ class _Trainer:
 
     def _save(self) -> None:
         self._read_pending()
+        self.lock.check()
         loop = self.loop
         saved = {**loop.to_json(), "data": self.data.get_state(), "tokenizer": self.tokenizer.fingerprint}
         metrics = loop.reported or {"stage": loop.stage, **loop.window.means(self.loss)}
