@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mla_jax.checkpoint.manager import CHECKPOINTS, Checkpoints
 from mla_jax.checkpoint.streaming import deferred_write_errors
-from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, TrainConfig
+from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, WEIGHT_KEYS, ModelConfig, SftConfig, TrainConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed.decisions import broadcast_decision
 from mla_jax.errors import InputError, first_line
@@ -45,38 +45,51 @@ class Run:
     """Sequence lengths of the training stages, in tokens; empty for an imported model."""
 
 
-def start_run(config: SftConfig, tokenizer: Tokenizer) -> Path:
-    """Creates RUN with its config and tokenizer, or checks that an existing one can be resumed by `config`.
+def check_run(config: SftConfig, tokenizer: Tokenizer) -> None:
+    """Checks that a run of `config` can begin in RUN, or that the one which is there can be resumed; writes nothing.
 
     The first process of a job does it for all.
 
     Raises:
         InputError: the folder holds another model or tokenizer, or something that is no run at all.
     """
-    broadcast_decision(lambda: _start_run(config, tokenizer))
-    return Path(config.run_dir)
+    broadcast_decision(lambda: _check_run(config, tokenizer))
 
 
-def _start_run(config: SftConfig, tokenizer: Tokenizer) -> None:
+def _check_run(config: SftConfig, tokenizer: Tokenizer) -> None:
     run_dir = Path(config.run_dir)
-    wanted = OmegaConf.create(dataclasses.asdict(config))
-    if (run_dir / CONFIG).exists():
-        existing = _read_config(run_dir)
-        if "train" not in existing:
-            raise InputError(f"{run_dir} holds an imported model; train in a new run with init_from={run_dir} name=NEW")
-        keys = [str(k) for k in wanted.model if existing.model.get(k) != wanted.model.get(k)]
-        differ = sorted(k for k in keys if k not in NUMERICALLY_NEUTRAL_KEYS)
-        if differ:
-            raise InputError(f"{run_dir} holds another model ({', '.join(differ)} differ); choose another name=")
-        if load_tokenizer(str(run_dir / TOKENIZER)).fingerprint != tokenizer.fingerprint:
-            raise InputError(
-                f"{run_dir} was trained with another tokenizer than data.tokenizer={config.data.tokenizer}"
-            )
-    else:
-        if (run_dir / CHECKPOINTS).exists():
+    if not (run_dir / CONFIG).exists():
+        if (run_dir / CHECKPOINTS).is_dir() and any((run_dir / CHECKPOINTS).iterdir()):
             raise InputError(f"{run_dir} has checkpoints but no {CONFIG}; choose another name= or remove it")
+        return
+    existing, wanted = _read_config(run_dir), OmegaConf.create(dataclasses.asdict(config))
+    if "train" not in existing:
+        raise InputError(f"{run_dir} holds an imported model; train in a new run with init_from={run_dir} name=NEW")
+    keys = [str(k) for k in wanted.model if existing.model.get(k) != wanted.model.get(k)]
+    differ = sorted(k for k in keys if k not in NUMERICALLY_NEUTRAL_KEYS)
+    if differ:
+        instead = (
+            "" if set(differ) & set(WEIGHT_KEYS) else f", from which init_from={run_dir} starts with these changed"
+        )
+        raise InputError(f"{run_dir} holds another model ({', '.join(differ)} differ); choose another name={instead}")
+    if load_tokenizer(str(run_dir / TOKENIZER)).fingerprint != tokenizer.fingerprint:
+        raise InputError(f"{run_dir} was trained with another tokenizer than data.tokenizer={config.data.tokenizer}")
+
+
+def record_run(config: SftConfig, tokenizer: Tokenizer) -> None:
+    """Writes config and tokenizer into RUN, which `check_run` found fit; the first process of a job does it for all.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    broadcast_decision(lambda: _record_run(config, tokenizer))
+
+
+def _record_run(config: SftConfig, tokenizer: Tokenizer) -> None:
+    run_dir = Path(config.run_dir)
+    if not (run_dir / CONFIG).exists():
         tokenizer.save(run_dir / TOKENIZER)
-    _write_config(run_dir, wanted)
+    _write_config(run_dir, OmegaConf.create(dataclasses.asdict(config)))
 
 
 def load_run(run_dir: str | Path, step: str = "latest", *, on_disk: bool = False) -> Run:

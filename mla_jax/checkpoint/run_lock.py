@@ -22,6 +22,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
+from mla_jax.checkpoint.manager import CHECKPOINTS
 from mla_jax.checkpoint.run_folder import check_path
 from mla_jax.distributed.decisions import broadcast_decision
 from mla_jax.distributed.join import is_main
@@ -126,7 +127,7 @@ class RunLock:
 def lock_run(run_dir: Path) -> Iterator[RunLock]:
     """Holds RUN, which is created, while the block runs; the first process of a job does it for all.
 
-    A folder in which the block left nothing is removed.
+    A folder that the block leaves without anything in it is removed.
 
     Raises:
         InputError: another process trains this run, which names that process, the folder cannot be written
@@ -139,5 +140,6 @@ def lock_run(run_dir: Path) -> Iterator[RunLock]:
     finally:
         if is_main():
             lock._release()
-            with contextlib.suppress(OSError):
-                run_dir.rmdir()
+            for folder in (run_dir / CHECKPOINTS, run_dir):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()

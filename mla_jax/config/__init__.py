@@ -6,7 +6,7 @@ Values that cannot work raise UsageError in `__post_init__`, so a bad configurat
 from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig
 from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, PasskeyConfig
 from mla_jax.config.mesh import MeshConfig
-from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, ModelConfig, YarnConfig
+from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, WEIGHT_KEYS, ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
 from mla_jax.config.register import register_schemas
 from mla_jax.config.schema import flatten, require, require_at_least, require_choice, schema
@@ -17,6 +17,7 @@ from mla_jax.config.train import StageConfig, TrainConfig
 __all__ = [
     "NUMERICALLY_NEUTRAL_KEYS",
     "REMAT_NAMES",
+    "WEIGHT_KEYS",
     "DataConfig",
     "EvalConfig",
     "EvaluateConfig",

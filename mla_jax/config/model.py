@@ -30,6 +30,21 @@ REMAT_NAMES = ("layer_input", "latents", "queries", "latent_attention", "attenti
 NUMERICALLY_NEUTRAL_KEYS = ("remat", "saved", "offloaded", "mlp_chunk", "unroll", "attention", "decode")
 """Keys of ModelConfig that change neither weights nor, but for rounding, results: a resumed run may change them."""
 
+WEIGHT_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "intermediate_size",
+    "tie_word_embeddings",
+)
+"""Keys of ModelConfig that say which weights there are, and of which shape; `init_from` may change the others."""
+
 
 @schema
 class ModelConfig:

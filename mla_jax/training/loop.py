@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from mla_jax.checkpoint.manager import Checkpoints
-from mla_jax.checkpoint.run_folder import check_tokenizer, load_run, start_run
+from mla_jax.checkpoint.run_folder import check_run, check_tokenizer, load_run, record_run
 from mla_jax.checkpoint.run_lock import RunLock, lock_run
-from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, ModelConfig, SftConfig, TrainConfig, require, require_choice
+from mla_jax.config import WEIGHT_KEYS, ModelConfig, SftConfig, TrainConfig, require, require_choice
 from mla_jax.data.pipeline import MakePipeline, Pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed.join import is_main, print_on_main
@@ -115,12 +115,14 @@ class _Trainer:
             check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation)
         self.loop = LoopState()
         self.data = self._pipeline()  # bad data ends here, before anything is in the run folder
-        self.run_dir = start_run(config, tokenizer)
+        check_run(config, tokenizer)
+        self.run_dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(self.run_dir, config.train)
         self.state = self._restore_or_init(optimizer)
         self.last_metrics: dict[str, float] | None = None
         self.pending: list[dict] = []  # metrics of steps that have not been read from the device
         self.telemetry = Telemetry(config, self.run_dir, self.loop.step)
+        record_run(config, tokenizer)  # last, so that a command that is refused leaves the run as it was
 
     def _pipeline(self) -> Pipeline:
         c = self.config
@@ -257,17 +259,18 @@ class _Trainer:
 
 
 def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """Parameters of another run, to start from, in our `param_dtype`.
+    """Parameters of another run, to start from, in the type that `model` says.
+
+    Everything that does not say which weights there are may differ, positions above all: that is how a context is
+    extended.
 
     Raises:
-        InputError: its shapes or its tokenizer are not ours.
+        InputError: its weights or its tokenizer are not ours.
     """
     run = load_run(run_dir)
-    not_shapes = (*NUMERICALLY_NEUTRAL_KEYS, "dtype", "param_dtype")
-    shape_keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in not_shapes]
-    differ = [key for key in shape_keys if getattr(run.model, key) != getattr(model, key)]
+    differ = [key for key in WEIGHT_KEYS if getattr(run.model, key) != getattr(model, key)]
     if differ:
         raise InputError(f"init_from={run_dir} holds another model: {', '.join(differ)} differ")
     if run.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"init_from={run_dir} has another tokenizer; set data.tokenizer={run_dir}/tokenizer")
-    return jax.tree.map(lambda w: w.astype(model.param_dtype), run.params)
+    return jax.tree.map(lambda array: array.astype(model.param_dtype), run.params)

@@ -16,7 +16,7 @@ import pytest
 
 from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.checkpoint.run_folder import load_run, save_imported
-from mla_jax.config import OptimConfig
+from mla_jax.config import OptimConfig, YarnConfig
 from mla_jax.data import pipeline
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
@@ -197,6 +197,60 @@ def test_another_model_in_the_same_run_folder_is_refused(tmp_path):
     wider = dataclasses.replace(MODEL, intermediate_size=64)
     with pytest.raises(InputError, match="another model .*intermediate_size"):
         train(make_config(tmp_path / "run", [{"seq_len": 96, "steps": 1}], model=wider))
+
+
+def test_a_context_is_extended_by_starting_from_a_run_with_other_positions(tmp_path):
+    train(make_config(tmp_path / "short", [{"seq_len": 96, "steps": 2}]))
+    longer = dataclasses.replace(
+        MODEL,
+        max_position_embeddings=4096,
+        rope_theta=1e6,
+        rope_scaling=YarnConfig(factor=8.0, original_max_position_embeddings=512),
+    )
+    stages = [{"seq_len": 640, "steps": 1, "learning_rate": 1e-12}]
+    extended = make_config(tmp_path / "long", stages, model=longer, init_from=str(tmp_path / "short"))
+    assert train(extended).finished
+    for short, long in zip(
+        *(jax.tree.leaves(load_run(tmp_path / run).params) for run in ("short", "long")), strict=True
+    ):
+        np.testing.assert_allclose(np.asarray(short), np.asarray(long), atol=1e-9)
+    with pytest.raises(
+        InputError, match=r"\(max_position_embeddings, .*rope_theta differ\); .* init_from=.*/short starts"
+    ):
+        train(make_config(tmp_path / "short", stages, model=longer))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_hidden_layers": 1}, "num_hidden_layers"),
+        ({"num_attention_heads": 4, "v_head_dim": 4}, "num_attention_heads, v_head_dim"),
+        ({"q_lora_rank": 8}, "q_lora_rank"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ],
+)
+def test_a_start_from_other_weights_is_refused_and_leaves_nothing(tmp_path, short_run, changes, named):
+    model = dataclasses.replace(MODEL, **changes)
+    stages = [{"seq_len": 96, "steps": 1}]
+    with pytest.raises(InputError, match=f"holds another model: {named} differ"):
+        train(make_config(tmp_path / "run", stages, model=model, init_from=str(short_run)))
+    assert not (tmp_path / "run").exists()
+    assert train(make_config(tmp_path / "run", stages, init_from=str(short_run))).finished
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "short"
+    train(make_config(run_dir, [{"seq_len": 96, "steps": 1}]))
+    return run_dir
+
+
+def test_a_refused_command_leaves_the_config_of_a_run_as_it_was(tmp_path, short_run):
+    run_dir = shutil.copytree(short_run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="use the model, the optim"):
+        train(make_config(run_dir, [{"seq_len": 96, "steps": 2}], optim=OptimConfig(name="muon")))
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.integration
