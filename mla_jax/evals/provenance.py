@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 
 import jax
 
+import mla_jax
 from mla_jax.observability.environment import command_line, git_revision
 
 
 def provenance() -> dict:
-    """Date (UTC), command, git revision, hardware and versions of this process, JSON-able."""
+    """Date (UTC), command, package version, git revision, hardware and other versions of this process, JSON-able."""
     devices = jax.devices()
     hardware = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu":
@@ -18,6 +19,7 @@ def provenance() -> dict:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
+        "version": mla_jax.__version__,
         "git_revision": git_revision(),
         "hardware": hardware,
         "python": platform.python_version(),

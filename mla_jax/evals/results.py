@@ -1,13 +1,14 @@
 """The results of an evaluation and their files, which the model card, the sweep report and the export read.
 
-RUN/eval/TASK.json holds:
+RUN/eval may hold other JSON files; a file with `task` or `cells` is one of results. RUN/eval/TASK.json holds:
 
     version           VERSION; files without it were written when passkey retrieval was the only task, and are read too
     task              its name
     title             of the task, for reports
     description       the question and the criterion
-    model             name, step, parameters, cache_bytes_per_token (16 bits unless configured), trained_lengths
-    provenance        date, command, git_revision, hardware, python, jax
+    model             name, step, parameters, cache_bytes_per_token (16 bits unless configured), trained_lengths,
+                      fingerprint of the config and the checkpoint
+    provenance        date, command, version, git_revision, hardware, python, jax
     seconds           duration of the evaluation, compilation included
     config            the task as configured
     by_length, cells  params (length in tokens, depth and the like; null: all), n, correct, accuracy,
@@ -15,9 +16,10 @@ RUN/eval/TASK.json holds:
     failures          a few wrong answers of each cell: params, seed, index, expected, generated
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,22 +189,36 @@ def read_results(path: Path, *, finished: bool = True) -> Results:
     Raises:
         InputError: it cannot be read, or is not what an evaluation writes.
     """
-    try:
+    with _read_errors(path):
         results = Results.from_json(json.loads(path.read_bytes()))
         if finished:
             require_grid([cell.params for cell in results.cells])
-        return results
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{path} cannot be read ({e!r}); evaluate the run again or remove the file") from e
+    return results
 
 
 def results_of_run(run_dir: Path) -> list[Results]:
     """All results in RUN/eval, by name of the task; none if the run was not evaluated.
 
+    JSON files with neither `task` nor `cells` are no results and are left out.
+
     Raises:
         InputError: as `read_results`.
     """
-    return [read_results(path) for path in sorted((run_dir / "eval").glob("*.json"))]
+    return [read_results(path) for path in sorted((run_dir / "eval").glob("*.json")) if _is_results(path)]
+
+
+def _is_results(path: Path) -> bool:
+    with _read_errors(path):
+        content = json.loads(path.read_bytes())
+    return isinstance(content, dict) and not content.keys().isdisjoint(("task", "cells"))
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{path} cannot be read ({e!r}); evaluate the run again or remove the file") from e
 
 
 def require_grid(cells: Sequence[Params]) -> None:

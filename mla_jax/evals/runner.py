@@ -1,7 +1,9 @@
 """Runs a task on a model: generation, scoring, counts by cell; the results are written as they grow."""
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +12,8 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from mla_jax.checkpoint.manager import CHECKPOINTS
+from mla_jax.checkpoint.manifest import MANIFEST
 from mla_jax.checkpoint.run_folder import Run
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
@@ -142,8 +146,19 @@ def _empty(run: Run, task: Task) -> Results:
         "parameters": sum(x.size for x in jax.tree.leaves(run.params)),
         "cache_bytes_per_token": bytes_per_token(run.model, task.cache_dtype or "bfloat16"),
         "trained_lengths": sorted(set(run.trained_lengths)),
+        "fingerprint": _fingerprint(run),
     }
     return Results(task.name, task.title, task.description, model, provenance(), 0.0, task.config, (), ())
+
+
+def _fingerprint(run: Run) -> str:
+    """A hash of the model's config and of its checkpoint's manifest, which has the checksums of the weights.
+
+    Without a manifest, of the config alone: hashing the weights would read all of them.
+    """
+    manifest = run.path / CHECKPOINTS / str(run.step) / MANIFEST
+    files = manifest.read_bytes() if manifest.is_file() else b""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(run.model)).encode() + files).hexdigest()[:16]
 
 
 def _resume(empty: Results, unfinished: Path) -> Results:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from mla_jax.checkpoint.manifest import write_manifest
 from mla_jax.checkpoint.run_folder import Run
 from mla_jax.config import PasskeyConfig
 from mla_jax.data.needle.generator import passkey_prompt
@@ -157,7 +158,7 @@ def test_a_random_model_end_to_end(tmp_path, capsys):
         "trained_lengths": [64, 128],
     }
     assert written["model"]["cache_bytes_per_token"] == 2 * (16 + 8) * 2
-    assert set(written["provenance"]) == {"date", "command", "git_revision", "hardware", "python", "jax"}
+    assert set(written["provenance"]) == {"date", "command", "version", "git_revision", "hardware", "python", "jax"}
     assert (tmp_path / "tiny" / "eval" / "passkey.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "128 tokens" in out and "192 tokens" in out and "passkey.png" in out
@@ -286,3 +287,29 @@ def test_cells_that_are_no_grid_are_refused_before_the_model_runs(tmp_path, monk
     with pytest.raises(ValueError, match="not a whole grid|cells of different parameters"):
         evaluate(run, task, tmp_path / "eval")
     assert generator.batches == [] and not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize("changed", ["nothing", "config", "weights", "version"])
+def test_an_interrupted_evaluation_goes_on_only_with_the_same_model_and_version(tmp_path, monkeypatch, changed):
+    """In an installed package, which has no git revision."""
+    folder = tmp_path / "checkpoints" / "4" / "params"
+    folder.mkdir(parents=True)
+    (folder / "data").write_text("weights")
+    write_manifest(folder.parent)
+    source = {"version": "1.0", "git_revision": None}
+    monkeypatch.setattr(runner, "provenance", lambda: source)
+    monkeypatch.setattr(runner, "Generator", Interrupted(lambda key, _: key))
+    run = Run(tmp_path, MODEL, {}, TOKENIZER, step=4, trained_lengths=())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, passkey_task(MODEL, TOKENIZER, GRID), tmp_path / "eval")
+    if changed == "config":
+        run = dataclasses.replace(run, model=dataclasses.replace(MODEL, rope_theta=2 * MODEL.rope_theta))
+    elif changed == "weights":
+        (folder / "data").write_text("Weights")
+        write_manifest(folder.parent)
+    elif changed == "version":
+        source["version"] = "1.1"
+    generator = Generator(lambda key, _: key)
+    monkeypatch.setattr(runner, "Generator", generator)
+    evaluate(run, passkey_task(MODEL, TOKENIZER, GRID), tmp_path / "eval")
+    assert {len(batch[0]) for batch in generator.batches} == ({192} if changed == "nothing" else {128, 192})

@@ -163,9 +163,7 @@ def changed(path: list, value) -> str:
     "text",
     [
         "",
-        "[]",
-        "{}",
-        "null",
+        "{",
         WITHOUT_VERSION[:500],
         changed(["version"], 2),
         changed(["model"], {}),
@@ -194,6 +192,16 @@ def test_a_damaged_file_is_named(tmp_path, text):
     ) as e:
         results_of_run(tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"verdicts": [], "model": {"step": 7}}', '["task", "cells"]'])
+def test_json_that_is_no_results_is_left_out_of_a_run_but_not_read_by_name(tmp_path, text):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "hops.json").write_text(json.dumps(RESULTS.to_json()))
+    (tmp_path / "eval" / "judge.json").write_text(text)
+    assert results_of_run(tmp_path) == [RESULTS]
+    with pytest.raises(InputError, match=r"judge\.json cannot be read \(.*evaluate the run again or remove the file"):
+        read_results(tmp_path / "eval" / "judge.json")
 
 
 def test_a_file_of_some_cells_is_read_where_it_may_be_unfinished(tmp_path):
