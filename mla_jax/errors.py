@@ -1,6 +1,7 @@
 """The two errors that a user can cause, and their one-line form."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 
@@ -28,6 +29,11 @@ def one_line_errors() -> Iterator[None]:
 
 
 def first_line(e: BaseException) -> str:
-    """The first informative line of an exception, at most 200 characters."""
+    """The first informative line of an exception, at most 600 characters: a long one loses its middle.
+
+    TensorStore writes first what it did, with long paths, then the cause, then where in its source that was.
+    """
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return (lines[0] if lines else type(e).__name__)[:200]
+    line = re.sub(r"\s*\[(source locations|tensorstore_spec)=.*", "", lines[0]) if lines else ""
+    line = line or type(e).__name__
+    return line if len(line) <= 600 else f"{line[:250]} ... {line[-345:]}"

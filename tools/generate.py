@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -144,7 +145,10 @@ def _chat(conversation: Conversation) -> None:
 def _lines() -> Iterator[str]:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            try:
+                line = input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff").strip()
+            except UnicodeDecodeError as e:
+                raise InputError(f"stdin cannot be read as text ({e})") from e
             if line:
                 yield line
 
@@ -156,6 +160,9 @@ def _text(args: argparse.Namespace) -> str:
         raise InputError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
     if "" in args.stop:
         raise InputError("a stop string must not be empty")
+    for text in (args.prompt, args.system, *args.stop):
+        if text is not None and text.encode(errors="ignore").decode() != text:  # bytes that are no UTF-8
+            raise InputError(f"argument {text.encode(errors='replace').decode()!r} is not UTF-8 text")
     if args.prompt is not None and args.file is not None:
         raise UsageError("give a prompt or --file, not both")
     if args.chat:
@@ -165,7 +172,9 @@ def _text(args: argparse.Namespace) -> str:
     if args.system is not None:
         raise UsageError("--system is for --chat")
     try:
-        return args.prompt if args.prompt is not None else args.file.read_text() if args.file else sys.stdin.read()
+        if args.prompt is not None:
+            return args.prompt
+        return args.file.read_text(encoding="utf-8-sig") if args.file else sys.stdin.read().removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{args.file or 'stdin'} cannot be read as text ({e})") from e
 
@@ -195,10 +204,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def _quiet_ends() -> Iterator[None]:
+    """Ends the process as a shell expects it when the reader of stdout goes away (`| head`) or on Ctrl-C."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def main() -> None:
-    """The command line; exit code 1 for what cannot be read or does not fit."""
+    """The command line; exit code 1 for what cannot be read or does not fit, 130 for Ctrl-C, 141 for a closed pipe."""
     args = _parser().parse_args()
-    with one_line_errors():
+    with one_line_errors(), _quiet_ends():
         text = _text(args)
         config, params, tokenizer = load(args.model, args.step)
         config = dataclasses.replace(config, dtype=args.dtype or config.dtype)

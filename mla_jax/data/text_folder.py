@@ -18,7 +18,7 @@ def read_texts(folder: str | Path) -> list[str]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in (".txt", ".md") and path.is_file():
             try:
-                texts.append(path.read_text(encoding="utf-8"))
+                texts.append(path.read_text(encoding="utf-8-sig"))
             except (OSError, UnicodeDecodeError) as e:
                 raise InputError(f"{path} cannot be read as UTF-8 text ({e})") from e
     texts = [text for text in texts if text.strip()]

@@ -57,6 +57,30 @@ def test_a_stop_string_ends_the_text(call, run_dir):
     assert (code, out) == (0, whole[: whole.index(stop)] + "\n")
 
 
+def test_a_byte_order_mark_changes_nothing(call, run_dir, tmp_path):
+    (tmp_path / "prompt.txt").write_text("\ufeff" + PROMPT, encoding="utf-8")
+    for arguments, stdin in ((("--file", tmp_path / "prompt.txt"), ""), ((), "\ufeff" + PROMPT)):
+        code, out, _ = call(generate_tool, run_dir, *arguments, "--max-new-tokens", 20, stdin=stdin)
+        assert (code, out) == (0, expected(PROMPT) + "\n")
+
+
+@pytest.mark.parametrize("arguments", [["caf\udce9"], ["--chat", "--system", "\udce9"], ["x", "--stop", "\udce9"]])
+def test_arguments_that_are_not_utf8_are_named(call, arguments):
+    code, _, err = call(generate_tool, "nowhere", *arguments)
+    assert code == 1 and "is not UTF-8 text" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "code"), [(BrokenPipeError(), 141), (KeyboardInterrupt(), 130)])
+def test_a_closed_pipe_and_an_interrupt_end_without_a_traceback(call, run_dir, monkeypatch, error, code):
+    def generate(*_, **__):
+        raise error
+
+    monkeypatch.setattr(generate_tool.Generator, "generate", generate)
+    monkeypatch.setattr(generate_tool.os, "dup2", lambda *_: None)
+    ended, _, err = call(generate_tool, run_dir, PROMPT)
+    assert ended == code and "Traceback" not in err
+
+
 def special(token, template=""):
     """TOKENIZER with one token of its vocabulary as a special one, and its name."""
     text = TOKENIZER._backend.id_to_token(token)
