@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -20,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mla_jax.config import register_schemas
+from mla_jax.config import SftConfig, register_schemas
 from mla_jax.errors import InputError, UsageError, one_line_errors
 
 _HERE = Path(__file__).resolve().parent
@@ -53,6 +54,14 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
 
     with one_line_errors(), as_usage_errors(), _slurm_errors():
         hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(task)()
+
+
+def compose_config(overrides: list[str]) -> SftConfig:
+    """The config that experiments.sft would run with these overrides."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None), as_usage_errors():
+        config: Any = OmegaConf.to_object(compose("sft", overrides=overrides))
+    return config
 
 
 def _folder_name(swept: list[str]) -> str:

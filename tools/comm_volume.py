@@ -65,8 +65,9 @@ def compiled_step(overrides: list[str], text: str) -> str:
     """The partitioned program of a step over a batch of shape `text` on all devices."""
     import jax
 
+    from experiments.entry import compose_config
     from mla_jax.mesh import make_mesh
-    from tools.bench.steps import Shape, compile_step, compose_config
+    from tools.bench.steps import Shape, compile_step
 
     config = compose_config(overrides)
     if config.train.grad_accumulation > 1:

@@ -7,12 +7,12 @@ import argparse
 
 import jax.numpy as jnp
 
+from experiments.entry import compose_config
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError, one_line_errors
 from mla_jax.hardware import GIB, GPU_MEMORY_GIB, RESERVED_BYTES
 from mla_jax.inference.generator import PREFILL_CHUNK
 from mla_jax.inference.memory import MemoryPlan, most_that_fits
-from tools.bench.steps import compose_config
 
 MODES = {"{0} / {0}": (False, None), "{0} / 8": (False, "int8"), "8 / 8": (True, "int8")}
 """Bits of weights / cache, {0} being those of the model's dtype: (int8_weights, cache_dtype) of a Generator."""

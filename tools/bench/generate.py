@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.entry import compose_config
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError, one_line_errors
 from mla_jax.files import write_json
-from mla_jax.hardware import nominal_peak, peak_memory
+from mla_jax.hardware import GIB, nominal_peak, peak_memory
 from mla_jax.inference.generator import PREFILL_CHUNK, Generator
 from mla_jax.inference.memory import ALIGNMENT, MemoryPlan, most_that_fits
 from mla_jax.inference.session import Session
@@ -27,7 +28,6 @@ from mla_jax.model.transformer import init_params
 from mla_jax.observability.flops import forward_flops
 from tools.bench import ceilings, generation
 from tools.bench.report import origin
-from tools.bench.steps import compose_config
 
 DECODE = ["1k", "8k", "32k", "128k", "512k", "1M"]
 PEERS = ["eager", "sdpa", "expanded"]
@@ -156,7 +156,7 @@ class Bench:
 
 def _shown(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
-        return f"{value / 2**30:.3f} GiB"
+        return f"{value / GIB:.3f} GiB"
     if key == "tokens":
         return format_length(value)
     if key in ("read_bandwidth_share", "of_nominal", "spread"):

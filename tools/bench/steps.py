@@ -7,11 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from experiments.entry import CONF, as_usage_errors
-from mla_jax.config import ModelConfig, SftConfig, register_schemas
+from mla_jax.config import ModelConfig, SftConfig
 from mla_jax.errors import UsageError
 from mla_jax.lengths import LENGTH_PATTERN, format_length, parse_length
 from mla_jax.losses.cross_entropy import CrossEntropy
@@ -37,14 +34,6 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.batch} x {format_length(self.tokens)}"
-
-
-def compose_config(overrides: list[str]) -> SftConfig:
-    """The config that experiments.sft would run with these overrides."""
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base=None), as_usage_errors():
-        config: Any = OmegaConf.to_object(compose("sft", overrides=overrides))
-    return config
 
 
 def random_batch(model: ModelConfig, shape: Shape, accumulation: int) -> dict[str, jax.Array]:

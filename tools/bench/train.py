@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from experiments.entry import compose_config
 from mla_jax.config import ModelConfig, SftConfig
 from mla_jax.errors import one_line_errors
 from mla_jax.hardware import nominal_peak
@@ -21,7 +22,7 @@ from mla_jax.observability.flops import train_flops
 from mla_jax.optim import make_optimizer
 from mla_jax.state import init_state
 from tools.bench import ceilings, report
-from tools.bench.steps import Shape, compile_step, compose_config
+from tools.bench.steps import Shape, compile_step
 
 DEFAULT_SHAPES = ["4x8k", "1x32k", "1x128k"]
 DEFAULT_KEEP = ["full", "latent_attention", "none"]
