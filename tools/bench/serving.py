@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_jax.errors import InputError, one_line_errors
+from mla_jax.files import write_json
 
 PERCENTILES = (50, 90, 99)
 _WORDS = "time year day way man world life hand part child eye place work week case point home water room area".split()
@@ -215,7 +216,7 @@ def main() -> None:
         if args.out:
             date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             asked = {"url": endpoint.url, "date": date, "prompt_words": args.prompt_words, "request": body}
-            args.out.write_text(json.dumps({**asked, "levels": levels}, indent=2) + "\n", encoding="utf-8")
+            write_json(args.out, {**asked, "levels": levels})
         errors = sum((Counter(level["errors"]) for level in levels), Counter())
         if errors:
             said = "; ".join(f"{n} x {error}" for error, n in errors.most_common())

@@ -1,9 +1,10 @@
 """The errors of a conversion, as text and as JSON. `docs/importing.md` says what the figures mean."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from mla_jax.files import write_json
 
 REPORT = "conversion.json"
 _COLUMNS = {
@@ -34,8 +35,8 @@ class Report:
     layers: list[dict[str, float]]
 
     def write(self, run_dir: Path) -> None:
-        """Puts conversion.json into a run folder."""
-        (run_dir / REPORT).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Puts conversion.json into a run folder. Raises InputError if it cannot be written."""
+        write_json(run_dir / REPORT, dataclasses.asdict(self), parents=False)
 
     def __str__(self) -> str:
         names = [name for name in _COLUMNS if name in self.layers[0]]
