@@ -18,7 +18,7 @@ from mla_jax.model.rope import rope_cos_sin
 
 _UNROLL = 4
 """Tokens that one iteration of the fused loop adds: the time of an iteration itself counts beside its kernels."""
-_NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 2**30}
+NO_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": 2**30}
 """XLA leaves kernels of Triton out of CUDA graphs: there would be one between any two, which takes longer to start than
 what is in it."""
 
@@ -86,7 +86,7 @@ def xla_loop(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, para
     return new_NB, DecodeState(tokens_B, cache.layers, cache.lengths_B, seen_BX)
 
 
-@functools.partial(_jit, compiler_options=_NO_GRAPHS)
+@functools.partial(_jit, compiler_options=NO_CUDA_GRAPHS)
 def fused_loop(config, weights, tokens_B, layers, lengths_B, done_B, seen_BX, params, key, first, *, plan, steps):
     """One row, which is not done, by fused kernels; their workspace lives as long as the call."""
 

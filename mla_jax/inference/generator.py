@@ -14,7 +14,7 @@ import numpy as np
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
-from mla_jax.hardware import available_memory
+from mla_jax.hardware import GIB, available_memory
 from mla_jax.inference.decode_loop import DecodeState, decode_block
 from mla_jax.inference.memory import (
     ALIGNMENT,
@@ -23,8 +23,8 @@ from mla_jax.inference.memory import (
     most_that_fits,
     round_up,
 )
-from mla_jax.inference.prompts import check_prompts, seen_tokens
-from mla_jax.inference.sampling import SamplingParams
+from mla_jax.inference.prompts import check_prompts
+from mla_jax.inference.sampling import SamplingParams, seen_tokens
 from mla_jax.inference.session import Chunk, OnPrefill, Session, prefill
 from mla_jax.model import decoder
 from mla_jax.model.cache import init_layer, resize
@@ -215,7 +215,7 @@ class Generator:
         limit, plan = self.memory_limit - beside, self._plan(rows=_padded(rows) // mesh.size(), tokens=tokens)
         longest = most_that_fits(lambda tokens: self._bytes(rows, tokens, growing), limit)
         raise InputError(
-            f"{rows} x {tokens:,} tokens need {plan}, but there are {limit / 2**30:.2f} GiB on each of {mesh.size()} "
+            f"{rows} x {tokens:,} tokens need {plan}, but there are {limit / GIB:.2f} GiB on each of {mesh.size()} "
             "devices; "
             + (f"the longest that fits is {longest:,} tokens a row" if longest else "not even one token fits")
             + "; an 8-bit cache, 8-bit weights or a smaller prefill_chunk take less"

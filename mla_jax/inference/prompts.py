@@ -1,17 +1,7 @@
 """Checks of the token ids that inference is asked to read."""
 
-import numpy as np
-
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError
-
-
-def seen_tokens(prompts: list[list[int]], rows: int, vocabulary: int) -> np.ndarray:
-    """The tokens that occur in each prompt, bool [rows, X]; rows beyond the prompts have none."""
-    seen_BX = np.zeros((rows, vocabulary), bool)
-    for row, prompt in enumerate(prompts):
-        seen_BX[row, prompt] = True
-    return seen_BX
 
 
 def check_prompts(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int) -> None:

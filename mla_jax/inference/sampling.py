@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mla_jax.errors import InputError
 
@@ -98,3 +99,11 @@ def _threshold_B1(params: dict[str, jax.Array], logits_BX: jax.Array) -> jax.Arr
     p_BX = jax.nn.softmax(jnp.where(within_BX, ordered_BX, -jnp.inf), axis=-1)
     within_BX &= (jnp.cumsum(p_BX, axis=-1) - p_BX < params["top_p"]) & (p_BX >= params["min_p"] * p_BX[:, :1])
     return jnp.min(jnp.where(within_BX, ordered_BX, jnp.inf), axis=-1, keepdims=True)
+
+
+def seen_tokens(prompts: list[list[int]], rows: int, vocabulary: int) -> np.ndarray:
+    """The tokens that occur in each prompt, bool [rows, X]; rows beyond the prompts have none."""
+    seen_BX = np.zeros((rows, vocabulary), bool)
+    for row, prompt in enumerate(prompts):
+        seen_BX[row, prompt] = True
+    return seen_BX

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from mla_jax.config import SftConfig
+from mla_jax.distributed.join import is_main
 from mla_jax.hardware import GIB, nominal_peak, peak_memory
 from mla_jax.observability.flops import measured_peak, train_flops
 from mla_jax.observability.goodput import Goodput
@@ -34,7 +35,7 @@ class Telemetry:
 
     def __init__(self, config: SftConfig, run_dir: Path, step: int):
         self._config = config
-        first = jax.process_index() == 0
+        first = is_main()
         device = jax.devices()[0]
         peaks = {"mfu": nominal_peak(device.device_kind)}
         if first and config.train.measure_peak and device.platform == "gpu":

@@ -22,6 +22,7 @@ from latent_attention.decode_layer.timeline import PHASES
 from latent_attention.gpu import local_gpu
 from mla_jax.errors import InputError, one_line_errors
 from mla_jax.files import atomic_file, write_json
+from mla_jax.inference.decode_loop import NO_CUDA_GRAPHS
 from mla_jax.lengths import format_length
 from mla_jax.model.layers import InferenceWeight
 from tools.bench import report
@@ -31,8 +32,6 @@ TOKENS = 1024, 131_072
 """Lengths of the cache that are measured."""
 LAYERS, WARM_UP, STEPS = 6, 5, 20
 """Layers of a step, whose weights are too large for the L2 cache together; steps before those that count, and these."""
-_NO_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": 2**30}
-"""As in the decode loop of generation (mla_jax/inference/decode_loop.py)."""
 NAME = "decode_layer_timeline"
 START = PHASES.index("wait for previous layer")
 """Times are counted from the end of this phase."""
@@ -112,7 +111,7 @@ def measure(shape: LayerShape, tokens: int) -> np.ndarray:
     reason = mosaic.why_not(shape, "bfloat16", "bfloat16", tokens, local_gpu())
     if reason:
         raise InputError(f"the fused decoder layer cannot run here: {reason}")
-    run = jax.jit(step, static_argnums=0, donate_argnums=(1, 2), compiler_options=_NO_CUDA_GRAPHS)
+    run = jax.jit(step, static_argnums=0, donate_argnums=(1, 2), compiler_options=NO_CUDA_GRAPHS)
     (caches, workspace, *rest), found = make_inputs(shape, tokens), []
     for _ in range(WARM_UP + STEPS):
         caches, workspace, timelines = run(shape, caches, workspace, *rest)

@@ -10,10 +10,9 @@ import importlib.util
 import json
 from pathlib import Path
 
-import jax
-
 from mla_jax.config import SftConfig, TrackerConfig
 from mla_jax.distributed.decisions import broadcast_decision
+from mla_jax.distributed.join import is_main
 from mla_jax.errors import InputError, UsageError, first_line
 from mla_jax.files import write_json
 from mla_jax.observability.environment import environment
@@ -47,7 +46,7 @@ class Trackers:
             broadcast_decision(lambda: self._start(config, run_dir, step))
 
     def _start(self, config: SftConfig, run_dir: Path, step: int) -> None:
-        if jax.process_index() != 0:
+        if not is_main():
             return
         self._known = self._read()
         start = {"config": dataclasses.asdict(config), "environment": environment()}
