@@ -18,6 +18,7 @@ from mla_jax.errors import InputError
 from mla_jax.inference.generator import Generator
 from mla_jax.inference.prompts import check_continuations
 from mla_jax.inference.session import Session
+from mla_jax.losses.log_probs import target_log_probs
 from mla_jax.model.layers import all_gather_weight, matmul, rms_norm, split_tokens
 
 LOGITS_CHUNK = 1024
@@ -33,7 +34,7 @@ class Score:
     log_probs: np.ndarray
     """float32 [tokens], of each token given all before it."""
     is_greedy: bool
-    """Every token is the most likely one, so greedy decoding writes this continuation."""
+    """No other token is more likely anywhere, so greedy decoding writes this continuation (or one just as likely)."""
 
     @property
     def log_likelihood(self) -> float:
@@ -67,7 +68,7 @@ def score(
     texts = [context + tokens for context, tokens in zip(contexts, continuations, strict=True)]
     generator.read(
         session, [context[:-1] for context in contexts], capacity=max(map(len, texts)) - 1,
-        other_bytes=_logits_bytes(generator.config, chunk),
+        other_bytes=_logits_bytes(generator.config, chunk, len(texts)),
     )  # fmt: skip
     return _score_rows(generator, session, contexts, continuations, chunk)
 
@@ -96,10 +97,13 @@ def score_continuations(
         raise InputError(f"batch must be at least 1, got {batch}")
     if not contexts:
         return []
-    session, logits_bytes = session or Session.empty(1), _logits_bytes(generator.config, chunk)
+    session = session or Session.empty(1)
     capacity = len(contexts[0]) + max(map(len, continuations)) - 1
-    generator.read(session, [contexts[0][:-1]], capacity=capacity, other_bytes=logits_bytes)
+    generator.read(
+        session, [contexts[0][:-1]], capacity=capacity, other_bytes=_logits_bytes(generator.config, chunk, 1)
+    )
     wanted = min(batch, len(continuations))
+    logits_bytes = _logits_bytes(generator.config, chunk, wanted)
     rows = generator.most_copies(session, wanted, logits_bytes) if wanted > 1 else 1
     scores: list[Score] = []
     while len(scores) < len(continuations):
@@ -143,9 +147,12 @@ def _checked(generator: Generator, contexts, continuations, chunk: int) -> tuple
     return contexts, continuations
 
 
-def _logits_bytes(config: ModelConfig, chunk: int) -> int:
-    """Upper bound of what scoring takes beside prefill: float32 logits and one more array of their size."""
-    return 2 * 4 * chunk * config.vocab_size
+def _logits_bytes(config: ModelConfig, chunk: int, rows: int) -> int:
+    """Upper bound of what scoring takes beside prefill: float32 logits and one more array of their size.
+
+    At least one token of each row at a time.
+    """
+    return 2 * 4 * max(chunk, rows) * config.vocab_size
 
 
 def _score_rows(
@@ -163,7 +170,7 @@ def _score_rows(
             start, valid = part.start[row] + 1, part.valid[row]
             targets_BT[row, :valid] = text[start : start + valid]
         found_BT, best_BT = jax.device_get(
-            target_log_probs(config, head, part.h_BTD, mesh.shard_batch(targets_BT), chunk)
+            hidden_log_probs(config, head, part.h_BTD, mesh.shard_batch(targets_BT), chunk)
         )
         for row in range(len(texts)):
             valid = part.valid[row]
@@ -173,17 +180,16 @@ def _score_rows(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def target_log_probs(config: ModelConfig, weights: dict, h_BTD: jax.Array, targets_BT: jax.Array, chunk: int):
-    """float32 log-probability of each target, and whether it is the most likely token; [B, T] both."""
+def hidden_log_probs(config: ModelConfig, weights: dict, h_BTD: jax.Array, targets_BT: jax.Array, chunk: int):
+    """float32 log-probability of each target, and whether no token is more likely; [B, T] both."""
     head = weights["embed_tokens"].T if config.tie_word_embeddings else weights["lm_head"]
 
     def on_device(h_BTD, targets_BT, norm, head_DX):
         def some_tokens(arrays):
             h_BtD, targets_Bt = arrays
             logits_BtX = matmul(rms_norm(h_BtD, norm, config.rms_norm_eps), head_DX, jnp.float32)
-            target_Bt = jnp.take_along_axis(logits_BtX, targets_Bt[..., None], axis=-1)[..., 0]
-            best_Bt = jnp.argmax(logits_BtX, axis=-1) == targets_Bt
-            return target_Bt - jax.nn.logsumexp(logits_BtX, axis=-1), best_Bt
+            found = target_log_probs(logits_BtX, targets_Bt)
+            return found.log_probs_Bt, found.is_greedy_Bt
 
         rows, tokens = targets_BT.shape
         pieces = (split_tokens(x, min(max(chunk // rows, 1), tokens)) for x in (h_BTD, targets_BT))

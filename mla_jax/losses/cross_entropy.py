@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax import mesh
+from mla_jax.losses.log_probs import target_log_probs
 from mla_jax.losses.loss import Arrays, mean
 from mla_jax.model.layers import matmul, split_tokens
 from mla_jax.model.transformer import Transformer
@@ -121,14 +122,12 @@ _sums.defvjp(_sums_forward, _sums_backward)
 def _chunk_sums(head_DX, h_BtD, targets_Bt, weights_Bt) -> tuple[LossSums, jax.Array, jax.Array]:
     """The sums over a chunk, its logits and their log-sum-exp."""
     logits_BtX = matmul(h_BtD, head_DX, jnp.float32)
-    highest_Bt = jnp.max(logits_BtX, axis=-1)
-    lse_Bt = highest_Bt + jnp.log(jnp.sum(jnp.exp(logits_BtX - highest_Bt[..., None]), axis=-1))
-    target_logit_Bt = jnp.take_along_axis(logits_BtX, targets_Bt[..., None], axis=-1)[..., 0]
+    log_probs_Bt, lse_Bt, is_greedy_Bt = target_log_probs(logits_BtX, targets_Bt)
     answer_Bt = (weights_Bt >= 1.0).astype(jnp.float32)
     sums = LossSums(
-        loss=jnp.sum((lse_Bt - target_logit_Bt) * weights_Bt),
+        loss=jnp.sum(-log_probs_Bt * weights_Bt),
         weight=jnp.sum(weights_Bt),
-        correct=jnp.sum(answer_Bt * (target_logit_Bt >= highest_Bt)),
+        correct=jnp.sum(answer_Bt * is_greedy_Bt),
         answers=jnp.sum(answer_Bt),
     )
     return sums, logits_BtX, lse_Bt

@@ -16,7 +16,7 @@ from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
 from mla_jax.inference.generator import Generator
 from mla_jax.inference.memory import MemoryPlan
-from mla_jax.inference.score import rolling_log_probs, score, score_continuations, target_log_probs
+from mla_jax.inference.score import hidden_log_probs, rolling_log_probs, score, score_continuations
 from mla_jax.inference.session import Session
 from mla_jax.model.transformer import bind, init_params
 from tiny import MODEL
@@ -156,14 +156,14 @@ def test_scores_do_not_depend_on_the_mesh():
 def test_logits_exist_for_a_chunk_of_tokens_at_a_time():
     h_BTD, targets = jnp.zeros((2, 64, CONFIG.hidden_size)), jnp.zeros((2, 64), jnp.int32)
     weights = {name: x for name, x in Generator(CONFIG, PARAMS).weights.items() if name != "layers"}
-    program = str(jax.make_jaxpr(lambda h, t: target_log_probs(CONFIG, weights, h, t, 16))(h_BTD, targets))
+    program = str(jax.make_jaxpr(lambda h, t: hidden_log_probs(CONFIG, weights, h, t, 16))(h_BTD, targets))
     assert "f32[2,8,512]" in program and "f32[2,64,512]" not in program
 
 
 def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
-    plan = functools.partial(MemoryPlan.of, CONFIG, rows=1, cache_dtype=None, int8_weights=False, prefill_chunk=64)
+    plan = functools.partial(MemoryPlan.of, CONFIG, cache_dtype=None, int8_weights=False, prefill_chunk=64)
     logits = 2 * 4 * 16 * CONFIG.vocab_size
-    generator = Generator(CONFIG, PARAMS, prefill_chunk=64, memory_limit=plan(tokens=128).total + logits)
+    generator = Generator(CONFIG, PARAMS, prefill_chunk=64, memory_limit=plan(rows=1, tokens=128).total + logits)
     context, answers = TEXTS[1][:100], [TEXTS[2][:20], TEXTS[2][20:48]]
     alone = score_continuations(Generator(CONFIG, PARAMS), context, answers)
     got = score_continuations(generator, context, answers, chunk=16)  # one after the other: a copy would not fit
@@ -173,6 +173,9 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
         score_continuations(generator, context, answers, chunk=40)
     with pytest.raises(InputError, match="2 x 128 tokens need"):
         score(generator, [context] * 2, answers, chunk=16)
+    both = plan(tokens=128, rows=2).total + logits // 16  # the logits of one token, but each row has one at a time
+    with pytest.raises(InputError, match="2 x 128 tokens need"):
+        score(Generator(CONFIG, PARAMS, prefill_chunk=64, memory_limit=both), [context] * 2, answers, chunk=1)
 
 
 def test_a_text_may_fill_the_model_to_the_last_position(generator):

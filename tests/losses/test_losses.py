@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from mla_jax.losses.cross_entropy import chunked_cross_entropy
+from mla_jax.losses.log_probs import target_log_probs
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +49,13 @@ def test_the_logits_of_a_whole_sequence_never_exist(case):
     jaxpr = jax.make_jaxpr(jax.grad(lambda h: chunked_cross_entropy(w, h, targets, weights, 4).loss))(h)
     assert "2,13,11]" not in str(jaxpr) and "2,16,11]" not in str(jaxpr) and "4,2,4,11]" not in str(jaxpr)
     assert "2,4,11]" in str(jaxpr)
+
+
+def test_log_probs_of_targets_are_scipys_and_every_most_likely_token_is_greedy():
+    logits = np.array([[[3.0, 1.0, 3.0], [1e4, 0.0, -1e4]]], np.float32)
+    for targets, greedy in (([2, 0], [True, True]), ([0, 1], [True, False]), ([1, 2], [False, False])):
+        found = target_log_probs(jnp.asarray(logits), jnp.asarray([targets]))
+        expected = log_softmax(logits.astype(np.float64), axis=-1)[0, [0, 1], targets]
+        np.testing.assert_allclose(found.log_probs_Bt[0], expected, rtol=1e-6)
+        np.testing.assert_allclose(found.log_sum_exp_Bt[0], [3 + np.log(2 + np.exp(-2)), 1e4], rtol=1e-6)
+        assert found.is_greedy_Bt[0].tolist() == greedy
