@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from collections.abc import Callable
@@ -48,21 +49,14 @@ def test_transformers_imports_from_the_repository_root():
     assert in_clean_interpreter(code, ROOT).endswith("ok")
 
 
+BUILT_FROM = "mla_jax kernels experiments tools conf pyproject.toml setup.py README.md LICENSE".split()
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A wheel built from a copy of the sources."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in (
-        "mla_jax",
-        "kernels",
-        "experiments",
-        "tools",
-        "conf",
-        "pyproject.toml",
-        "setup.py",
-        "README.md",
-        "LICENSE",
-    ):
+    for name in BUILT_FROM:
         (source / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -118,6 +112,27 @@ def test_wheel_holds_nothing_else(wheel_files):
     expected = set.union(*(sources(folder, package) for folder, package in INSTALLED))
     assert {name for name in wheel_files if ".dist-info/" not in name} == expected
     assert any(name.endswith("/licenses/LICENSE") for name in wheel_files)
+
+
+def test_source_distribution_has_no_tests_and_makes_the_same_wheel(wheel_files, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in ROOT.iterdir():
+        if path.name in BUILT_FROM or path.name in ("MANIFEST.in", "tests"):
+            (source / path.name).symlink_to(path)
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("infinitecontext-*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+        files.extractall(tmp_path / "unpacked", filter="data")
+    assert {"pyproject.toml", "setup.py", "mla_jax/mesh.py", "conf/sft.yaml"} <= names
+    assert not [name for name in names if name.split("/")[0] == "tests"]
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=unpacked, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("infinitecontext-*.whl")
+    assert set(zipfile.ZipFile(wheel).namelist()) == wheel_files
 
 
 @pytest.fixture(scope="module")
