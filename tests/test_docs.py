@@ -58,3 +58,10 @@ def test_anchors_are_headings(page):
     headings = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)]
     anchors = [m["target"][1:] for m in LINK.finditer(text) if m["target"].startswith("#")]
     assert [anchor for anchor in anchors if anchor not in headings] == []
+
+
+def test_the_map_names_every_tool():
+    (row,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `tools/` |"))
+    named = re.findall(r"`(\w+)`", row)
+    runnable = [path.stem for path in (ROOT / "tools").rglob("*.py") if "__main__" in path.read_text()]
+    assert sorted(named) == sorted(runnable)
