@@ -29,10 +29,18 @@ class SweptRun:
     name: str
     config: dict[str, Any]
     """Every key with its value, `model.kv_lora_rank` and the like."""
-    summary: dict[str, float] | None
-    """None if the run has not finished."""
+    summary: dict[str, Any] | None
+    """As `write_summary` wrote it; None if the run has not finished."""
     evaluations: dict[str, tuple[int, int]]
     """(correct answers, prompts) of each task that RUN/eval has results of."""
+
+    @property
+    def accuracy(self) -> tuple[str, float] | None:
+        """Name and value of the metric that the loss calls its accuracy; None if the run has not finished."""
+        if self.summary is None:
+            return None
+        name = self.summary.get("accuracy_metric", "answer_accuracy")
+        return name, self.summary[name]
 
 
 def read_sweep(folder: Path) -> list[SweptRun]:
@@ -54,6 +62,10 @@ def _read_run(path: Path, folder: Path) -> SweptRun:
         config = flatten(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
         finished = (path / SUMMARY).is_file()
         summary = json.loads((path / SUMMARY).read_text()) if finished else None
+        if summary is not None:
+            accuracy = summary.get("accuracy_metric", "answer_accuracy")
+            if missing := {"step", "loss", "tokens_per_second", accuracy} - summary.keys():
+                raise ValueError(f"{SUMMARY} lacks {', '.join(sorted(missing))}")
     except Exception as e:
         raise InputError(f"{path} cannot be read ({str(e).splitlines()[0][:200]})") from e
     evaluations = {results.task: results.counts for results in results_of_run(path)}
@@ -73,13 +85,13 @@ def markdown_table(runs: Sequence[SweptRun]) -> str:
     """One row for each run, the lowest loss first, then those whose loss is nan, then those that have not finished."""
     keys = swept_keys(runs)
     tasks = sorted({task for run in runs for task in run.evaluations})
-    rows = [[*keys, "step", "loss", "answers right", "tokens/s", *(f"{task} correct" for task in tasks)]]
+    rows = [[*keys, "step", "loss", _accuracy_title(runs), "tokens/s", *(f"{task} correct" for task in tasks)]]
     for run in sorted(runs, key=_by_loss):
         row, s = [str(run.config.get(key)) for key in keys], run.summary
-        if s is None:
+        if s is None or run.accuracy is None:
             row += ["not finished", "", "", ""]
         else:
-            numbers = f"{s['loss']:.4f}", f"{s['answer_accuracy']:.1%}", f"{s['tokens_per_second']:,.0f}"
+            numbers = f"{s['loss']:.4f}", f"{run.accuracy[1]:.1%}", f"{s['tokens_per_second']:,.0f}"
             row += [str(s["step"]), *numbers]
         rows.append([*row, *("{}/{}".format(*run.evaluations[t]) if t in run.evaluations else "" for t in tasks)])
     rows.insert(1, ["---"] * len(rows[0]))
@@ -91,8 +103,14 @@ def _by_loss(run: SweptRun) -> tuple[bool, bool, float]:
     return run.summary is None, math.isnan(loss), 0.0 if math.isnan(loss) else loss
 
 
+def _accuracy_title(runs: Sequence[SweptRun]) -> str:
+    """The name of the runs' accuracy, `answers right` for that of cross-entropy."""
+    names = {run.accuracy[0] for run in runs if run.accuracy}
+    return " or ".join(sorted("answers right" if name == "answer_accuracy" else name for name in names))
+
+
 def plot_sweep(runs: Sequence[SweptRun], path: Path, *, title: str) -> None:
-    """Draws loss and answer accuracy over the swept key with the most values, a line for each value of the others.
+    """Draws loss and accuracy over the swept key with the most values, a line for each value of the others.
 
     Raises:
         InputError: the file cannot be written.
@@ -115,8 +133,8 @@ def plot_sweep(runs: Sequence[SweptRun], path: Path, *, title: str) -> None:
         label = ", ".join(f"{key} {value}" for key, value in zip(rest, line, strict=True))
         style = {"marker": "o", "color": colors(0.4 + 0.6 * index / max(len(lines) - 1, 1)), "label": label}
         panels[0].plot(places, [run.summary["loss"] for run in points if run.summary], **style)
-        panels[1].plot(places, [100 * run.summary["answer_accuracy"] for run in points if run.summary], **style)
-    for axes, what in zip(panels, ("loss (nats per token)", "answer tokens right (%)"), strict=True):
+        panels[1].plot(places, [100 * run.accuracy[1] for run in points if run.accuracy], **style)
+    for axes, what in zip(panels, ("loss", f"{_accuracy_title(runs)} (%)"), strict=True):
         if numbers:
             axes.set_xscale("log")
             axes.minorticks_off()

@@ -73,6 +73,8 @@ class TrainResult:
     terminated: bool
     metrics: dict[str, float] | None
     """Means of the last metrics window and its tokens_per_second; None if no window ended in this process."""
+    accuracy_metric: str
+    """The loss's, a name in `metrics`."""
 
 
 def train(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> TrainResult:
@@ -174,7 +176,8 @@ class _Trainer:
             display.close()
             self.telemetry.close(self._finished())
             self.checkpoints.close()
-        return TrainResult(self.run_dir, loop.step, self._finished(), stop.terminated, self.last_metrics)
+        accuracy = self.loss.accuracy_metric
+        return TrainResult(self.run_dir, loop.step, self._finished(), stop.terminated, self.last_metrics, accuracy)
 
     def _stage_over(self) -> bool:
         return self.loop.stage_step >= self.config.train.stages[self.loop.stage].steps

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from mla_jax.errors import InputError
 from mla_jax.evals.sweep import SweptRun, markdown_table, plot_sweep, read_sweep, swept_keys
+from mla_jax.training.loop import TrainResult
+from mla_jax.training.summary import write_summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -57,6 +59,21 @@ def test_plot_has_a_line_for_each_value_of_the_second_key(tmp_path, monkeypatch)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_accuracy_of_another_loss_is_reported_by_its_name(tmp_path, monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+    summary = {"step": 9, "accuracy_metric": "preferred", "loss": 0.5, "preferred": 0.75, "tokens_per_second": 10.0}
+    runs = [SweptRun(str(beta), {"loss.beta": beta}, summary, {}) for beta in (0.1, 0.2)]
+    assert markdown_table(runs).splitlines()[::2] == [
+        "| loss.beta | step | loss | preferred | tokens/s |",
+        "| 0.1 | 9 | 0.5000 | 75.0% | 10 |",
+    ]
+    plot_sweep(runs, tmp_path / "sweep.png", title="s")
+    accuracy = figures[0].axes[1]
+    assert accuracy.get_ylabel() == "preferred (%)"
+    assert list(accuracy.get_lines()[0].get_ydata()) == [75.0] * 2
+
+
 def test_words_are_drawn_at_even_places(tmp_path, monkeypatch):
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
@@ -86,6 +103,14 @@ def test_runs_are_read_from_their_folders(tmp_path):
     assert second.name == "seed=1" and second.summary is None and second.evaluations == {}
 
 
+def test_a_summary_names_the_accuracy_of_its_loss(tmp_path):
+    metrics = {"loss": 0.5, "preferred": 0.75, "tokens_per_second": 10.0}
+    for seed in range(2):
+        write(tmp_path / str(seed), f"seed: {seed}", None)
+        write_summary(TrainResult(tmp_path / str(seed), 9, True, False, metrics, "preferred"))
+    assert [run.accuracy for run in read_sweep(tmp_path)] == 2 * [("preferred", 0.75)]
+
+
 def test_what_is_no_sweep_is_named(tmp_path):
     with pytest.raises(InputError, match="holds 0 runs; a sweep has at least 2"):
         read_sweep(tmp_path)
@@ -95,6 +120,9 @@ def test_what_is_no_sweep_is_named(tmp_path):
         read_sweep(tmp_path)
     (tmp_path / "0" / "summary.json").write_text("{")
     with pytest.raises(InputError, match=r"/0 cannot be read \("):
+        read_sweep(tmp_path)
+    (tmp_path / "0" / "summary.json").write_text('{"step": 1, "loss": 2.0, "accuracy_metric": "preferred"}')
+    with pytest.raises(InputError, match=r"/0 cannot be read \(summary\.json lacks preferred, tokens_per_second\)"):
         read_sweep(tmp_path)
 
 

@@ -15,7 +15,7 @@ def end(tmp_path, monkeypatch):
 
     def run(**flags) -> int:
         requeued = []
-        result = TrainResult(run_dir=tmp_path, step=7, metrics={"loss": 0.5}, **flags)
+        result = TrainResult(run_dir=tmp_path, step=7, metrics={"loss": 0.5}, accuracy_metric="small", **flags)
         monkeypatch.setattr(job, "train", lambda config, *what: result if what == ("loss", "pipeline") else None)
         monkeypatch.setattr(job, "requeue", lambda: requeued.append(1))
         try:
@@ -31,7 +31,7 @@ def end(tmp_path, monkeypatch):
 
 def test_a_finished_job_leaves_a_summary_and_says_what_is_next(end, tmp_path, capsys):
     assert end(finished=True, terminated=False) == 0
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"step": 7, "loss": 0.5}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"step": 7, "accuracy_metric": "small", "loss": 0.5}
     assert capsys.readouterr().out == f"Finished at step 7. Next: python -m experiments.evaluate run={tmp_path}\n"
 
 

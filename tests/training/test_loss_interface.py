@@ -67,7 +67,7 @@ def test_a_run_may_have_a_loss_and_a_pipeline_of_its_own(tmp_path, capsys):
     one = results[1]
     assert one.finished and 3 + 3 <= one.step < 30 + 3  # the first stage ended at its threshold
     assert one.metrics is not None and list(one.metrics)[:4] == ["loss", "small", "grad_norm", "skipped_steps"]
-    assert one.metrics["small"] == 1 and one.metrics["loss"] < 0.9
+    assert one.accuracy_metric == "small" and one.metrics["small"] == 1 and one.metrics["loss"] < 0.9
     assert results[2].metrics is not None and abs(results[2].metrics["loss"] - one.metrics["loss"]) < 1e-3
     out = capsys.readouterr().out
     assert "squared " in out and "answers" not in out
