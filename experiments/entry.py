@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mla_jax.config import SftConfig, register_schemas
+from mla_jax.config.command_line import quote_names
 from mla_jax.errors import InputError, UsageError, one_line_errors
 
 _HERE = Path(__file__).resolve().parent
@@ -39,6 +40,7 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that one place prints
+    sys.argv[1:] = map(quote_names, sys.argv[1:])
     given = _overrides(sys.argv[1:])  # of the process that submits: a job on a cluster gets `task` pickled
 
     def task(composed: DictConfig) -> None:
@@ -67,9 +69,9 @@ def compose_config(overrides: list[str]) -> SftConfig:
 def _folder_name(swept: list[str]) -> str:
     """The overrides as a name of letters, digits and `.,=+-_`, short enough for any file system.
 
-    Where that leaves out more than slashes, a checksum keeps the names of different overrides apart.
+    Where that leaves out more than slashes and quotes, a checksum keeps the names of different overrides apart.
     """
-    text = ",".join(swept)
+    text = ",".join(swept).replace("'", "")
     plain = re.sub(r"[^\w.,=+-]+", "_", text, flags=re.ASCII)
     if plain == text.replace("/", "_") and len(plain) <= _LONGEST_NAME:
         return plain

@@ -43,7 +43,7 @@ def test_the_folders_of_a_sweep_over_lists_are_plain_short_and_different(tmp_pat
     assert len(set(names)) == 4 and all(re.fullmatch(r"[\w.,=+-]{1,255}", name, re.ASCII) for name in names)
     assert names[0].startswith("train.stages=_seq_len_96,batch_size_8,")
     (name,) = {Path(folder).name for folder in run_dirs("-m", "data.tokenizer='ü b','ü b'", f"run_dir={tmp_path}/s")}
-    assert re.fullmatch(r"data.tokenizer=_b_-[0-9a-f]{8}", name)
+    assert re.fullmatch(r"data.tokenizer=_b-[0-9a-f]{8}", name)
 
 
 def test_the_sweep_example_has_a_run_for_each_rate_and_rank(tmp_path):

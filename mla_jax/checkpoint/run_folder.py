@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from mla_jax.checkpoint.manager import CHECKPOINTS, Checkpoints
 from mla_jax.checkpoint.streaming import deferred_write_errors
 from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, WEIGHT_KEYS, ModelConfig, SftConfig, TrainConfig
+from mla_jax.config.command_line import override
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed.decisions import broadcast_decision
 from mla_jax.errors import InputError, first_line
@@ -63,14 +64,13 @@ def _check_run(config: SftConfig, tokenizer: Tokenizer) -> None:
             raise InputError(f"{run_dir} has checkpoints but no {CONFIG}; choose another name= or remove it")
         return
     existing, wanted = _read_config(run_dir), OmegaConf.create(dataclasses.asdict(config))
+    start = override("init_from", str(run_dir))
     if "train" not in existing:
-        raise InputError(f"{run_dir} holds an imported model; train in a new run with init_from={run_dir} name=NEW")
+        raise InputError(f"{run_dir} holds an imported model; train in a new run with {start} name=NEW")
     keys = [str(k) for k in wanted.model if existing.model.get(k) != wanted.model.get(k)]
     differ = sorted(k for k in keys if k not in NUMERICALLY_NEUTRAL_KEYS)
     if differ:
-        instead = (
-            "" if set(differ) & set(WEIGHT_KEYS) else f", from which init_from={run_dir} starts with these changed"
-        )
+        instead = "" if set(differ) & set(WEIGHT_KEYS) else f", from which {start} starts with these changed"
         raise InputError(f"{run_dir} holds another model ({', '.join(differ)} differ); choose another name={instead}")
     if load_tokenizer(str(run_dir / TOKENIZER)).fingerprint != tokenizer.fingerprint:
         raise InputError(f"{run_dir} was trained with another tokenizer than data.tokenizer={config.data.tokenizer}")

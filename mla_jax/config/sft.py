@@ -34,6 +34,8 @@ class SftConfig:
     train: TrainConfig = MISSING
 
     def __post_init__(self):
+        for key in ("name", "run_dir"):
+            require(bool(getattr(self, key).strip()), f"{key} is empty; a run needs a name")
         require_choice("train.best_metric", self.train.best_metric, self.METRICS)
         longest = max(stage.seq_len for stage in self.train.stages)
         require(

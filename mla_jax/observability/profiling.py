@@ -1,6 +1,7 @@
 """A profiler trace of some steps, for TensorBoard, Perfetto and `tools.trace_summary`."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,4 +46,4 @@ class StepProfiler:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
-            print(f"Trace written to {self._folder}; python -m tools.trace_summary {self._folder}")
+            print(f"Trace written to {self._folder}; python -m tools.trace_summary {shlex.quote(str(self._folder))}")

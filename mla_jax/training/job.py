@@ -3,6 +3,7 @@
 import sys
 
 from mla_jax.config import SftConfig
+from mla_jax.config.command_line import override
 from mla_jax.data.pipeline import MakePipeline
 from mla_jax.distributed.join import check_same_config, is_main, join_job, print_on_main
 from mla_jax.distributed.preemption import requeue
@@ -39,4 +40,5 @@ def train_job(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> Non
         sys.exit(INTERRUPTED)
     if is_main():
         write_summary(result)
-    print_on_main(f"Finished at step {result.step}. Next: python -m experiments.evaluate run={result.run_dir}")
+    evaluation = f"python -m experiments.evaluate {override('run', str(result.run_dir))}"
+    print_on_main(f"Finished at step {result.step}. Next: {evaluation}")

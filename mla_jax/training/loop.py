@@ -17,6 +17,7 @@ from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.checkpoint.run_folder import check_run, check_tokenizer, load_run, record_run
 from mla_jax.checkpoint.run_lock import RunLock, lock_run
 from mla_jax.config import WEIGHT_KEYS, ModelConfig, SftConfig, TrainConfig, require, require_choice
+from mla_jax.config.command_line import override
 from mla_jax.data.pipeline import MakePipeline, Pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed.join import is_main, print_on_main
@@ -275,5 +276,6 @@ def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
     if differ:
         raise InputError(f"init_from={run_dir} holds another model: {', '.join(differ)} differ")
     if run.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise InputError(f"init_from={run_dir} has another tokenizer; set data.tokenizer={run_dir}/tokenizer")
+        ours = override("data.tokenizer", f"{run_dir}/tokenizer")
+        raise InputError(f"init_from={run_dir} has another tokenizer; set {ours}")
     return jax.tree.map(lambda array: array.astype(model.param_dtype), run.params)
