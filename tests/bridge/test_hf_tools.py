@@ -55,7 +55,7 @@ def test_the_card_takes_the_results_of_this_step(call, run_dir, tmp_path):
         assert "the passkey results are of step 5, not 0" in out
         assert "Not evaluated." in (tmp_path / "another step" / "README.md").read_text()
 
-        for content in ("{", "{}", "[]"):
+        for content in ("{", '{"cells": []}', '{"task": "passkey"}'):
             results.write_text(content)
             code, _, err = call(export_hf, run_dir, tmp_path / "unreadable")
             assert code == 1
