@@ -36,7 +36,8 @@ class NeedleDataConfig(DataConfig):
     near_duplicate_fraction: float = 0.5
     """Share of multi_key sequences whose keys differ from another key by one word only."""
     lm_loss_weight: float = 0.0
-    """Loss weight of tokens that are not answers (answers have weight 1)."""
+    """Share of each sequence's loss weight that its tokens other than answers have together, whatever its length: 0.1
+    is a tenth. Each answer token has weight 1."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,7 +59,7 @@ class NeedleDataConfig(DataConfig):
             0 <= self.near_duplicate_fraction <= 1,
             f"data.near_duplicate_fraction must be in [0, 1], got {self.near_duplicate_fraction}",
         )
-        require_at_least(0, **{"data.lm_loss_weight": self.lm_loss_weight})
+        require(0 <= self.lm_loss_weight < 1, f"data.lm_loss_weight must be in [0, 1), got {self.lm_loss_weight}")
 
 
 @schema

@@ -92,8 +92,9 @@ def make_pipeline(
     """Batches of `stages[stage]`, of which this process makes the rows `rows_of(batch_size)` only.
 
     Keys of a batch, all [b, T]: `tokens`; `targets`, the next token of each; `weights`, the loss weight of each target
-    (0 on the last position of a row or document and on padding); `positions` for RoPE, from 0 in each document unless
-    they skip; where rows hold several documents `segments`, the document each token is of, from 1, 0 on padding.
+    (0 on the last position of a row or document and on padding); `answers`, true where the target is part of an answer;
+    `positions` for RoPE, from 0 in each document unless they skip; where rows hold several documents `segments`, the
+    document each token is of, from 1, 0 on padding.
 
     Raises:
         InputError: a data file or folder that cannot be used.
@@ -116,6 +117,7 @@ class NeedleBatches:
     ):
         self._rows = rows
         self._generator = NeedleGenerator(data, tokenizer)
+        self._lm_share = data.lm_loss_weight
         self._stage = stages[stage]
         self._previous = stages[stage - 1] if stage else stages[stage]
         self._seed, self._number = seed, stage
@@ -131,10 +133,10 @@ class NeedleBatches:
         shape = self._previous if previous else self._stage
         rows, length = self._rows[shape.batch_size], shape.seq_len
         tokens = np.empty((len(rows), length), np.int32)
-        weights = np.empty((len(rows), length), np.float32)
+        is_answer = np.empty((len(rows), length), bool)
         for i, row in enumerate(rows):
             example = make_rng(self._seed, Purpose.EXAMPLE, self._number, index, row)
-            tokens[i], weights[i] = self._generator.example(example, length)
+            tokens[i], is_answer[i] = self._generator.example(example, length)
         positions = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
         # The stage's longest position bounds the jumps of the previous stage's batches too.
         most = min(self._stage.position_skip_max, self._stage.seq_len + self._stage.position_skip_max - length)
@@ -143,10 +145,12 @@ class NeedleBatches:
                 positions[i] += position_skips(
                     make_rng(self._seed, Purpose.SKIPS, self._number, index, row), length, most
                 )
+        answers = shifted(is_answer, False)
         return {
             "tokens": tokens,
             "targets": shifted(tokens, self._pad_id),
-            "weights": shifted(weights, 0),
+            "weights": loss_weights(answers, self._lm_share),
+            "answers": answers,
             "positions": positions,
         }
 
@@ -179,6 +183,7 @@ class JsonlBatches:
             "tokens": np.full(shape, self._pad_id, np.int32),
             "targets": np.full(shape, self._pad_id, np.int32),
             "weights": np.zeros(shape, np.float32),
+            "answers": np.zeros(shape, bool),
             "segments": np.zeros(shape, np.int32),
             "positions": np.zeros(shape, np.int32),
         }
@@ -193,11 +198,23 @@ class JsonlBatches:
                 here, end = slice(start, start + len(ids)), start + len(ids)
                 batch["tokens"][i, here] = ids
                 batch["targets"][i, start : end - 1] = ids[1:]
-                batch["weights"][i, start : end - 1] = loss_mask[1:]
+                batch["weights"][i, start : end - 1] = batch["answers"][i, start : end - 1] = loss_mask[1:]
                 batch["segments"][i, here] = segment
                 batch["positions"][i, here] = np.arange(len(ids))
                 start = end
         return batch
+
+
+def loss_weights(answers_BT: np.ndarray, lm_share: float) -> np.ndarray:
+    """Loss weights float32 [B, T] of targets: 1 for each of an answer, 0 in the last column, which has no target.
+
+    The others of a row weigh alike, together `lm_share` of the row. A row without answers has weight 0.
+    """
+    answers = answers_BT.sum(axis=1, keepdims=True)
+    others = np.maximum(answers_BT.shape[1] - 1 - answers, 1)
+    weights_BT = np.where(answers_BT, 1, lm_share / (1 - lm_share) * answers / others).astype(np.float32)
+    weights_BT[:, -1] = 0
+    return weights_BT
 
 
 def shifted(x: np.ndarray, last: float) -> np.ndarray:

@@ -19,7 +19,7 @@ from mla_jax.model.transformer import Transformer
 class CrossEntropy:
     """Next-token cross-entropy, the `Loss` of supervised fine-tuning: a weighted mean over the batch, in nats.
 
-    Batches have `tokens`, `targets`, `weights`, `positions` and optionally `segments`; see `data.pipeline`.
+    Batches have `tokens`, `targets`, `weights`, `answers`, `positions` and optionally `segments`; see `data.pipeline`.
     """
 
     chunk: int
@@ -29,8 +29,8 @@ class CrossEntropy:
     def sums(self, transformer: Transformer, rows: Arrays) -> dict[str, jax.Array]:
         """The fields of `LossSums`."""
         h_BTD = transformer(rows["tokens"], rows["positions"], rows.get("segments"))
-        head_DX = transformer.head()
-        return chunked_cross_entropy(head_DX, h_BTD, rows["targets"], rows["weights"], self.chunk)._asdict()
+        targets = rows["targets"], rows["weights"], rows["answers"]
+        return chunked_cross_entropy(transformer.head(), h_BTD, *targets, self.chunk)._asdict()
 
     def normalizer(self, batch: Arrays) -> jax.Array:
         """The loss weight of all targets."""
@@ -55,12 +55,17 @@ class LossSums(NamedTuple):
     """Weighted negative log-likelihood in nats; only this has gradients."""
     weight: jax.Array
     correct: jax.Array
-    """Answer tokens (weight 1) whose target is the most likely token."""
+    """Answer tokens whose target is the most likely token."""
     answers: jax.Array
 
 
 def chunked_cross_entropy(
-    head_DX: jax.Array, h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, chunk: int
+    head_DX: jax.Array,
+    h_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    answers_BT: jax.Array,
+    chunk: int,
 ) -> LossSums:
     """Cross-entropy of next-token targets, `chunk` tokens of each sequence at a time.
 
@@ -72,32 +77,33 @@ def chunked_cross_entropy(
         h_BTD: the model's output.
         targets_BT: int32 token ids.
         weights_BT: float32 loss weight of each target, 0 to leave it out.
+        answers_BT: bool, the targets of which `correct` and `answers` tell.
         chunk: tokens of a sequence whose logits exist at one time.
     """
 
-    def local_sums(h_BTD, targets_BT, weights_BT, head_DX) -> LossSums:
+    def local_sums(h_BTD, targets_BT, weights_BT, answers_BT, head_DX) -> LossSums:
         """Sums [1, 1] over the tokens of this device."""
-        sums = _sums(head_DX, h_BTD, targets_BT, weights_BT, min(chunk, h_BTD.shape[1]))
+        sums = _sums(head_DX, h_BTD, targets_BT, weights_BT, answers_BT, min(chunk, h_BTD.shape[1]))
         return jax.tree.map(lambda x: x[None, None], sums)
 
-    by_device = mesh.per_device(local_sums, h_BTD, targets_BT, weights_BT, mesh.all_gather(head_DX))
+    by_device = mesh.per_device(local_sums, h_BTD, targets_BT, weights_BT, answers_BT, mesh.all_gather(head_DX))
     return jax.tree.map(jnp.sum, by_device)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sums(head_DX, h_BTD, targets_BT, weights_BT, chunk: int) -> LossSums:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _sums(head_DX, h_BTD, targets_BT, weights_BT, answers_BT, chunk: int) -> LossSums:
     def body(total: LossSums, xs) -> tuple[LossSums, None]:
         return jax.tree.map(jnp.add, total, _chunk_sums(head_DX, *xs)[0]), None
 
-    return jax.lax.scan(body, _zero_sums(), _chunks(chunk, h_BTD, targets_BT, weights_BT))[0]
+    return jax.lax.scan(body, _zero_sums(), _chunks(chunk, h_BTD, targets_BT, weights_BT, answers_BT))[0]
 
 
-def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, chunk: int):
+def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, answers_BT, chunk: int):
     """The sums, and the gradients of the summed loss by head and hidden states."""
 
     def body(carry, xs):
         total, d_head_DX = carry
-        h_BtD, targets_Bt, weights_Bt = xs
+        h_BtD, targets_Bt, weights_Bt, _ = xs
         sums, logits_BtX, lse_Bt = _chunk_sums(head_DX, *xs)
         target_BtX = jax.nn.one_hot(targets_Bt, logits_BtX.shape[-1])
         d_logits_BtX = (jnp.exp(logits_BtX - lse_Bt[..., None]) - target_BtX) * weights_Bt[..., None]
@@ -106,35 +112,34 @@ def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, chunk: int):
         return (jax.tree.map(jnp.add, total, sums), d_head_DX), matmul(d_logits_BtX, head_DX.T)
 
     start = _zero_sums(), jnp.zeros(head_DX.shape, jnp.float32)
-    (total, d_head_DX), d_h_nBtD = jax.lax.scan(body, start, _chunks(chunk, h_BTD, targets_BT, weights_BT))
+    (total, d_head_DX), d_h_nBtD = jax.lax.scan(body, start, _chunks(chunk, h_BTD, targets_BT, weights_BT, answers_BT))
     d_h_BTD = jnp.moveaxis(d_h_nBtD, 0, 1).reshape(h_BTD.shape[0], -1, h_BTD.shape[2])[:, : h_BTD.shape[1]]
     return total, (d_head_DX.astype(head_DX.dtype), d_h_BTD)
 
 
 def _sums_backward(_, gradients, d_sums: LossSums):
     d_head_DX, d_h_BTD = ((g * d_sums.loss).astype(g.dtype) for g in gradients)
-    return d_head_DX, d_h_BTD, None, None
+    return d_head_DX, d_h_BTD, None, None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _chunk_sums(head_DX, h_BtD, targets_Bt, weights_Bt) -> tuple[LossSums, jax.Array, jax.Array]:
+def _chunk_sums(head_DX, h_BtD, targets_Bt, weights_Bt, answers_Bt) -> tuple[LossSums, jax.Array, jax.Array]:
     """The sums over a chunk, its logits and their log-sum-exp."""
     logits_BtX = matmul(h_BtD, head_DX, jnp.float32)
     log_probs_Bt, lse_Bt, is_greedy_Bt = target_log_probs(logits_BtX, targets_Bt)
-    answer_Bt = (weights_Bt >= 1.0).astype(jnp.float32)
     sums = LossSums(
         loss=jnp.sum(-log_probs_Bt * weights_Bt),
         weight=jnp.sum(weights_Bt),
-        correct=jnp.sum(answer_Bt * is_greedy_Bt),
-        answers=jnp.sum(answer_Bt),
+        correct=jnp.sum(answers_Bt & is_greedy_Bt, dtype=jnp.float32),
+        answers=jnp.sum(answers_Bt, dtype=jnp.float32),
     )
     return sums, logits_BtX, lse_Bt
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(split_tokens(x, chunk) for x in arrays)  # padding has weight 0
+    return tuple(split_tokens(x, chunk) for x in arrays)  # padding has weight 0 and is no answer
 
 
 def _zero_sums() -> LossSums:

@@ -1,5 +1,6 @@
 """Needle examples, checked by reading their text as a person would."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mla_jax.config import NeedleDataConfig
+from mla_jax.config import NeedleDataConfig, StageConfig
 from mla_jax.data.needle import vocabulary
 from mla_jax.data.needle.generator import NeedleGenerator, Purpose, make_rng, passkey_prompt
+from mla_jax.data.pipeline import loss_weights, make_pipeline
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mla_jax.errors import InputError, UsageError
 
@@ -108,9 +110,9 @@ def test_every_example_has_its_length_and_answers_what_it_says(folder, name, tas
     generator = _generator(folder, name, [task], [haystack])
     shortest = _shortest(generator)
     for i, length in enumerate([shortest, shortest + 1, shortest + 2, shortest + 13, 2 * shortest, 1500]):
-        tokens, weights = generator.example(make_rng(0, Purpose.EXAMPLE, i), length)
-        assert tokens.shape == weights.shape == (length,)
-        assert tokens.dtype == np.int32 and weights.dtype == np.float32
+        tokens, is_answer = generator.example(make_rng(0, Purpose.EXAMPLE, i), length)
+        assert tokens.shape == is_answer.shape == (length,)
+        assert tokens.dtype == np.int32 and is_answer.dtype == bool
         assert tokens[-1] == tokenizer.eos_id and (tokens[0] == tokenizer.bos_id or tokenizer.bos_id is None)
         body = tokens[tokenizer.bos_id is not None : -1].tolist()
         text = tokenizer.decode(body)
@@ -120,11 +122,11 @@ def test_every_example_has_its_length_and_answers_what_it_says(folder, name, tas
         assert expected
         for question, answer in expected.items():
             assert text.count(f"\n{question} {answer}.") == 1
-        # Weight 1 on exactly the answers, full stops and end.
-        marked = np.split(tokens, np.flatnonzero(np.diff(weights)) + 1)
+        # Exactly the answers, full stops and end are marked.
+        marked = np.split(tokens, np.flatnonzero(np.diff(is_answer)) + 1)
         learned = [tokenizer.decode(run) for run in marked[1::2]]
         assert sorted(learned) == sorted(f" {answer}." for answer in expected.values())
-        assert set(weights) == {0, 1} and weights[0] == 0 and weights[-1] == 1
+        assert not is_answer[0] and is_answer[-1]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -190,10 +192,24 @@ def test_tasks_that_do_not_fit_are_left_out_and_too_short_is_an_error(folder):
         generator.example(make_rng(0, Purpose.EXAMPLE, 0), 36)
 
 
-def test_weight_of_the_language_model_loss(folder):
-    generator = _generator(folder, lm_loss_weight=0.1)
-    _, weights = generator.example(make_rng(0, Purpose.EXAMPLE, 0), 128)
-    assert set(weights) == {np.float32(0.1), np.float32(1)}
+def test_weight_of_the_language_model_loss():
+    """A share of each row, whatever its length and its number of answers; every answer token weighs 1."""
+    data = NeedleDataConfig(tokenizer="bytes", tasks={"passkey": 1.0}, haystacks={"noise": 1.0})
+    for share in (0.0, 0.1, 0.5, 0.99):
+        shared = dataclasses.replace(data, lm_loss_weight=share)
+        for length, rows in ((256, 8), (4096, 2), (131_072, 1)):
+            stage = StageConfig(seq_len=length, batch_size=rows, steps=1, learning_rate=1.0)
+            batch = next(make_pipeline(shared, TOKENIZERS["bytes"], [stage], 0, 0))
+            answers, weights = batch["answers"], batch["weights"]
+            assert (weights[answers] == 1).all() and not weights[:, -1].any()
+            of_others = np.where(answers, 0, weights).sum(axis=1, dtype=np.float64)
+            np.testing.assert_allclose(of_others / weights.sum(axis=1, dtype=np.float64), share, rtol=1e-4)
+
+
+def test_a_row_without_answers_has_no_weight():
+    answers = np.array([[False, True, True, False], [False] * 4, [True, True, True, False]])
+    weights = loss_weights(answers, 0.2)
+    np.testing.assert_allclose(weights, [[0.5, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
 
 
 def test_needles_lie_anywhere(folder):

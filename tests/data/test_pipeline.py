@@ -30,7 +30,7 @@ STAGES = [
     ),
 ]
 CHAT_STAGE = StageConfig(seq_len=24, batch_size=4, steps=1, learning_rate=1)
-DTYPES = {"tokens": "int32", "targets": "int32", "weights": "float32", "positions": "int32"}
+DTYPES = {"tokens": "int32", "targets": "int32", "weights": "float32", "answers": "bool", "positions": "int32"}
 
 
 @pytest.fixture

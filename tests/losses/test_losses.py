@@ -15,29 +15,29 @@ def case():
     w = rng.normal(size=(8, 11)).astype(np.float32)
     targets = rng.integers(0, 11, (2, 13)).astype(np.int32)
     weights = rng.choice([0.0, 0.1, 1.0], (2, 13)).astype(np.float32)
-    return h, w, targets, weights
+    answers = rng.random((2, 13)) < 0.5
+    return h, w, targets, weights, answers
 
 
-def _oracle(h, w, targets, weights):
+def _oracle(h, w, targets, weights, answers):
     """Float64, all logits at once."""
     logits = h.astype(np.float64) @ w.astype(np.float64)
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    answers = weights >= 1
     return (nll * weights).sum(), weights.sum(), (answers & (logits.argmax(-1) == targets)).sum(), answers.sum()
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 12, 13, 64])
 def test_sums_equal_the_float64_oracle_for_every_chunk(case, chunk):
-    h, w, targets, weights = case
-    sums = chunked_cross_entropy(jnp.asarray(w), jnp.asarray(h), jnp.asarray(targets), jnp.asarray(weights), chunk)
+    h, w, *targets = map(jnp.asarray, case)
+    sums = chunked_cross_entropy(w, h, *targets, chunk)
     np.testing.assert_allclose(sums, _oracle(*case), rtol=1e-5)
 
 
 def test_chunks_leave_gradients_unchanged(case):
-    h, w, targets, weights = map(jnp.asarray, case)
+    h, w, *targets = map(jnp.asarray, case)
 
     def loss(w, h, chunk):
-        return chunked_cross_entropy(w, h, targets, weights, chunk).loss
+        return chunked_cross_entropy(w, h, *targets, chunk).loss
 
     whole = jax.grad(loss, (0, 1))(w, h, 64)
     chunked = jax.grad(loss, (0, 1))(w, h, 4)
@@ -45,8 +45,8 @@ def test_chunks_leave_gradients_unchanged(case):
 
 
 def test_the_logits_of_a_whole_sequence_never_exist(case):
-    h, w, targets, weights = map(jnp.asarray, case)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda h: chunked_cross_entropy(w, h, targets, weights, 4).loss))(h)
+    h, w, *targets = map(jnp.asarray, case)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda h: chunked_cross_entropy(w, h, *targets, 4).loss))(h)
     assert "2,13,11]" not in str(jaxpr) and "2,16,11]" not in str(jaxpr) and "4,2,4,11]" not in str(jaxpr)
     assert "2,4,11]" in str(jaxpr)
 

@@ -37,17 +37,18 @@ def gradients(params):
     }
     rows = {name: x.astype(np.int32) for name, x in rows.items()}
     rows["weights"] = rng.choice([0.0, 0.1, 1.0], (8, 32)).astype(np.float32)
+    rows["answers"] = rows["weights"] > 0
     batch = mesh.place_batch(rows, 1) if mesh.has_mesh() else {name: jnp.asarray(x)[None] for name, x in rows.items()}
 
     def loss(params, batch):
         model = bind(CONFIG, params)
-        tokens, positions, segments, targets, weights = (
-            batch[name][0] for name in ("tokens", "positions", "segments", "targets", "weights")
+        tokens, positions, segments, *targets = (
+            batch[name][0] for name in ("tokens", "positions", "segments", "targets", "weights", "answers")
         )
         total = 0.0
         for documents in (segments, None):
             h = model(tokens, positions, documents)
-            total += chunked_cross_entropy(model.head(), h, targets, weights, 6).loss
+            total += chunked_cross_entropy(model.head(), h, *targets, 6).loss
         return total
 
     return jax.jit(jax.grad(loss))(params, batch)

@@ -37,6 +37,7 @@ def random_batch(parts: int) -> dict[str, np.ndarray]:
         "targets": rng.integers(0, MODEL.vocab_size, shape, np.int32),
         "positions": np.broadcast_to(np.arange(32, dtype=np.int32), shape),
         "weights": np.ones(shape, np.float32),
+        "answers": np.ones(shape, bool),
     }
 
 

@@ -33,6 +33,7 @@ def test_no_weight_or_moment_is_replicated_within_a_replica(data, fsdp, context,
         state = jax.eval_shape(lambda: init_state(config.model, optimizer, 0))
         step = make_train_step(config.model, optimizer, CrossEntropy(config.train.loss_chunk))
         types = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "weights": jnp.float32}
+        types["answers"] = jnp.bool_
         sharding = NamedSharding(mesh, BATCH)
         rows = {
             name: jax.ShapeDtypeStruct((1, batch, tokens), dtype, sharding=sharding) for name, dtype in types.items()

@@ -112,7 +112,8 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
 def test_accumulated_steps_equal_whole_batches(tmp_path):
     stages = [{"seq_len": 96, "steps": 2, "batch_size": 16}]
     for parts in (1, 2):
-        train(make_config(tmp_path / f"by-{parts}", stages, grad_accumulation=parts))
+        data = dataclasses.replace(DATA, lm_loss_weight=0.3)
+        train(make_config(tmp_path / f"by-{parts}", stages, grad_accumulation=parts, data=data))
     one, two = params_of(tmp_path / "by-1"), params_of(tmp_path / "by-2")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
 
@@ -157,6 +158,7 @@ def test_a_step_that_is_not_finite_is_skipped_if_asked():
     optimizer = make_optimizer(OptimConfig(name="adamw"))
     step = make_train_step(MODEL, optimizer, CrossEntropy(64), skip_nonfinite=True)
     rows = {name: np.ones((1, 2, 16), np.int32) for name in ("tokens", "targets", "positions")}
+    rows["answers"] = np.ones((1, 2, 16), bool)
     good, bad = (rows | {"weights": np.full((1, 2, 16), weight, np.float32)} for weight in (1.0, np.nan))
     state, metrics = step(init_state(MODEL, optimizer, 0), good, jnp.float32(1e-2))
     before = jax.device_get(state)

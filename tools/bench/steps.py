@@ -44,6 +44,7 @@ def random_batch(model: ModelConfig, shape: Shape, accumulation: int) -> dict[st
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "weights": np.ones((len(rows), shape.tokens), np.float32),
+        "answers": np.ones((len(rows), shape.tokens), bool),
         "positions": np.tile(np.arange(shape.tokens, dtype=np.int32), (len(rows), 1)),
     }
     return place_batch(batch, accumulation)

@@ -80,5 +80,6 @@ def perplexity(h_BTD: np.ndarray, head_DX: np.ndarray, tokens_BT: np.ndarray) ->
 @jax.jit
 def _loss(h_BTD: jax.Array, head_DX: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     weights_BT = jnp.ones(tokens_BT.shape, jnp.float32).at[:, -1].set(0)
-    sums = chunked_cross_entropy(head_DX, h_BTD, jnp.roll(tokens_BT, -1, axis=1), weights_BT, _LOSS_CHUNK)
+    targets_BT = jnp.roll(tokens_BT, -1, axis=1)
+    sums = chunked_cross_entropy(head_DX, h_BTD, targets_BT, weights_BT, weights_BT > 0, _LOSS_CHUNK)
     return sums.loss / sums.weight

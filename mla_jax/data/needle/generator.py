@@ -77,7 +77,7 @@ class NeedleGenerator:
             )
 
     def example(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 [length], and for each token the weight float32 [length] of the loss that predicts it.
+        """Token ids int32 [length], and bool [length], true for each token of an answer, its full stop and <eos>.
 
         Tasks that do not fit into `length` are not drawn; of the others, as many needles as fit.
 
@@ -107,7 +107,7 @@ class NeedleGenerator:
         is_answer = np.repeat(
             [False, *[False, True] * len(asked), True], [length - 1 - sum(map(len, dialogue)), *map(len, dialogue), 1]
         )
-        return tokens, np.where(is_answer, np.float32(1), np.float32(self._config.lm_loss_weight))
+        return tokens, is_answer
 
 
 def passkey_prompt(tokenizer: Tokenizer, length: int, depth: float, seed: int, index: int) -> tuple[list[int], str]:
