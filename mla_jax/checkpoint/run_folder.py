@@ -43,7 +43,7 @@ class Run:
     tokenizer: Tokenizer
     step: int
     trained_lengths: tuple[int, ...]
-    """Sequence lengths of the training stages, in tokens; empty for an imported model."""
+    """Sequence lengths of the training stages that this step has behind it, in tokens; empty for an imported model."""
 
 
 def check_run(config: SftConfig, tokenizer: Tokenizer) -> None:
@@ -116,14 +116,14 @@ def load_run(run_dir: str | Path, step: str = "latest", *, on_disk: bool = False
     try:
         metric = OmegaConf.select(config, "train.best_metric", default=TrainConfig.best_metric)
         chosen = checkpoints.choose(step, metric)
-        trained_with = checkpoints.restore_loop_state(chosen)["tokenizer"]
-        if trained_with != tokenizer.fingerprint:
+        saved = checkpoints.restore_loop_state(chosen)
+        if saved["tokenizer"] != tokenizer.fingerprint:
             raise InputError(f"{run_dir / TOKENIZER} is not the tokenizer that checkpoint {chosen} was trained with")
         params = (checkpoints.open_params if on_disk else checkpoints.restore_params)(chosen, model)
     finally:
         checkpoints.close()
-    lengths = tuple(stage.seq_len for stage in config.train.stages) if "train" in config else ()
-    return Run(run_dir, model, params, tokenizer, chosen, lengths)
+    stages = config.train.stages[: saved["stage"] + (saved["stage_step"] > 0)] if "train" in config else []
+    return Run(run_dir, model, params, tokenizer, chosen, tuple(stage.seq_len for stage in stages))
 
 
 def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokenizer: Tokenizer) -> Path:

@@ -101,6 +101,19 @@ def test_a_stage_ends_early_at_its_accuracy_and_resumes_alike(tmp_path, monkeypa
     assert_equal(params_of(tmp_path / "run"), params_of(tmp_path / "whole"))
 
 
+def test_trained_lengths_are_those_of_the_stages_that_were_reached(tmp_path, monkeypatch):
+    """Interrupted in the first stage, at its end (the second has begun without a step), and in the second."""
+    stages = [{"seq_len": 96, "steps": 3}, {"seq_len": 128, "steps": 3}, {"seq_len": 160, "steps": 2}]
+    config = make_config(tmp_path / "run", stages, keep_last=9)
+    for served, step in ((2, 2), (1, 3), (1, 4)):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, served)
+            assert train(config).step == step
+    assert train(config).finished
+    lengths = {step: load_run(tmp_path / "run", str(step)).trained_lengths for step in (2, 3, 4, 8)}
+    assert lengths == {2: (96,), 3: (96,), 4: (96, 128), 8: (96, 128, 160)}
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path):
     config = make_config(tmp_path / "run", [{"seq_len": 96, "steps": 2}])
     train(config)
