@@ -12,12 +12,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from omegaconf import DictConfig, OmegaConf
 
 from mla_jax.checkpoint.manager import CHECKPOINTS, Checkpoints
 from mla_jax.checkpoint.streaming import deferred_write_errors
-from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, WEIGHT_KEYS, ModelConfig, SftConfig, TrainConfig
+from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, WEIGHT_KEYS, ModelConfig, RunConfig, TrainConfig
 from mla_jax.config.command_line import override
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.distributed.decisions import broadcast_decision
@@ -46,7 +47,7 @@ class Run:
     """Sequence lengths of the training stages that this step has behind it, in tokens; empty for an imported model."""
 
 
-def check_run(config: SftConfig, tokenizer: Tokenizer) -> None:
+def check_run(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Checks that a run of `config` can begin in RUN, or that the one which is there can be resumed; writes nothing.
 
     The first process of a job does it for all.
@@ -57,7 +58,7 @@ def check_run(config: SftConfig, tokenizer: Tokenizer) -> None:
     broadcast_decision(lambda: _check_run(config, tokenizer))
 
 
-def _check_run(config: SftConfig, tokenizer: Tokenizer) -> None:
+def _check_run(config: RunConfig, tokenizer: Tokenizer) -> None:
     run_dir = Path(config.run_dir)
     if not (run_dir / CONFIG).exists():
         if (run_dir / CHECKPOINTS).is_dir() and any((run_dir / CHECKPOINTS).iterdir()):
@@ -76,7 +77,7 @@ def _check_run(config: SftConfig, tokenizer: Tokenizer) -> None:
         raise InputError(f"{run_dir} was trained with another tokenizer than data.tokenizer={config.data.tokenizer}")
 
 
-def record_run(config: SftConfig, tokenizer: Tokenizer) -> None:
+def record_run(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Writes config and tokenizer into RUN, which `check_run` found fit; the first process of a job does it for all.
 
     Raises:
@@ -85,7 +86,7 @@ def record_run(config: SftConfig, tokenizer: Tokenizer) -> None:
     broadcast_decision(lambda: _record_run(config, tokenizer))
 
 
-def _record_run(config: SftConfig, tokenizer: Tokenizer) -> None:
+def _record_run(config: RunConfig, tokenizer: Tokenizer) -> None:
     run_dir = Path(config.run_dir)
     if not (run_dir / CONFIG).exists():
         tokenizer.save(run_dir / TOKENIZER)
@@ -124,6 +125,31 @@ def load_run(run_dir: str | Path, step: str = "latest", *, on_disk: bool = False
         checkpoints.close()
     stages = config.train.stages[: saved["stage"] + (saved["stage_step"] > 0)] if "train" in config else []
     return Run(run_dir, model, params, tokenizer, chosen, tuple(stage.seq_len for stage in stages))
+
+
+def load_params(key: str, run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
+    """The newest parameters of another run, in the type that `model` says, to compute as `model` with them.
+
+    Everything that does not say which weights there are may differ, positions above all: that is how a context is
+    extended.
+
+    Args:
+        key: the config key whose value is `run_dir`, for errors.
+        run_dir: the other run.
+        model: of this run.
+        tokenizer: of this run.
+
+    Raises:
+        InputError: its weights or its tokenizer are not ours; see `load_run`.
+    """
+    run = load_run(run_dir)
+    differ = [name for name in WEIGHT_KEYS if getattr(run.model, name) != getattr(model, name)]
+    if differ:
+        raise InputError(f"{key}={run_dir} holds another model: {', '.join(differ)} differ")
+    if run.tokenizer.fingerprint != tokenizer.fingerprint:
+        ours = override("data.tokenizer", f"{run_dir}/tokenizer")
+        raise InputError(f"{key}={run_dir} has another tokenizer; set {ours}")
+    return jax.tree.map(lambda array: array.astype(model.param_dtype), run.params)
 
 
 def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokenizer: Tokenizer) -> Path:

@@ -5,10 +5,12 @@ Values that cannot work raise UsageError in `__post_init__`, so a bad configurat
 
 from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig
 from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, PasskeyConfig
+from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, WEIGHT_KEYS, ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
 from mla_jax.config.register import register_schemas
+from mla_jax.config.run import RunConfig
 from mla_jax.config.schema import flatten, require, require_at_least, require_choice, schema
 from mla_jax.config.sft import SftConfig
 from mla_jax.config.tracker import TrackerConfig
@@ -27,6 +29,8 @@ __all__ = [
     "NeedleDataConfig",
     "OptimConfig",
     "PasskeyConfig",
+    "PreferenceLossConfig",
+    "RunConfig",
     "SftConfig",
     "StageConfig",
     "TrackerConfig",

@@ -4,6 +4,7 @@ from hydra.core.config_store import ConfigStore
 
 from mla_jax.config.data import JsonlDataConfig, NeedleDataConfig
 from mla_jax.config.evaluate import EvaluateConfig, PasskeyConfig
+from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
@@ -22,6 +23,7 @@ def register_schemas() -> None:
         ("model/rope_scaling", "schema", YarnConfig),
         ("data", "needle_schema", NeedleDataConfig),
         ("data", "jsonl_schema", JsonlDataConfig),
+        ("loss", "schema", PreferenceLossConfig),
         ("optim", "schema", OptimConfig),
         ("mesh", "schema", MeshConfig),
         ("tracker", "schema", TrackerConfig),

@@ -13,6 +13,10 @@ from mla_jax.distributed.join import is_main, print_on_main
 SECONDS_TO_BE_KILLED = 300
 
 
+class Stopped(Exception):
+    """A run was told to stop while it computed something that its next step needs."""
+
+
 class StopRequest:
     """While entered, SIGINT and SIGTERM ask for a stop instead of ending the process.
 
@@ -24,6 +28,7 @@ class StopRequest:
         self.terminated = False
         """True for SIGTERM (somebody needs the machine), False for Ctrl-C."""
         self._requested = False
+        self._asked = 0
         self._previous: dict = {}
 
     def __enter__(self) -> "StopRequest":
@@ -38,11 +43,12 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def reached(self, step: int) -> bool:
-        """Returns True to stop now, with `step` steps finished. Every process must ask after each step."""
-        if multihost_utils.reached_preemption_sync_point(step):  # False on one process
+    def reached(self, what: str) -> bool:
+        """Returns True to stop now, at `what` (`step 7`). Every process must ask at the same points."""
+        self._asked += 1  # all processes stop at the same number
+        if multihost_utils.reached_preemption_sync_point(self._asked):  # False on one process
             self.terminated = True
-            print_on_main(f"\nAll processes stop at step {step}; the checkpoint is saved first")
+            print_on_main(f"\nAll processes stop at {what}; the checkpoint is saved first")
             return True
         return self._requested
 

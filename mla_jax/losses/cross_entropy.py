@@ -25,6 +25,7 @@ class CrossEntropy:
     chunk: int
     """Tokens of a sequence whose logits exist at one time."""
     accuracy_metric: ClassVar[str] = "answer_accuracy"
+    totals: ClassVar[tuple[str, ...]] = ()
 
     def sums(self, transformer: Transformer, rows: Arrays) -> dict[str, jax.Array]:
         """The fields of `LossSums`."""
@@ -46,6 +47,10 @@ class CrossEntropy:
     def progress(self, means: Mapping[str, float]) -> str:
         """Loss and answer accuracy."""
         return f"loss {means['loss']:.3f}  answers {means['answer_accuracy']:.1%}"
+
+    def warning(self, before: Mapping[str, float], now: Mapping[str, float]) -> str | None:
+        """None: its curve says it all."""
+        return None
 
 
 class LossSums(NamedTuple):

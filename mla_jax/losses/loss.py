@@ -27,6 +27,9 @@ class Loss(Protocol):
     accuracy_metric: ClassVar[str]
     """The mean, between 0 and 1, at which `train.stages.accuracy` ends a stage."""
 
+    totals: ClassVar[tuple[str, ...]]
+    """Sums that go on from one window of steps to the next, over the whole run."""
+
     def sums(self, transformer: Transformer, rows: Arrays) -> dict[str, jax.Array]:
         """Sums over one micro-batch, float32 scalars; `loss` is among them and the only one that has gradients.
 
@@ -46,4 +49,8 @@ class Loss(Protocol):
 
     def progress(self, means: Mapping[str, float]) -> str:
         """The part of the progress line that tells of `means`."""
+        ...
+
+    def warning(self, before: Mapping[str, float], now: Mapping[str, float]) -> str | None:
+        """One line if the means `now` of a window, after `before` in the same stage, show a known failure."""
         ...

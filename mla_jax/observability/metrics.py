@@ -35,6 +35,10 @@ class Window:
             "skipped_steps": self.skipped,
         }
 
+    def next(self, loss: Loss) -> "Window":
+        """The window after this one: empty, but for the totals of `loss`."""
+        return Window(sums={name: self.sums[name] for name in loss.totals if name in self.sums})
+
     def to_json(self) -> dict[str, float]:
         """`steps` and every sum by name, flat."""
         return {"steps": self.steps, **self.sums}

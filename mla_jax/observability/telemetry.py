@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from mla_jax.config import SftConfig
+from mla_jax.config import RunConfig
 from mla_jax.distributed.join import is_main
 from mla_jax.hardware import GIB, nominal_peak, peak_memory
 from mla_jax.observability.flops import measured_peak, train_flops
@@ -33,7 +33,7 @@ class Telemetry:
         InputError: a tracker cannot start.
     """
 
-    def __init__(self, config: SftConfig, run_dir: Path, step: int):
+    def __init__(self, config: RunConfig, run_dir: Path, step: int):
         self._config = config
         first = is_main()
         device = jax.devices()[0]

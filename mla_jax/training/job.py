@@ -2,11 +2,11 @@
 
 import sys
 
-from mla_jax.config import SftConfig
+from mla_jax.config import RunConfig
 from mla_jax.config.command_line import override
 from mla_jax.data.pipeline import MakePipeline
 from mla_jax.distributed.join import check_same_config, is_main, join_job, print_on_main
-from mla_jax.distributed.preemption import requeue
+from mla_jax.distributed.preemption import StopRequest, requeue
 from mla_jax.losses.loss import Loss
 from mla_jax.training.loop import train
 from mla_jax.training.summary import write_summary
@@ -15,7 +15,7 @@ INTERRUPTED = 130
 """The exit code of a job that was told to stop, as shells report Ctrl-C."""
 
 
-def train_job(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> None:
+def train_job(config: RunConfig, loss: Loss, make_pipeline: MakePipeline, stop: StopRequest | None = None) -> None:
     """Joins the other processes, trains, writes RUN/summary.json and prints where the result is.
 
     A run that was interrupted ends the process with exit code INTERRUPTED; a SLURM job that was told to stop goes back
@@ -25,6 +25,7 @@ def train_job(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> Non
         config: see `train`; the same on all processes.
         loss: see `train`.
         make_pipeline: see `train`.
+        stop: see `train`.
 
     Raises:
         UsageError: the processes disagree on the config, or the environment contradicts itself.
@@ -32,7 +33,7 @@ def train_job(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> Non
     """
     join_job()
     check_same_config(config)
-    result = train(config, loss, make_pipeline)
+    result = train(config, loss, make_pipeline, stop)
     if not result.finished:
         if result.terminated:
             requeue()

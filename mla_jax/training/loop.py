@@ -4,6 +4,7 @@ What a run does at a step depends only on the config and the step, and every che
 run interrupted anywhere and resumed is bit for bit the run that was not interrupted.
 """
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -14,14 +15,13 @@ import jax.numpy as jnp
 import optax
 
 from mla_jax.checkpoint.manager import Checkpoints
-from mla_jax.checkpoint.run_folder import check_run, check_tokenizer, load_run, record_run
+from mla_jax.checkpoint.run_folder import check_run, check_tokenizer, load_params, record_run
 from mla_jax.checkpoint.run_lock import RunLock, lock_run
-from mla_jax.config import WEIGHT_KEYS, ModelConfig, SftConfig, TrainConfig, require, require_choice
-from mla_jax.config.command_line import override
+from mla_jax.config import RunConfig, TrainConfig, require, require_choice
 from mla_jax.data.pipeline import MakePipeline, Pipeline
-from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.distributed.join import is_main, print_on_main
-from mla_jax.distributed.preemption import StopRequest
+from mla_jax.distributed.preemption import Stopped, StopRequest
 from mla_jax.errors import InputError
 from mla_jax.losses.loss import Loss
 from mla_jax.mesh import check_batch, make_mesh, place_batch, rows_here
@@ -78,7 +78,7 @@ class TrainResult:
     """The loss's, a name in `metrics`."""
 
 
-def train(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> TrainResult:
+def train(config: RunConfig, loss: Loss, make_pipeline: MakePipeline, stop: StopRequest | None = None) -> TrainResult:
     """Trains until the last stage ends or Ctrl-C / SIGTERM, resuming what `config.run_dir` holds.
 
     Precedence: a checkpoint of this run, then `init_from`, then random initialisation.
@@ -87,6 +87,8 @@ def train(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> TrainRe
         config: the run's configuration.
         loss: what is minimised, and what is reported of it.
         make_pipeline: makes the batches of a stage; called with `config.data` again for each.
+        stop: what tells of Ctrl-C and SIGTERM, if a pipeline whose batches take long wants to ask too: told to stop, it
+            raises Stopped in place of a batch.
 
     Raises:
         InputError: bad data, tokenizer or checkpoint, a failed save, a loss that is no longer finite, or a run that
@@ -94,12 +96,12 @@ def train(config: SftConfig, loss: Loss, make_pipeline: MakePipeline) -> TrainRe
         UsageError: parameters in 16 bits.
     """
     with jax.set_mesh(make_mesh(config.mesh)), lock_run(Path(config.run_dir)) as lock:
-        return _Trainer(config, loss, make_pipeline, lock).run()
+        return _Trainer(config, loss, make_pipeline, lock, stop or StopRequest()).run()
 
 
 class _Trainer:
-    def __init__(self, config: SftConfig, loss: Loss, make_pipeline: MakePipeline, lock: RunLock):
-        self.config, self.loss, self.make_pipeline, self.lock = config, loss, make_pipeline, lock
+    def __init__(self, config: RunConfig, loss: Loss, make_pipeline: MakePipeline, lock: RunLock, stop: StopRequest):
+        self.config, self.loss, self.make_pipeline, self.lock, self.stop = config, loss, make_pipeline, lock, stop
         # Half a unit in the last place of a bfloat16 1.0 is 0.002: no update of a usual size would change a norm.
         require(
             config.model.param_dtype == "float32",
@@ -123,6 +125,7 @@ class _Trainer:
         self.checkpoints = Checkpoints(self.run_dir, config.train)
         self.state = self._restore_or_init(optimizer)
         self.last_metrics: dict[str, float] | None = None
+        self.warned = False
         self.pending: list[dict] = []  # metrics of steps that have not been read from the device
         self.telemetry = Telemetry(config, self.run_dir, self.loop.step)
         record_run(config, tokenizer)  # last, so that a command that is refused leaves the run as it was
@@ -139,7 +142,7 @@ class _Trainer:
         if step is None:
             if self.config.init_from is None:
                 return init_state(self.config.model, optimizer, self.config.seed)
-            params = _params_of(self.config.init_from, self.config.model, self.tokenizer)
+            params = load_params("init_from", self.config.init_from, self.config.model, self.tokenizer)
             return with_params(params, optimizer)
         state, saved = self.checkpoints.restore_state(step, abstract_state(self.config.model, optimizer))
         self.loop = LoopState.from_json(saved)
@@ -155,19 +158,19 @@ class _Trainer:
     def run(self) -> TrainResult:
         train, loop = self.config.train, self.loop
         display = ProgressDisplay(sum(s.steps for s in train.stages), loop.planned(train), is_main())
-        stop = StopRequest()
         try:
-            with stop:
-                while not self._finished() and not stop.reached(loop.step):
-                    self._step()
-                    if loop.step % train.log_every == 0 or self._stage_over():
-                        self._read_pending()
-                        reached = self._report(display)
-                        if (reached or self._stage_over()) and not self._finished():
-                            with self.telemetry.clock.spend("other"):
-                                self._next_stage()
-                    if loop.step % train.checkpoint_every == 0:
-                        self._save()
+            with self.stop:
+                with contextlib.suppress(Stopped):
+                    while not self._finished() and not self.stop.reached(f"step {loop.step}"):
+                        self._step()
+                        if loop.step % train.log_every == 0 or self._stage_over():
+                            self._read_pending()
+                            reached = self._report(display)
+                            if (reached or self._stage_over()) and not self._finished():
+                                with self.telemetry.clock.spend("other"):
+                                    self._next_stage()
+                        if loop.step % train.checkpoint_every == 0:
+                            self._save()
                 if self.checkpoints.latest_step != loop.step:
                     self._save()
                 with self.telemetry.clock.spend("checkpoint"):
@@ -178,7 +181,7 @@ class _Trainer:
             self.telemetry.close(self._finished())
             self.checkpoints.close()
         accuracy = self.loss.accuracy_metric
-        return TrainResult(self.run_dir, loop.step, self._finished(), stop.terminated, self.last_metrics, accuracy)
+        return TrainResult(self.run_dir, loop.step, self._finished(), self.stop.terminated, self.last_metrics, accuracy)
 
     def _stage_over(self) -> bool:
         return self.loop.stage_step >= self.config.train.stages[self.loop.stage].steps
@@ -244,13 +247,23 @@ class _Trainer:
         rate = learning_rate(self.config.optim, train.stages, loop.stage, loop.stage_step)
         speed = self.telemetry.report(loop.step, means | {"learning_rate": rate, "stage": loop.stage})
         self.last_metrics = {**means, "tokens_per_second": self.telemetry.tokens_per_second}
-        loop.window, loop.reported = Window(), {"stage": loop.stage, **means}
+        self._warn(means)
+        loop.window, loop.reported = loop.window.next(self.loss), {"stage": loop.stage, **means}
         display.show(
             loop.planned(train),
             f"stage {loop.stage + 1}/{len(train.stages)} ({stage.seq_len} tokens)  "
             f"{self.loss.progress(means)}  {speed}",
         )
         return reached
+
+    def _warn(self, means: dict[str, float]) -> None:
+        """Prints what the loss finds wrong with a window, where that of the window before was right."""
+        before, warning = self.loop.reported, None
+        if before.get("stage") == self.loop.stage:
+            warning = self.loss.warning(before, means)
+        if warning and not self.warned:
+            print_on_main(f"\nwarning: step {self.loop.step}: {warning}")
+        self.warned = warning is not None
 
     def _save(self) -> None:
         self._read_pending()
@@ -260,22 +273,3 @@ class _Trainer:
         metrics = loop.reported or {"stage": loop.stage, **loop.window.means(self.loss)}
         with self.telemetry.saving(loop.step):
             self.checkpoints.save(loop.step, self.state, saved, metrics)
-
-
-def _params_of(run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """Parameters of another run, to start from, in the type that `model` says.
-
-    Everything that does not say which weights there are may differ, positions above all: that is how a context is
-    extended.
-
-    Raises:
-        InputError: its weights or its tokenizer are not ours.
-    """
-    run = load_run(run_dir)
-    differ = [key for key in WEIGHT_KEYS if getattr(run.model, key) != getattr(model, key)]
-    if differ:
-        raise InputError(f"init_from={run_dir} holds another model: {', '.join(differ)} differ")
-    if run.tokenizer.fingerprint != tokenizer.fingerprint:
-        ours = override("data.tokenizer", f"{run_dir}/tokenizer")
-        raise InputError(f"init_from={run_dir} has another tokenizer; set {ours}")
-    return jax.tree.map(lambda array: array.astype(model.param_dtype), run.params)

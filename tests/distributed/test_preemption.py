@@ -26,9 +26,9 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_acts_as_usual(number, termina
     seen = []
     signal.signal(number, lambda *_: seen.append(number))
     with StopRequest() as stop:
-        assert not stop.reached(1)
+        assert not stop.reached("step 1")
         signal.raise_signal(number)
-        assert stop.reached(1) and stop.terminated == terminated and seen == []
+        assert stop.reached("step 1") and stop.terminated == terminated and seen == []
         signal.raise_signal(number)
         assert seen == [number]
     signal.raise_signal(number)
@@ -41,7 +41,7 @@ def test_slurm_may_send_sigterm_again_while_the_checkpoint_is_saved(monkeypatch)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        assert stop.reached(1)
+        assert stop.reached("step 1")
     signal.raise_signal(signal.SIGTERM)  # would end the test run
 
 

@@ -16,7 +16,7 @@ def end(tmp_path, monkeypatch):
     def run(**flags) -> int:
         requeued = []
         result = TrainResult(run_dir=tmp_path, step=7, metrics={"loss": 0.5}, accuracy_metric="small", **flags)
-        monkeypatch.setattr(job, "train", lambda config, *what: result if what == ("loss", "pipeline") else None)
+        monkeypatch.setattr(job, "train", lambda config, *what: result if what == ("loss", "pipeline", None) else None)
         monkeypatch.setattr(job, "requeue", lambda: requeued.append(1))
         try:
             job.train_job(make_config(tmp_path), "loss", "pipeline")  # pyright: ignore[reportArgumentType]

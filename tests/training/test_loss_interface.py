@@ -22,6 +22,7 @@ class MeanSquare:
     """Mean square of the model's output, which the last norm's scale decides; `small` is the share below 0.9."""
 
     accuracy_metric = "small"
+    totals = ("seen",)
 
     def sums(self, transformer, rows):
         square_BT = jnp.mean(transformer(rows["tokens"], rows["positions"]) ** 2, axis=-1)
@@ -29,6 +30,7 @@ class MeanSquare:
             "loss": jnp.sum(square_BT),
             "tokens": jnp.float32(square_BT.size),
             "small": jnp.sum(1.0 * (square_BT < 0.9)),
+            "seen": jnp.float32(len(square_BT)),
         }
 
     def normalizer(self, batch):
@@ -36,10 +38,14 @@ class MeanSquare:
 
     def means(self, sums):
         tokens = max(sums.get("tokens", 0.0), 1.0)
-        return {"loss": sums.get("loss", 0.0) / tokens, "small": sums.get("small", 0.0) / tokens}
+        means = {name: sums.get(name, 0.0) / tokens for name in ("loss", "small")}
+        return means | {"seen": sums.get("seen", 0.0)}
 
     def progress(self, means):
         return f"squared {means['loss']:.3f}"
+
+    def warning(self, before, now):
+        return "it falls" if now["loss"] < before["loss"] else None
 
 
 def sevens(data, tokenizer, stages, stage, seed, rows_of):
@@ -66,15 +72,18 @@ def test_a_run_may_have_a_loss_and_a_pipeline_of_its_own(tmp_path, capsys):
         results[parts] = loop.train(config, MeanSquare(), sevens)
     one = results[1]
     assert one.finished and 3 + 3 <= one.step < 30 + 3  # the first stage ended at its threshold
-    assert one.metrics is not None and list(one.metrics)[:4] == ["loss", "small", "grad_norm", "skipped_steps"]
+    assert one.metrics is not None and list(one.metrics)[:5] == ["loss", "small", "seen", "grad_norm", "skipped_steps"]
     assert one.accuracy_metric == "small" and one.metrics["small"] == 1 and one.metrics["loss"] < 0.9
     assert results[2].metrics is not None and abs(results[2].metrics["loss"] - one.metrics["loss"]) < 1e-3
     out = capsys.readouterr().out
     assert "squared " in out and "answers" not in out
+    # A total goes on over windows and stages; a warning is printed once, until a window gives no reason for it.
+    assert one.metrics["seen"] == 16 * one.step
+    assert out.count("it falls") == 2 and "warning: step 6: it falls" in out  # in two runs
 
 
 def test_the_best_metric_must_be_one_of_the_loss(tmp_path):
-    with pytest.raises(UsageError, match=r"train\.best_metric must be one of loss, small; got 'answer_accuracy'"):
+    with pytest.raises(UsageError, match=r"train\.best_metric must be one of loss, small, seen; got 'answer_accuracy'"):
         loop.train(make_config(tmp_path / "run"), MeanSquare(), sevens)
     assert not (tmp_path / "run").exists()
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_jax.config import ModelConfig, SftConfig
+from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.errors import UsageError
 from mla_jax.lengths import LENGTH_PATTERN, format_length, parse_length
 from mla_jax.losses.cross_entropy import CrossEntropy
@@ -50,7 +50,7 @@ def random_batch(model: ModelConfig, shape: Shape, accumulation: int) -> dict[st
     return place_batch(batch, accumulation)
 
 
-def compile_step(config: SftConfig, shape: Shape) -> tuple[Any, tuple, dict[str, Any]]:
+def compile_step(config: RunConfig, shape: Shape) -> tuple[Any, tuple, dict[str, Any]]:
     """The compiled step, its arguments, and its cost: seconds to compile, bytes on a device, bytes on the host."""
     model, optimizer = config.model, make_optimizer(config.optim)
     train_step = make_train_step(model, optimizer, CrossEntropy(config.train.loss_chunk))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from experiments.entry import compose_config
-from mla_jax.config import ModelConfig, SftConfig
+from mla_jax.config import ModelConfig, RunConfig
 from mla_jax.errors import one_line_errors
 from mla_jax.hardware import nominal_peak
 from mla_jax.mesh import make_mesh
@@ -44,7 +44,7 @@ def keeping(model: ModelConfig, text: str) -> ModelConfig:
     return dataclasses.replace(model, remat="names", saved=names[0], offloaded=names[1])
 
 
-def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, Any]:
+def measure(config: RunConfig, shape: Shape, trace: Path | None) -> dict[str, Any]:
     """Seconds a step, loss and gradient norm of the first step, and the cost that `compile_step` finds."""
     compiled, (batch, rate), takes = compile_step(config, shape)
     state, metrics = compiled(init_state(config.model, make_optimizer(config.optim), config.seed), batch, rate)
@@ -62,7 +62,7 @@ def measure(config: SftConfig, shape: Shape, trace: Path | None) -> dict[str, An
     return takes | first | {"seconds": median, "spread": (max(seconds) - min(seconds)) / median}
 
 
-def print_memory(config: SftConfig, shape: Shape, models: dict[str, ModelConfig]) -> None:
+def print_memory(config: RunConfig, shape: Shape, models: dict[str, ModelConfig]) -> None:
     """Prints the memory that each way takes, without running it."""
     for name, model in models.items():
         try:
@@ -75,7 +75,7 @@ def print_memory(config: SftConfig, shape: Shape, models: dict[str, ModelConfig]
 
 
 def bench(
-    config: SftConfig, shape: Shape, models: dict[str, ModelConfig], peak: float, trace: Path | None
+    config: RunConfig, shape: Shape, models: dict[str, ModelConfig], peak: float, trace: Path | None
 ) -> list[dict[str, Any]]:
     """The rows of one shape; `peak` is the measured ceiling in FLOP/s of a device."""
     rows: list[dict[str, Any]] = []

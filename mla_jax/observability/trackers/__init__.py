@@ -10,7 +10,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from mla_jax.config import SftConfig, TrackerConfig
+from mla_jax.config import RunConfig, TrackerConfig
 from mla_jax.distributed.decisions import broadcast_decision
 from mla_jax.distributed.join import is_main
 from mla_jax.errors import InputError, UsageError, first_line
@@ -38,14 +38,14 @@ class Trackers:
         InputError: a tracker cannot start a new run, or RUN/trackers.json cannot be read.
     """
 
-    def __init__(self, config: SftConfig, run_dir: Path, step: int):
+    def __init__(self, config: RunConfig, run_dir: Path, step: int):
         self._path = run_dir / FILE
         self._failed: set[str] = set()
         self._trackers: dict[str, Tracker] = {}
         if config.tracker.names:
             broadcast_decision(lambda: self._start(config, run_dir, step))
 
-    def _start(self, config: SftConfig, run_dir: Path, step: int) -> None:
+    def _start(self, config: RunConfig, run_dir: Path, step: int) -> None:
         if not is_main():
             return
         self._known = self._read()
@@ -116,7 +116,7 @@ def check_installed(config: TrackerConfig) -> None:
             raise UsageError(f"tracker {name} needs the package {package}: pip install 'infinitecontext[{name}]'")
 
 
-def _make(name: str, config: SftConfig, run_dir: Path, step: int, known: dict, start: dict) -> Tracker:
+def _make(name: str, config: RunConfig, run_dir: Path, step: int, known: dict, start: dict) -> Tracker:
     if name == "tensorboard":
         return TensorBoardTracker(run_dir, step, start)
     return {"wandb": WandbTracker, "mlflow": MlflowTracker}[name](config, run_dir, known, start)

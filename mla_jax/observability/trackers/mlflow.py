@@ -6,7 +6,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from mla_jax.config import SftConfig, TrackerConfig, flatten
+from mla_jax.config import RunConfig, TrackerConfig, flatten
 from mla_jax.observability.trackers.tracker import CLOSE_SECONDS
 
 
@@ -17,7 +17,7 @@ class MlflowTracker:
     holds up a thread, not training. `known["id"]` is the run's id, given by the store the first time.
     """
 
-    def __init__(self, config: SftConfig, run_dir: Path, known: dict, start: dict):
+    def __init__(self, config: RunConfig, run_dir: Path, known: dict, start: dict):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # training jobs should not call home
         from mlflow import MlflowClient
         from mlflow.entities import Param, RunTag

@@ -4,7 +4,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from mla_jax.config import SftConfig
+from mla_jax.config import RunConfig
 from mla_jax.observability.trackers.tracker import CLOSE_SECONDS
 
 
@@ -14,7 +14,7 @@ class WandbTracker:
     `known["id"]` is the run's id, chosen here the first time.
     """
 
-    def __init__(self, config: SftConfig, run_dir: Path, known: dict, start: dict):
+    def __init__(self, config: RunConfig, run_dir: Path, known: dict, start: dict):
         import wandb
 
         known.setdefault("id", uuid.uuid4().hex[:12])
