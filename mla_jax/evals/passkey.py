@@ -51,7 +51,7 @@ def passkey_task(model: ModelConfig, tokenizer: Tokenizer, grid: PasskeyConfig) 
         cells=tuple({"length": length, "depth": depth} for length in grid.lengths for depth in grid.depths),
         samples=grid.samples,
         prompt=prompt,
-        is_correct=lambda answer, text: first_integer(text) == int(answer),
+        score=lambda prompt, text: {"correct": first_integer(text) == int(prompt.answer)},
         max_new_tokens=grid.max_new_tokens,
         batch_size=grid.batch_size,
         cache_dtype=grid.cache_dtype,

@@ -1,5 +1,6 @@
 """A text table and a heatmap of results over a grid of lengths and one more parameter, depth for instance."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mla_jax.evals.results import Cell, totals_by_length
+from mla_jax.evals.results import Cell, Rate, totals_by_length
 from mla_jax.files import atomic_file
 from mla_jax.lengths import format_length
 
@@ -38,16 +39,37 @@ def _grid(cells: Sequence[Cell]) -> tuple[list[int], str, list[Any], dict[tuple[
 
 
 def format_table(cells: Sequence[Cell]) -> str:
-    """The grid as text, length across, the other parameter down: correct/n [Wilson 95 % interval in %] in each cell."""
+    """The grid as text, length across, the other parameter down: correct/n [95 % interval in %] in each cell."""
     lengths, name, values, by_place = _grid(cells)
     rows = [[name, *(f"{format_length(length)} tokens" for length in lengths)]]
     for value in values:
         entries = [by_place[length, value] for length in lengths]
         rows.append([_format_row(name, value), *(f"{c.correct}/{c.n} [{_percent_range(c)}]" for c in entries)])
+    *above, totals = _aligned(rows).splitlines()
+    return "\n".join([*above, above[1], totals])
+
+
+def format_rates(cells: Sequence[Cell]) -> str:
+    """The other scores of the task as text, one a line, length across: rate in %, n and interval; "" without any."""
+    totals = totals_by_length(cells)
+    names = dict.fromkeys(name for cell in totals for name in cell.rates)
+    rows = [["", *(f"{format_length(cell.length)} tokens" for cell in totals)]]
+    rows += [[name.replace("_", " "), *(_format_rate(cell.rates.get(name)) for cell in totals)] for name in names]
+    return _aligned(rows) if names else ""
+
+
+def _format_rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "-"
+    low, high = rate.interval
+    return f"{100 * rate.rate:.1f}% of {rate.n} [{100 * low:.0f}-{100 * high:.0f}]"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the right, a rule under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def plot_heatmap(
@@ -86,7 +108,7 @@ def plot_heatmap(
     _mark_trained(axes, lengths, trained_lengths)
 
     figure.suptitle(title, fontsize=12, weight="bold")
-    legend = "in each cell: accuracy, correct/n (Wilson 95 % interval)"
+    legend = "in each cell: accuracy, correct/n (95 % interval)"
     axes.set_title(f"{subtitle}\n{legend}".strip(), fontsize=8, color="#505050", pad=22 if trained_lengths else 6)
     bar = figure.colorbar(scale, ax=axes, aspect=30, ticks=[0, 0.25, 0.5, 0.75, 1], format=_percent)
     bar.set_label("accuracy")
@@ -105,7 +127,10 @@ def _draw_cell(axes: Axes, x: float, y: float, cell: Cell, scale: ScalarMappable
     luminance = color[:3] @ (0.2126, 0.7152, 0.0722)
     ink = "white" if luminance < 0.5 else "#202020"
     # Rounded down: 100 % is said of no cell that has a failure.
-    percent, details = f"{100 * cell.correct // cell.n} %", f"{cell.correct}/{cell.n}  ({_percent_range(cell)})"
+    percent, details = (
+        f"{math.floor(100 * cell.correct / cell.n + 1e-9)} %",
+        f"{cell.correct}/{cell.n}  ({_percent_range(cell)})",
+    )
     axes.text(x, y - 0.02, percent, ha="center", va="bottom", color=ink, fontsize=11, weight="bold")
     axes.text(x, y + 0.1, details, ha="center", va="top", color=ink, fontsize=7)
 

@@ -12,41 +12,79 @@ RUN/eval may hold other JSON files; a file with `task` or `cells` is one of resu
     seconds           duration of the evaluation, compilation included
     config            the task as configured
     by_length, cells  params (length in tokens, depth and the like; null: all), n, correct, accuracy,
-                      interval [low, high] (Wilson 95 %)
+                      interval [low, high] (95 %, see `clustered_interval`), rates (n, rate and interval of the task's
+                      other scores, by name)
+    cells also        scores: each prompt's, by name, in the order of samples; haystacks: the number of each prompt's,
+                      where prompts share them. Version 1 had neither
     failures          a few wrong answers of each cell: params, seed, index, expected, generated
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mla_jax.errors import InputError
 from mla_jax.evals import passkey
-from mla_jax.evals.stats import wilson_interval
+from mla_jax.evals.stats import clustered_interval
 from mla_jax.evals.task import Params
 
-VERSION = 1
+VERSION = 2
+CORRECT = "correct"
+"""The score that every prompt of every task has."""
 _WITHOUT_VERSION = {"task": passkey.NAME, "title": passkey.TITLE, "description": passkey.DESCRIPTION}
-_COUNTS = ("n", "correct", "accuracy", "interval")
+_COUNTS = ("n", "correct", "accuracy", "interval", "rates", "scores", "haystacks")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The mean of a score between 0 and 1."""
+
+    n: int
+    rate: float
+    interval: tuple[float, float]
+    """95 %, see `clustered_interval`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, rounded."""
+        return {"n": self.n, "rate": round(self.rate, 6), "interval": [round(end, 6) for end in self.interval]}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The count of correct answers to the `n` prompts of a cell."""
+    """The scores of the answers to the prompts of a cell."""
 
     params: Params
     """`length` and one more; None stands for all values of that one."""
-    n: int
-    correct: int
+    scores: dict[str, tuple[float, ...]]
+    """Scores between 0 and 1 by name, in the order of the prompts; `correct` has one for each prompt."""
+    haystacks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The haystack of each score, by name; without a name, each prompt has a haystack of its own."""
+
+    @classmethod
+    def counted(cls, params: Params, n: int, correct: int) -> "Cell":
+        """A cell of which only the number of correct answers is known, not which."""
+        return cls(params, {CORRECT: (1,) * correct + (0,) * (n - correct)})
 
     @property
     def length(self) -> int:
         """Tokens of the prompts."""
         return self.params["length"]
+
+    @property
+    def n(self) -> int:
+        """Number of prompts."""
+        return len(self.scores[CORRECT])
+
+    @property
+    def correct(self) -> float:
+        """Correct answers; the sum of their scores where an answer may be partly right."""
+        total = math.fsum(self.scores[CORRECT])
+        return int(total) if total == int(total) else round(total, 6)
 
     @property
     def accuracy(self) -> float:
@@ -55,28 +93,54 @@ class Cell:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson 95 % interval of the accuracy."""
-        return wilson_interval(self.correct, self.n)
+        """95 % interval of the accuracy."""
+        return self.rate(CORRECT).interval
 
-    def to_json(self) -> dict[str, Any]:
-        """Params and counts, with accuracy and interval spelled out."""
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """Means of all scores but `correct`."""
+        return {name: self.rate(name) for name in self.scores if name != CORRECT}
+
+    def rate(self, name: str) -> Rate:
+        """The mean of a score."""
+        scores = self.scores[name]
+        clusters = self.haystacks.get(name, range(len(scores)))
+        return Rate(len(scores), math.fsum(scores) / len(scores), clustered_interval(scores, clusters))
+
+    def summary(self) -> dict[str, Any]:
+        """Params and counts, with accuracy, interval and rates spelled out."""
         low, high = self.interval
+        rates = {name: rate.to_json() for name, rate in self.rates.items()}
         return {
             **self.params,
             "n": self.n,
             "correct": self.correct,
             "accuracy": round(self.accuracy, 6),
             "interval": [round(low, 6), round(high, 6)],
+            **({"rates": rates} if rates else {}),
         }
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary, and what it was made of."""
+        haystacks = {"haystacks": list(self.haystacks[CORRECT])} if self.haystacks else {}
+        return {**self.summary(), "scores": {name: list(each) for name, each in self.scores.items()}, **haystacks}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Cell":
         """The cell of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
         n, correct = content["n"], content["correct"]
         params = {key: value for key, value in content.items() if key not in _COUNTS}
-        _require(isinstance(n, int) and isinstance(correct, int) and 0 <= correct <= n > 0, f"{correct} of {n} correct")
+        _require(isinstance(n, int) and 0 <= correct <= n > 0, f"{correct} of {n} correct")
         _require(isinstance(params["length"], int) and len(params) == 2, f"a cell of {params}")
-        return cls(params, n, correct)
+        if "scores" not in content:  # of version 1
+            return cls.counted(params, n, correct)
+        scores = {name: tuple(each) for name, each in content["scores"].items()}
+        _require(all(len(each) == n and all(0 <= x <= 1 for x in each) for each in scores.values()), "scores")
+        haystacks = tuple(content.get("haystacks", ()))
+        _require(len(haystacks) in (0, n), "haystacks")
+        cell = cls(params, scores, dict.fromkeys(scores, haystacks) if haystacks else {})
+        _require(cell.correct == correct, f"correct {correct} of scores that add up to {cell.correct}")
+        return cell
 
 
 @dataclass(frozen=True)
@@ -123,9 +187,14 @@ class Results:
         return totals_by_length(self.cells)
 
     @property
-    def counts(self) -> tuple[int, int]:
+    def total(self) -> Cell:
+        """One cell for everything; None stands for each of its params."""
+        return _total(dict.fromkeys(self.cells[0].params), self.cells)
+
+    @property
+    def counts(self) -> tuple[float, int]:
         """(correct answers, prompts) of all cells."""
-        return sum(cell.correct for cell in self.cells), sum(cell.n for cell in self.cells)
+        return self.total.correct, self.total.n
 
     def to_json(self) -> dict[str, Any]:
         """Contents of the file, see the head of this module."""
@@ -138,7 +207,7 @@ class Results:
             "provenance": self.provenance,
             "seconds": self.seconds,
             "config": self.config,
-            "by_length": [cell.to_json() for cell in self.by_length],
+            "by_length": [cell.summary() for cell in self.by_length],
             "cells": [cell.to_json() for cell in self.cells],
             "failures": [failure.to_json() for failure in self.failures],
         }
@@ -151,7 +220,7 @@ class Results:
             AttributeError, KeyError, TypeError, ValueError: the content is not what an evaluation writes.
         """
         version = content.get("version")
-        _require(version in (None, VERSION), f"version {version}, where {VERSION} is known")
+        _require(version in (None, 1, VERSION), f"version {version}, where {VERSION} is known")
         content = content | (_WITHOUT_VERSION if version is None else {})
         model, provenance = content["model"], content.get("provenance", {})
         _require(isinstance(model["step"], int), f"model.step {model['step']!r}")
@@ -171,12 +240,21 @@ class Results:
 
 def totals_by_length(cells: Sequence[Cell]) -> list[Cell]:
     """One cell for each length, shortest first, that counts all cells of it; its other param is None."""
-    totals = []
-    for length in sorted({cell.length for cell in cells}):
-        row = [cell for cell in cells if cell.length == length]
-        params = dict.fromkeys(row[0].params) | {"length": length}
-        totals.append(Cell(params, sum(cell.n for cell in row), sum(cell.correct for cell in row)))
-    return totals
+    rows = {length: [cell for cell in cells if cell.length == length] for length in sorted({c.length for c in cells})}
+    return [_total(dict.fromkeys(row[0].params) | {"length": length}, row) for length, row in rows.items()]
+
+
+def _total(params: Params, cells: Sequence[Cell]) -> Cell:
+    """All scores of some cells; prompts of different lengths have different haystacks."""
+    scores: dict[str, tuple[float, ...]] = {}
+    haystacks: dict[str, tuple] = {}
+    for number, cell in enumerate(cells):
+        for name, each in cell.scores.items():
+            own = [(number, i) for i in range(len(each))]
+            shared = [(cell.length, haystack) for haystack in cell.haystacks.get(name, ())]
+            scores[name] = scores.get(name, ()) + each
+            haystacks[name] = haystacks.get(name, ()) + tuple(shared or own)
+    return Cell(params, scores, haystacks if any(cell.haystacks for cell in cells) else {})
 
 
 def read_results(path: Path, *, finished: bool = True) -> Results:

@@ -18,15 +18,21 @@ from mla_jax.checkpoint.run_folder import Run
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.provenance import provenance
-from mla_jax.evals.report import format_table, plot_heatmap
-from mla_jax.evals.results import Cell, Failure, Results, read_results, require_grid
-from mla_jax.evals.task import Params, Task
+from mla_jax.evals.report import format_rates, format_table, plot_heatmap
+from mla_jax.evals.results import CORRECT, Cell, Failure, Results, read_results, require_grid
+from mla_jax.evals.task import Params, Prompt, Task
 from mla_jax.files import write_json
 from mla_jax.inference.generator import Generator
+from mla_jax.inference.shared_prefix import generate_sharing_prefix
 from mla_jax.model.cache import bytes_per_token
 
 FAILURES_KEPT = 3
 """Wrong answers that are reported for each cell."""
+
+Place = tuple[int, int]
+"""Numbers of a cell and of a sample in it."""
+Answers = dict[Place, tuple[Prompt, list[int]]]
+"""Prompts and the tokens that were generated."""
 
 
 def measure(
@@ -42,7 +48,7 @@ def measure(
         progress: show a bar on a terminal, a line now and then elsewhere.
 
     Yields:
-        The count of a cell as soon as all its prompts are answered, and at most FAILURES_KEPT of its wrong answers.
+        The scores of a cell as soon as all its prompts are answered, and at most FAILURES_KEPT of its wrong answers.
     """
     left = [cell for cell in task.cells if cell not in finished]
     pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
@@ -55,39 +61,68 @@ def measure(
 def _of_one_length(
     task: Task, cells: list[Params], generator: Generator, tokenizer: Tokenizer, bar: tqdm
 ) -> Iterator[tuple[Cell, list[Failure]]]:
-    """Counts and wrong answers of cells whose prompts have the same length, and so may share batches, in order."""
-    asked, correct = [0] * len(cells), [0] * len(cells)
-    failures: list[list[Failure]] = [[] for _ in cells]
-    for batch in _batches(len(cells), task):
-        prompts = [task.prompt(cells[cell], sample) for cell, sample in batch]
-        new = generator.generate(
-            [prompt.ids for prompt in prompts], max_new_tokens=task.max_new_tokens, eos_id=tokenizer.eos_id
-        )
-        answers = dict(zip(batch, zip(prompts, new, strict=True), strict=True))  # the filling of the last batch merges
-        for (cell, _), (prompt, ids) in answers.items():
-            asked[cell] += 1
+    """Scores and wrong answers of cells whose prompts have the same length, and so may share batches or haystacks.
+
+    Cells come in the order in which they are finished, which is theirs where prompts share no haystack.
+    """
+    scores: list[dict[int, dict[str, float]]] = [{} for _ in cells]
+    failures: list[dict[int, Failure]] = [{} for _ in cells]
+    places = list(itertools.product(range(len(cells)), range(task.samples)))
+    ask = _ask_in_batches if task.haystack is None else _ask_by_haystack
+    for answers in ask(task, cells, places, generator, tokenizer.eos_id):
+        for (cell, sample), (prompt, ids) in answers.items():
             text = tokenizer.decode(ids)
-            if task.is_correct(prompt.answer, text):
-                correct[cell] += 1
-            else:
-                failures[cell].append(Failure(cells[cell], prompt.seed, prompt.index, prompt.answer, text))
+            scores[cell][sample] = task.score(prompt, text)
+            if scores[cell][sample][CORRECT] < 1:
+                failures[cell][sample] = Failure(cells[cell], prompt.seed, prompt.index, prompt.answer, text)
         bar.update(len(answers))
         for cell in dict.fromkeys(cell for cell, _ in answers):
-            if asked[cell] == task.samples:
-                yield Cell(cells[cell], task.samples, correct[cell]), failures[cell][:FAILURES_KEPT]
+            if len(scores[cell]) == task.samples:
+                wrong = [failures[cell][sample] for sample in sorted(failures[cell])]
+                yield _cell(task, cells[cell], scores[cell]), wrong[:FAILURES_KEPT]
 
 
-def _batches(cells: int, task: Task) -> Iterator[list[tuple[int, int]]]:
-    """(cell, sample) of all prompts of one length in batches of one size, so that one shape is compiled.
+def _cell(task: Task, params: Params, scores: dict[int, dict[str, float]]) -> Cell:
+    """The cell of the scores of all its samples."""
+    samples = range(task.samples)
+    by_name = {name: tuple(float(scores[sample][name]) for sample in samples) for name in scores[0]}
+    if task.haystack is None:
+        return Cell(params, by_name)
+    return Cell(params, by_name, dict.fromkeys(by_name, tuple(task.haystack(params, sample) for sample in samples)))
+
+
+def _ask_in_batches(
+    task: Task, cells: list[Params], places: list[Place], generator: Generator, eos_id: int | None
+) -> Iterator[Answers]:
+    """Prompts in batches of one size, so that one shape is compiled.
 
     The last batch is filled up by repeating its last prompt.
     """
-    places = list(itertools.product(range(cells), range(task.samples)))
     batches = -(-len(places) // task.batch_size)
     size = -(-len(places) // batches)  # evenly filled: little is computed twice
     for start in range(0, len(places), size):
         batch = places[start : start + size]
-        yield batch + batch[-1:] * (size - len(batch))
+        batch += batch[-1:] * (size - len(batch))
+        prompts = [task.prompt(cells[cell], sample) for cell, sample in batch]
+        new = generator.generate([prompt.ids for prompt in prompts], max_new_tokens=task.max_new_tokens, eos_id=eos_id)
+        yield dict(zip(batch, zip(prompts, new, strict=True), strict=True))  # what was repeated merges
+
+
+def _ask_by_haystack(
+    task: Task, cells: list[Params], places: list[Place], generator: Generator, eos_id: int | None
+) -> Iterator[Answers]:
+    """Prompts haystack by haystack: what those of one begin with is read once, and copied for each question."""
+    assert task.haystack is not None
+    groups: dict[int, list[Place]] = {}
+    for cell, sample in places:
+        groups.setdefault(task.haystack(cells[cell], sample), []).append((cell, sample))
+    for group in groups.values():
+        prompts = [task.prompt(cells[cell], sample) for cell, sample in group]
+        new = generate_sharing_prefix(
+            generator, [prompt.ids for prompt in prompts],
+            max_new_tokens=task.max_new_tokens, eos_id=eos_id, batch_size=task.batch_size,
+        )  # fmt: skip
+        yield dict(zip(group, zip(prompts, new, strict=True), strict=True))
 
 
 def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
@@ -123,6 +158,8 @@ def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
             failures=(*results.failures, *failures),
         )
         write_json(unfinished, results.to_json())
+    in_order = sorted(results.cells, key=lambda cell: task.cells.index(cell.params))
+    results = dataclasses.replace(results, cells=tuple(in_order))
     write_json(path, results.to_json())
     unfinished.unlink(missing_ok=True)
     plot_heatmap(
@@ -133,8 +170,9 @@ def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
         f"{results.model['cache_bytes_per_token']:,} bytes of cache a token",
         trained_lengths=run.trained_lengths,
     )
-    print(f"{task.title}: correct/n [Wilson 95 % interval in %]\n\n{format_table(results.cells)}")
-    print(f"\nWritten: {path} and {plot}")
+    rates = format_rates(results.cells)
+    print(f"{task.title}: correct/n [95 % interval in %]\n\n{format_table(results.cells)}")
+    print((f"\n{rates}\n" if rates else "") + f"\nWritten: {path} and {plot}")
     return results
 
 

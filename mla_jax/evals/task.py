@@ -1,7 +1,7 @@
 """A task of an evaluation: prompts in cells, and how an answer is scored. Each task has a file that makes one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Params = dict[str, Any]
@@ -18,6 +18,8 @@ class Prompt:
     answer: str
     seed: int
     index: int
+    wrong: dict[str, str] = field(default_factory=dict)
+    """Wrong answers that tell something, by the name of their score."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,14 @@ class Task:
     """Prompts of a cell."""
     prompt: Callable[[Params, int], Prompt]
     """(cell, sample) -> its prompt, whatever other cells and samples there are."""
-    is_correct: Callable[[str, str], bool]
-    """(the prompt's answer, the generated text) -> whether it is correct."""
+    score: Callable[[Prompt, str], dict[str, float]]
+    """(a prompt, the generated text) -> scores between 0 and 1 by name, `correct` among them; all prompts of a cell
+    have the same names."""
     max_new_tokens: int
     batch_size: int
     """The most prompts in a batch."""
     cache_dtype: str | None
     """Type of the KV cache; None for the model's."""
+    haystack: Callable[[Params, int], int] | None = None
+    """(cell, sample) -> number of its haystack, which prompts of the same length share: they begin alike, up to the
+    question, and are read once. None if each prompt has its own."""

@@ -12,14 +12,14 @@ from matplotlib.figure import Figure
 
 from mla_jax.errors import InputError
 from mla_jax.evals.provenance import provenance
-from mla_jax.evals.report import format_table, plot_heatmap
+from mla_jax.evals.report import format_rates, format_table, plot_heatmap
 from mla_jax.evals.results import Cell, totals_by_length
 from mla_jax.files import write_json
 from mla_jax.lengths import format_length
 
 
 def cell(length, depth, n, correct):
-    return Cell({"length": length, "depth": depth}, n, correct)
+    return Cell.counted({"length": length, "depth": depth}, n, correct)
 
 
 CELLS = [
@@ -52,7 +52,7 @@ depth     256 tokens       1k tokens
 
 
 def test_table_of_another_param():
-    cells = [Cell({"length": 256, "hops": hops}, 4, 4 - hops) for hops in (2, 1)]
+    cells = [Cell.counted({"length": 256, "hops": hops}, 4, 4 - hops) for hops in (2, 1)]
     assert [line.split()[:2] for line in format_table(cells).splitlines() if "---" not in line] == [
         ["hops", "256"],
         ["1", "3/4"],
@@ -127,6 +127,7 @@ def test_json_round_trip(tmp_path):
         "correct": 19,
         "accuracy": 0.95,
         "interval": [0.763869, 0.991119],
+        "scores": {"correct": 19 * [1] + [0]},
     }
 
 
@@ -162,3 +163,19 @@ def test_provenance_names_command_and_commit(tmp_path):
 def test_provenance_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert provenance()["git_revision"] is None
+
+
+def test_rates_of_other_scores():
+    cells = [
+        Cell({"length": 256, "question": "absent"}, {"correct": (1, 0, 1, 1), "made_up": (0, 1, 0, 0)}),
+        Cell({"length": 256, "question": "present"}, {"correct": (1, 1), "refused": (0, 0)}),
+        Cell({"length": 1024, "question": "absent"}, {"correct": (0, 0), "made_up": (1, 1)}),
+    ]
+    lines = [line.split("  ") for line in format_rates(cells).splitlines()]
+    table = [[text.strip() for text in line if text.strip()] for line in lines if "---" not in line[0]]
+    assert table == [
+        ["256 tokens", "1k tokens"],
+        ["made up", "25.0% of 4 [5-70]", "100.0% of 2 [34-100]"],
+        ["refused", "0.0% of 2 [0-66]", "-"],
+    ]
+    assert format_rates(CELLS) == ""

@@ -17,7 +17,7 @@ RESULTS = Results(
     provenance={"date": "2026-01-02T03:04:05+00:00", "hardware": "2 CPU cores (x86_64)"},
     seconds=1.5,
     config={"lengths": [64, 128], "samples": 4},
-    cells=tuple(Cell({"length": length, "hops": hops}, 4, hops) for length in (64, 128) for hops in (1, 2)),
+    cells=tuple(Cell.counted({"length": length, "hops": hops}, 4, hops) for length in (64, 128) for hops in (1, 2)),
     failures=(Failure({"length": 64, "hops": 1}, 3, 1 << 40, "12", " 21"),),
 )
 
@@ -133,12 +133,44 @@ def test_a_file_without_a_version_is_read_and_its_numbers_written_again(tmp_path
     assert results.counts == (3, 4)
     text = "the key hidden at several depths of a haystack, found by greedy generation; exact match"
     assert (results.task, results.title, results.description) == ("passkey", "Passkey retrieval", text)
-    assert results.cells[0] == Cell({"length": 128, "depth": 0.5}, 2, 1)
+    assert results.cells[0] == Cell.counted({"length": 128, "depth": 0.5}, 2, 1)
     assert results.failures == (
         Failure({"length": 128, "depth": 0.5}, seed=1000003, index=134873088000, expected="14427", generated="7"),
     )
     new = {"version", "title", "description"}
-    assert {key: value for key, value in results.to_json().items() if key not in new} == json.loads(WITHOUT_VERSION)
+    written = {key: value for key, value in results.to_json().items() if key not in new}
+    for cell in written["cells"]:
+        del cell["scores"]
+    assert written == json.loads(WITHOUT_VERSION)
+
+
+SHARED = Cell(
+    {"length": 64, "question": "absent"},
+    {"correct": (1.0, 0.0, 0.5), "made_up": (0.0, 1.0, 0.0)},
+    dict.fromkeys(("correct", "made_up"), (7, 7, 9)),
+)
+
+
+def test_scores_and_haystacks_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "hops.json"
+    results = dataclasses.replace(RESULTS, cells=(SHARED,))
+    path.write_text(json.dumps(results.to_json()))
+    assert read_results(path) == results
+    cell = json.loads(path.read_text())["cells"][0]
+    assert (cell["n"], cell["correct"], cell["accuracy"], cell["haystacks"]) == (3, 1.5, 0.5, [7, 7, 9])
+    assert cell["rates"]["made_up"]["n"] == 3 and cell["rates"]["made_up"]["rate"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_totals_keep_haystacks_apart_and_count_a_score_where_there_is_one():
+    present = Cell({"length": 64, "question": "present"}, {"correct": (1, 1)}, {"correct": (7, 9)})
+    longer = Cell(
+        {"length": 128, "question": "absent"}, {"correct": (0,), "made_up": (1,)}, {"correct": (7,), "made_up": (7,)}
+    )
+    results = dataclasses.replace(RESULTS, cells=(SHARED, present, longer))
+    total = results.total
+    assert (total.n, total.correct, total.rate("made_up").n) == (6, 3.5, 4)
+    assert len(set(total.haystacks["correct"])) == 3, "7 and 9 of 64 tokens, 7 of 128"
+    assert total.haystacks["correct"][:3] == (total.haystacks["correct"][3],) * 2 + (total.haystacks["correct"][4],)
 
 
 def test_a_run_has_the_results_of_all_its_tasks(tmp_path):
@@ -165,7 +197,7 @@ def changed(path: list, value) -> str:
         "",
         "{",
         WITHOUT_VERSION[:500],
-        changed(["version"], 2),
+        changed(["version"], 3),
         changed(["model"], {}),
         changed(["model", "step"], "7"),
         changed(["model", "trained_lengths"], ["64"]),
@@ -180,6 +212,10 @@ def changed(path: list, value) -> str:
         changed(["cells", 0, "hops"], "one"),
         changed(["cells", 0, "hops"], 2),
         changed(["cells", 0, "length"], 65),
+        changed(["cells", 0, "scores", "correct"], [1, 0, 0]),
+        changed(["cells", 0, "scores", "correct"], [1, 1, 0, 0]),
+        changed(["cells", 0, "scores", "correct"], [2, -1, 0, 0]),
+        changed(["cells", 0, "haystacks"], [1]),
         changed(["failures", 0], {}),
         changed(["provenance"], None),
     ],

@@ -1,11 +1,12 @@
 """Wilson's interval against SciPy and published values."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from mla_jax.evals.stats import wilson_interval
+from mla_jax.evals.stats import clustered_interval, wilson_interval
 
 
 @pytest.mark.parametrize(("correct", "n", "low"), [(20, 20, 0.839), (52, 55, 0.851), (100, 100, 0.963)])
@@ -31,3 +32,43 @@ def test_no_trials_prove_nothing():
 def test_impossible_counts(correct, n):
     with pytest.raises(ValueError, match="correct"):
         wilson_interval(correct, n)
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=60))
+def test_scores_of_their_own_have_wilsons_interval(scores):
+    assert clustered_interval(scores, range(len(scores))) == wilson_interval(sum(scores), len(scores))
+
+
+@given(st.lists(st.integers(0, 1), min_size=2, max_size=20).filter(lambda x: 0 < sum(x) < len(x)), st.integers(2, 9))
+def test_answers_that_a_haystack_decides_count_once(outcomes, questions):
+    scores = [outcome for outcome in outcomes for _ in range(questions)]
+    clusters = [i for i in range(len(outcomes)) for _ in range(questions)]
+    assert clustered_interval(scores, clusters) == pytest.approx(wilson_interval(sum(outcomes), len(outcomes)))
+    low, high = clustered_interval(scores, range(len(scores)))
+    assert (
+        high - low < wilson_interval(sum(outcomes), len(outcomes))[1] - wilson_interval(sum(outcomes), len(outcomes))[0]
+    )
+
+
+def test_perfect_scores_of_few_haystacks_prove_no_more_than_the_haystacks():
+    assert clustered_interval(40 * [1], 8 * [0, 1, 2, 3, 4]) == wilson_interval(5, 5)
+
+
+def test_the_interval_covers_the_truth_where_haystacks_differ():
+    """Each haystack has an accuracy of its own; the truth is 0.7. Treating answers as independent covers too rarely."""
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(20), 10)
+    covered, naive = 0, 0
+    for _ in range(400):
+        scores = (rng.random(200) < rng.beta(1.4, 0.6, 20)[clusters]).astype(int).tolist()
+        low, high = clustered_interval(scores, clusters.tolist())
+        covered += low <= 0.7 <= high
+        low, high = wilson_interval(sum(scores), 200)
+        naive += low <= 0.7 <= high
+    assert covered >= 0.92 * 400 and naive < 0.8 * 400
+
+
+def test_partly_right_answers():
+    assert clustered_interval([0.5, 0.5, 0.5, 0.5], range(4)) == wilson_interval(2, 4)
+    low, high = clustered_interval([0.25, 0.75, 1, 0.5], range(4))
+    assert 0 <= low < 0.625 < high <= 1

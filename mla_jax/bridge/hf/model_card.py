@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mla_jax.bridge.hf.layout import count_parameters
 from mla_jax.config import ModelConfig
-from mla_jax.evals.report import format_table
+from mla_jax.evals.report import format_rates, format_table
 from mla_jax.evals.results import Results
 
 _CARD = """\
@@ -46,7 +46,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=10)[0]))
 
 _RESULTS = """\
 {title}: {description}, with
-Wilson 95 % intervals.{details}
+95 % intervals.{details}
 
 | length (tokens) | correct | accuracy | 95 % interval |
 |---|---|---|---|
@@ -57,7 +57,7 @@ By {param}:
 ```
 {table}
 ```
-"""
+{rates}"""
 
 
 def model_card(name: str, config: ModelConfig, dtype: str, results: Sequence[Results]) -> str:
@@ -101,6 +101,7 @@ def _evaluation(results: Results, dtype: str) -> str:
         rows="\n".join(rows),
         param="depth (0 % is the start)" if param == "depth" else param,
         table=format_table(results.cells),
+        rates=f"\n```\n{rates}\n```\n" if (rates := format_rates(results.cells)) else "",
     ).rstrip()
 
 
