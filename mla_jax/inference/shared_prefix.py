@@ -53,7 +53,9 @@ def generate_sharing_prefix(
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Number of tokens with which all prompts begin."""
+    """Number of tokens with which all prompts begin; 0 of none."""
+    if not prompts:
+        return 0
     shortest = min(map(len, prompts))
     first = np.asarray(prompts[0][:shortest])
     same = np.ones(shortest, bool)
