@@ -60,4 +60,9 @@ def test_prompts_that_are_few_equal_or_nothing_alike(generator, prompts):
 
 
 def test_common_prefix():
-    assert [common_prefix(p) for p in ([[1, 2, 3], [1, 2, 4]], [[1, 2], [1, 2, 3]], [[1], [2]], [[1, 2]])] == [2, 2, 0, 2]
+    assert [common_prefix(p) for p in ([[1, 2, 3], [1, 2, 4]], [[1, 2], [1, 2, 3]], [[1], [2]], [[1, 2]])] == [
+        2,
+        2,
+        0,
+        2,
+    ]
