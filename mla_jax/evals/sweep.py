@@ -31,7 +31,7 @@ class SweptRun:
     """Every key with its value, `model.kv_lora_rank` and the like."""
     summary: dict[str, Any] | None
     """As `write_summary` wrote it; None if the run has not finished."""
-    evaluations: dict[str, tuple[int, int]]
+    evaluations: dict[str, tuple[float, int]]
     """(correct answers, prompts) of each task that RUN/eval has results of."""
 
     @property
