@@ -91,6 +91,61 @@ MARKED = """{% for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
+HERMES = """{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n' }}
+    {%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last_query=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if message.reasoning_content and loop.index0 > ns.last_query %}
+            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- message.content }}
+        {%- for call in message.tool_calls %}
+            {{- '<tool_call>' + call.function.name + call.function.arguments | tojson(indent=1) + '</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response ' ~ message.name ~ '>' + message.content + '<|im_end|>\\n' }}
+    {%- else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+
+GRANITE = """{%- for document in documents or [] %}
+    {{- '<|start_of_role|>document<|end_of_role|>' + document.title + ': ' + document.text + eos_token + '\\n' }}
+{%- endfor %}
+{%- for message in messages %}
+    {{- '<|start_of_role|>' + message.role + '<|end_of_role|>' }}
+    {%- if message.content is string %}{{ message.content }}
+    {%- else %}{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}
+    {%- endif %}
+    {{- eos_token + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"""
+
+HARMONY = """{%- for message in messages %}
+    {%- if message.thinking is defined %}
+        {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}
+    {%- endif %}
+    {{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
+
+PROMPTING = """{% for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\\n' }}"""
+
 _TEMPLATES = {
     "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "llama3": (LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
@@ -98,6 +153,10 @@ _TEMPLATES = {
     "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
     "mistral": (MISTRAL, (), "<|eos|>"),
     "deepseek-r1": (DEEPSEEK_R1, ("<|User|>", "<|Assistant|>"), "<|eos|>"),
+    "hermes": (HERMES, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "granite": (GRANITE, ("<|start_of_role|>", "<|end_of_role|>"), "<|eos|>"),
+    "harmony": (HARMONY, ("<|start|>", "<|message|>", "<|channel|>", "<|end|>"), "<|end|>"),
+    "prompting": (PROMPTING, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "marked": (MARKED, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
 }
 NAMES = tuple(_TEMPLATES)

@@ -1,5 +1,6 @@
 """Training data sets."""
 
+from dataclasses import field
 from typing import Optional
 
 from omegaconf import MISSING
@@ -70,6 +71,8 @@ class JsonlDataConfig(DataConfig):
     path: str = MISSING
     on_bad_line: str = "error"
     """`error` ends the run at a line that is no chat or completion; `skip` leaves such lines out and counts them."""
+    ignore_fields: list[str] = field(default_factory=list)
+    """Keys of lines and messages to leave out, such as ids; others that change nothing are refused by name."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -32,13 +32,16 @@ class Documents:
         return self.ids[here], self.loss_mask[here]
 
 
-def load_documents(path: str, tokenizer: Tokenizer, on_bad_line: str = "error") -> Documents:
+def load_documents(
+    path: str, tokenizer: Tokenizer, on_bad_line: str = "error", ignore_fields: tuple[str, ...] = ()
+) -> Documents:
     """Reads and encodes a JSONL file; empty lines are skipped.
 
     Args:
         path: of the file.
         tokenizer: encodes, and writes chats by its template.
         on_bad_line: `error`, or `skip` for a warning that counts the lines that cannot be used and names the first.
+        ignore_fields: keys of records and messages to leave out.
 
     Raises:
         InputError: no such file, nothing in it, or a line that is no chat or completion or has no token to train on,
@@ -47,11 +50,13 @@ def load_documents(path: str, tokenizer: Tokenizer, on_bad_line: str = "error") 
     file = Path(path)
     if not file.is_file():
         raise InputError(f"data.path={path} is not a file")
-    return _load(file.resolve(), file.stat().st_mtime_ns, tokenizer, on_bad_line)
+    return _load(file.resolve(), file.stat().st_mtime_ns, tokenizer, on_bad_line, ignore_fields)
 
 
 @functools.lru_cache(maxsize=1)  # every stage of a run reads the same file
-def _load(path: Path, changed: int, tokenizer: Tokenizer, on_bad_line: str) -> Documents:
+def _load(
+    path: Path, changed: int, tokenizer: Tokenizer, on_bad_line: str, ignore_fields: tuple[str, ...]
+) -> Documents:
     documents, bad = [], []
     try:
         with path.open("rb") as lines:
@@ -59,7 +64,7 @@ def _load(path: Path, changed: int, tokenizer: Tokenizer, on_bad_line: str) -> D
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                     if text.strip():
-                        documents.append(encode_line(text, tokenizer))
+                        documents.append(encode_line(text, tokenizer, ignore_fields))
                 except (InputError, UnicodeDecodeError) as e:
                     if on_bad_line == "error":
                         raise

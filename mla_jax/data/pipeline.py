@@ -165,7 +165,7 @@ class JsonlBatches:
         for name in ("previous_fraction", "position_skip_fraction"):
             if getattr(self._stage, name) > 0:
                 raise UsageError(f"train.stages.{name} works with data=needle only; leave it at 0 with data=jsonl")
-        self._documents = load_documents(data.path, tokenizer, data.on_bad_line)
+        self._documents = load_documents(data.path, tokenizer, data.on_bad_line, tuple(data.ignore_fields))
         self._wanted = rows[self._stage.batch_size]
         self._packed = pack(self._documents, self._stage.seq_len, data.path)
         self._seed, self._number = seed, stage

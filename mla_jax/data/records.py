@@ -4,60 +4,100 @@
     {"prompt": ..., "completion": ...}
 
 A chat is written by the tokenizer's chat template; the loss is on what the assistant says, end-of-turn token included.
-A completion is <bos>prompt completion<eos> as it stands; the loss is on completion and <eos>.
+It may have `tools`, `documents` and `chat_template_kwargs` for the template, and a message whatever the template reads.
+An assistant message with `weight: 0` (OpenAI's format) has no loss. A completion is <bos>prompt completion<eos> as it
+stands; the loss is on completion and <eos>. A field that would change nothing is refused by name.
 """
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
+from mla_jax.data.chat import REASONING, RESERVED, Message, unread_field
 from mla_jax.data.tokenizer import Tokenizer
-from mla_jax.data.turns import assistant_spans
+from mla_jax.data.turns import assistant_spans, spans_by_turn
 from mla_jax.errors import InputError
 
 EXPECTED = 'expected {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...}'
 
+_CHAT = ("messages", "tools", "documents", "chat_template_kwargs")
+_COMPLETION = ("prompt", "completion")
+_TAKE_OUT = "take it out or name it in data.ignore_fields"
 
-def encode_line(line: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+
+def encode_line(line: str, tokenizer: Tokenizer, ignore_fields: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 and loss mask of the record that a line of JSON holds.
 
     Raises:
-        InputError: it is not JSON, no record, or has no token to train on.
+        InputError: it is not JSON, or as `encode_record` does.
     """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise InputError(f"not JSON ({e})") from e
-    return encode_record(record, tokenizer)
+    return encode_record(record, tokenizer, ignore_fields)
 
 
-def encode_record(record: Any, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def encode_record(
+    record: Any, tokenizer: Tokenizer, ignore_fields: Collection[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 and loss mask of a record.
 
+    Args:
+        record: a JSON object; keys whose value is None are as if they were not there.
+        tokenizer: encodes, and writes chats by its template.
+        ignore_fields: keys of the record and of its messages to leave out.
+
     Raises:
-        InputError: it is no record, or has no token to train on.
+        InputError: it is no record, has a field that nothing reads, or no token to train on.
     """
-    return _encode(_check(record), tokenizer)
-
-
-def _check(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"a {type(record).__name__}, {EXPECTED}")
-    record = {key: value for key, value in record.items() if value is not None}  # as data sets export missing keys
-    if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise InputError("`messages` must be a list of at least one message")
-        for i, message in enumerate(messages, 1):
-            wanted = ("role", "content")
-            if isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None:
-                wanted = ("role",)  # a tool call needs no words
-            if not isinstance(message, dict) or not all(_is_text(message.get(key)) for key in wanted):
-                raise InputError(f"message {i} must have `role` and `content`, both text")
-    elif not all(_is_text(record.get(key)) for key in ("prompt", "completion")):
-        raise InputError(EXPECTED)
-    return record
+    record = _without(record, ignore_fields)
+    for key in record.keys() - set(_CHAT if "messages" in record else _COMPLETION):
+        if "messages" in record or all(wanted in record for wanted in _COMPLETION):
+            raise InputError(f"unknown field `{key}`; {_TAKE_OUT}")
+    if "messages" not in record:
+        return _encode_completion(record, tokenizer)
+    messages = record.pop("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InputError("`messages` must be a list of at least one message")
+    messages = [_message(i, message, ignore_fields) for i, message in enumerate(messages, 1)]
+    return _encode_chat(messages, _template_fields(record), tokenizer)
+
+
+def _without(fields: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """The fields that have a value, as data sets export missing ones too, and are not ignored."""
+    return {key: value for key, value in fields.items() if value is not None and key not in ignored}
+
+
+def _message(i: int, message: Any, ignored: Collection[str]) -> Message:
+    """Message i, checked; a call of a tool and a thought need no content beside them."""
+    if not isinstance(message, dict):
+        raise InputError(f"message {i} must have `role` and `content`, both text")
+    message = _without(message, ignored)
+    content = message.get("content", "" if any(message.get(key) for key in ("tool_calls", *REASONING)) else None)
+    if isinstance(content, list):
+        content = [_without(part, ()) if isinstance(part, dict) else part for part in content]
+        if not content or not all(_is_part(part) for part in content):
+            raise InputError(f'the parts of message {i} must be {{"type": "text", "text": ...}}, one or more')
+        message["content"] = content
+    elif not _is_text(content) or not _is_text(message.get("role")):
+        raise InputError(f"message {i} must have `role` and `content`, both text")
+    for key in REASONING:
+        if not _is_text(message.get(key, "")):
+            raise InputError(f"`{key}` of message {i} must be text")
+    if "weight" in message and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
+        raise InputError(f"`weight` of message {i}: only what the assistant says has one, and it is 0 or 1")
+    return message
+
+
+def _is_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text" and _is_text(part["text"])
+    )
 
 
 def _is_text(x: Any) -> bool:
@@ -65,20 +105,62 @@ def _is_text(x: Any) -> bool:
     return isinstance(x, str) and x.encode(errors="ignore").decode() == x
 
 
-def _encode(record: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and loss mask of a document."""
-    if "messages" in record:
-        text, spans = assistant_spans(tokenizer, record["messages"])
-        encoded = tokenizer.encode_with_words(text)
-        loss_mask = np.zeros(len(encoded.ids), bool)
-        for start, end in spans:
-            loss_mask |= (encoded.ends > start) & (encoded.starts < end)
-        if not loss_mask[1:].any():
+def _template_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record gives to the template beside its messages, checked."""
+    if isinstance(record.get("tools"), str):  # data sets whose rows have different tools keep them as JSON
+        try:
+            record["tools"] = json.loads(record["tools"])
+        except (ValueError, RecursionError) as e:
+            raise InputError(f"`tools` is text that is not JSON ({e})") from e
+    for key in ("tools", "documents"):
+        value = record.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
+            raise InputError(f"`{key}` must be a list of objects")
+    variables = record.get("chat_template_kwargs", {})
+    if not isinstance(variables, dict):
+        raise InputError("`chat_template_kwargs` must be an object")
+    for name in RESERVED:
+        if name in variables:
+            raise InputError(f"`chat_template_kwargs` must not have `{name}`")
+    return record
+
+
+def _encode_chat(
+    messages: list[Message], fields: dict[str, Any], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    weights = [message.pop("weight", 1) for message in messages]
+    text, spans = assistant_spans(tokenizer, messages, **fields)
+    if unread := unread_field(tokenizer, messages, **fields):
+        raise InputError(f"the chat template of tokenizer {tokenizer.source} does not read {unread}; {_TAKE_OUT}")
+    for i, message in enumerate(messages, 1):
+        if isinstance(message.get("content"), list) and str(message["content"]) in text:
             raise InputError(
-                "there is no token to train on: the assistant says nothing, and the chat template of tokenizer "
-                f"{tokenizer.source} writes no end of turn"
+                f"the chat template of tokenizer {tokenizer.source} knows no content in parts; make the content of "
+                f"message {i} one text"
             )
-        return encoded.ids, loss_mask
+    if not _is_text(text):
+        raise InputError("the conversation holds half of a surrogate pair, which no text has")
+    weights = [weight for weight, message in zip(weights, messages, strict=True) if message["role"] == "assistant"]
+    if not any(weights):
+        raise InputError("every assistant message has weight 0, so there is nothing to train on")
+    if not all(weights):
+        turns = spans_by_turn(tokenizer, messages, spans, **fields)
+        spans = [span for span, weight in zip(turns, weights, strict=True) if weight]
+    encoded = tokenizer.encode_with_words(text)
+    loss_mask = np.zeros(len(encoded.ids), bool)
+    for start, end in spans:
+        loss_mask |= (encoded.ends > start) & (encoded.starts < end)
+    if not loss_mask[1:].any():
+        raise InputError(
+            "there is no token to train on: the assistant says nothing, and the chat template of tokenizer "
+            f"{tokenizer.source} writes no end of turn"
+        )
+    return encoded.ids, loss_mask
+
+
+def _encode_completion(record: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    if not all(_is_text(record.get(key)) for key in _COMPLETION):
+        raise InputError(EXPECTED)
     encoded = tokenizer.encode_with_words(record["prompt"] + record["completion"])
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     loss_mask = np.concatenate([np.zeros(len(bos), bool), encoded.starts >= len(record["prompt"]), [True]])

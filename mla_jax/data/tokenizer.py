@@ -37,6 +37,8 @@ CHAT_TEMPLATE = (
 """Every turn ends with the eos token, so that generation stops where a turn does."""
 
 TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps the templates beside the default one, NAME.jinja each."""
 
 USUAL_SPECIAL_TOKENS = {
     "bos_token": (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<｜begin▁of▁sentence｜>", "<bos>"),
@@ -44,6 +46,10 @@ USUAL_SPECIAL_TOKENS = {
     "pad_token": (PAD, "<pad>", "[PAD]", "<｜▁pad▁｜>"),
 }
 """Usual names of special tokens, tried in this order where a tokenizer.json comes alone."""
+
+
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Keys of tokenizer_config.json that name a special token, and variables of chat templates."""
 
 
 class Encoded(NamedTuple):
@@ -67,10 +73,14 @@ class Tokenizer:
         self._backend = backend
         self._config = config
         self.source = source
-        self.chat_template: str | None = config.get("chat_template")
+        template = config.get("chat_template")
+        named = {t.get("name"): t.get("template") for t in template} if isinstance(template, list) else {}
+        self.chat_template: str | None = named.get("default") if isinstance(template, list) else template
+        self.tool_use_template: str | None = named.get("tool_use", self.chat_template)
+        """The template for conversations that come with tools."""
         self.special_tokens: dict[str, str] = {}
         """Texts of bos_token, eos_token, pad_token, ..., as far as there are such tokens; chat templates use them."""
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        for name in SPECIAL_TOKEN_NAMES:
             token = config.get(name)
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
@@ -193,7 +203,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def _read_config(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    """Content of tokenizer_config.json with the chat template in it; guessed special tokens if there is none."""
+    """Content of tokenizer_config.json with the chat templates in it; guessed special tokens if there is none."""
     path = folder / CONFIG_FILE
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if path.is_file():
@@ -208,11 +218,13 @@ def _read_config(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
             token = next((t for t in usual if backend.token_to_id(t) is not None), None)
             if token is not None:
                 config[name] = token
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        config["chat_template"] = next((t["template"] for t in template if t.get("name") == "default"), None)
-    if (folder / TEMPLATE_FILE).is_file():
-        config["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    files = {"default": folder / TEMPLATE_FILE}
+    files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    templates = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    if templates.keys() == {"default"}:
+        config["chat_template"] = templates["default"]
+    elif templates:
+        config["chat_template"] = [{"name": name, "template": template} for name, template in templates.items()]
     return config
 
 

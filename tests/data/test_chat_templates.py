@@ -95,6 +95,10 @@ def test_what_transformers_renders_is_taken_and_nothing_else(tmp_path, name, cha
             "qwen3", "tools",
             ["So.<|im_end|>\n", "<b>Because</b>.<|im_end|>\n", "\n</think>\n\n Überall \n<|im_end|>\n"],
         ),
+        ("harmony", "two turns", ["<|message|><b>Because</b>.<|end|>", "<|message|> Überall \n<|end|>"]),
+        # What it writes at the end of every text is the prompt of an answer, which is learned nowhere.
+        ("prompting", "two turns", ["<b>Because</b>.<|im_end|>\n", " Überall \n<|im_end|>\n"]),
+        ("prompting", "unanswered", ["<b>Because</b>.<|im_end|>\n"]),
         ("marked", "two turns", ["...<|im_end|>", " Überall \n<|im_end|>"]),
     ],
 )  # fmt: skip

@@ -70,7 +70,7 @@ def test_what_is_learned_is_what_transformers_marks(tmp_path, chat):
 
 
 def test_completions_are_learned_with_the_end(tmp_path):
-    path = _write(tmp_path / "a.jsonl", {"prompt": "Q: é\nA:", "completion": " 42", "id": 7})
+    path = _write(tmp_path / "a.jsonl", {"prompt": "Q: é\nA:", "completion": " 42"})
     ids, loss_mask = load_documents(path, BYTES)[0]
     assert ids.tolist() == [BYTES.bos_id, *"Q: é\nA: 42".encode(), BYTES.eos_id]
     assert ids[loss_mask].tolist() == [*b" 42", BYTES.eos_id]
