@@ -38,7 +38,7 @@ class NeedleDataConfig(DataConfig):
     """Share of multi_key sequences whose keys differ from another key by one word only."""
     lm_loss_weight: float = 0.0
     """Share of each sequence's loss weight that its tokens other than answers have together, whatever its length: 0.1
-    is a tenth. Each answer token has weight 1."""
+    is a tenth. Each token of an answer, its full stop and <eos> has weight 1."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,6 +14,7 @@ from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, StageC
 from mla_jax.data.jsonl import load_documents, pack
 from mla_jax.data.needle.generator import NeedleGenerator, Purpose, make_rng
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.turns import stop_ids
 from mla_jax.data.workers import Batch, BatchSource, WorkerProcesses
 from mla_jax.errors import UsageError
 
@@ -92,9 +93,10 @@ def make_pipeline(
     """Batches of `stages[stage]`, of which this process makes the rows `rows_of(batch_size)` only.
 
     Keys of a batch, all [b, T]: `tokens`; `targets`, the next token of each; `weights`, the loss weight of each target
-    (0 on the last position of a row or document and on padding); `answers`, true where the target is part of an answer;
-    `positions` for RoPE, from 0 in each document unless they skip; where rows hold several documents `segments`, the
-    document each token is of, from 1, 0 on padding.
+    (0 on the last position of a row or document and on padding); `answers`, true where the target is part of an answer
+    itself, which the accuracy counts, not white space or what only ends it; `positions` for RoPE, from 0 in each
+    document unless they skip; where rows hold several documents `segments`, the document each token is of, from 1, 0 on
+    padding.
 
     Raises:
         InputError: a data file or folder that cannot be used.
@@ -133,10 +135,10 @@ class NeedleBatches:
         shape = self._previous if previous else self._stage
         rows, length = self._rows[shape.batch_size], shape.seq_len
         tokens = np.empty((len(rows), length), np.int32)
-        is_answer = np.empty((len(rows), length), bool)
+        learned, answers = (np.empty((len(rows), length), bool) for _ in range(2))
         for i, row in enumerate(rows):
             example = make_rng(self._seed, Purpose.EXAMPLE, self._number, index, row)
-            tokens[i], is_answer[i] = self._generator.example(example, length)
+            tokens[i], learned[i], answers[i] = self._generator.example(example, length)
         positions = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
         # The stage's longest position bounds the jumps of the previous stage's batches too.
         most = min(self._stage.position_skip_max, self._stage.seq_len + self._stage.position_skip_max - length)
@@ -145,12 +147,11 @@ class NeedleBatches:
                 positions[i] += position_skips(
                     make_rng(self._seed, Purpose.SKIPS, self._number, index, row), length, most
                 )
-        answers = shifted(is_answer, False)
         return {
             "tokens": tokens,
             "targets": shifted(tokens, self._pad_id),
-            "weights": loss_weights(answers, self._lm_share),
-            "answers": answers,
+            "weights": loss_weights(shifted(learned, False), self._lm_share),
+            "answers": shifted(answers, False),
             "positions": positions,
         }
 
@@ -170,6 +171,8 @@ class JsonlBatches:
         self._packed = pack(self._documents, self._stage.seq_len, data.path)
         self._seed, self._number = seed, stage
         self._pad_id = tokenizer.pad_id
+        self._is_text = ~tokenizer.blank
+        self._is_text[list(stop_ids(tokenizer))] = False
 
     def _order(self, epoch: int) -> np.ndarray:
         return make_rng(self._seed, Purpose.EPOCH, self._number, epoch).permutation(len(self._packed))
@@ -198,21 +201,22 @@ class JsonlBatches:
                 here, end = slice(start, start + len(ids)), start + len(ids)
                 batch["tokens"][i, here] = ids
                 batch["targets"][i, start : end - 1] = ids[1:]
-                batch["weights"][i, start : end - 1] = batch["answers"][i, start : end - 1] = loss_mask[1:]
+                batch["weights"][i, start : end - 1] = loss_mask[1:]
+                batch["answers"][i, start : end - 1] = loss_mask[1:] & self._is_text[ids[1:]]
                 batch["segments"][i, here] = segment
                 batch["positions"][i, here] = np.arange(len(ids))
                 start = end
         return batch
 
 
-def loss_weights(answers_BT: np.ndarray, lm_share: float) -> np.ndarray:
-    """Loss weights float32 [B, T] of targets: 1 for each of an answer, 0 in the last column, which has no target.
+def loss_weights(learned_BT: np.ndarray, lm_share: float) -> np.ndarray:
+    """Loss weights float32 [B, T] of targets: 1 for each learned one, 0 in the last column, which has no target.
 
-    The others of a row weigh alike, together `lm_share` of the row. A row without answers has weight 0.
+    The others of a row weigh alike, together `lm_share` of the row. A row without learned targets has weight 0.
     """
-    answers = answers_BT.sum(axis=1, keepdims=True)
-    others = np.maximum(answers_BT.shape[1] - 1 - answers, 1)
-    weights_BT = np.where(answers_BT, 1, lm_share / (1 - lm_share) * answers / others).astype(np.float32)
+    learned = learned_BT.sum(axis=1, keepdims=True)
+    others = np.maximum(learned_BT.shape[1] - 1 - learned, 1)
+    weights_BT = np.where(learned_BT, 1, lm_share / (1 - lm_share) * learned / others).astype(np.float32)
     weights_BT[:, -1] = 0
     return weights_BT
 

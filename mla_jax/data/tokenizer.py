@@ -115,6 +115,12 @@ class Tokenizer:
         """Ids of the tokens that stand for themselves in any text, such as special tokens and the marks of turns."""
         return frozenset(self._backend.get_added_tokens_decoder())
 
+    @functools.cached_property
+    def blank(self) -> np.ndarray:
+        """Bool [vocab_size], true for ids whose text is nothing but white space: special tokens, too, have none."""
+        texts = self._backend.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=True)
+        return np.array([not text.strip() for text in texts])
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""

@@ -110,9 +110,9 @@ def test_every_example_has_its_length_and_answers_what_it_says(folder, name, tas
     generator = _generator(folder, name, [task], [haystack])
     shortest = _shortest(generator)
     for i, length in enumerate([shortest, shortest + 1, shortest + 2, shortest + 13, 2 * shortest, 1500]):
-        tokens, is_answer = generator.example(make_rng(0, Purpose.EXAMPLE, i), length)
-        assert tokens.shape == is_answer.shape == (length,)
-        assert tokens.dtype == np.int32 and is_answer.dtype == bool
+        tokens, learned, answers = generator.example(make_rng(0, Purpose.EXAMPLE, i), length)
+        assert tokens.shape == learned.shape == answers.shape == (length,)
+        assert tokens.dtype == np.int32 and learned.dtype == answers.dtype == bool
         assert tokens[-1] == tokenizer.eos_id and (tokens[0] == tokenizer.bos_id or tokenizer.bos_id is None)
         body = tokens[tokenizer.bos_id is not None : -1].tolist()
         text = tokenizer.decode(body)
@@ -122,11 +122,13 @@ def test_every_example_has_its_length_and_answers_what_it_says(folder, name, tas
         assert expected
         for question, answer in expected.items():
             assert text.count(f"\n{question} {answer}.") == 1
-        # Exactly the answers, full stops and end are marked.
-        marked = np.split(tokens, np.flatnonzero(np.diff(is_answer)) + 1)
-        learned = [tokenizer.decode(run) for run in marked[1::2]]
-        assert sorted(learned) == sorted(f" {answer}." for answer in expected.values())
-        assert not is_answer[0] and is_answer[-1]
+        # Exactly the answers, full stops and end are learned; the answers themselves count.
+        runs = np.split(tokens, np.flatnonzero(np.diff(learned)) + 1)
+        assert sorted(map(tokenizer.decode, runs[1::2])) == sorted(f" {answer}." for answer in expected.values())
+        assert not learned[0] and learned[-1] and not (answers & ~learned).any()
+        counted = tokenizer.decode(tokens[answers]).replace(" ", "")
+        assert sorted(counted) == sorted("".join(re.findall("[a-z0-9]", "".join(expected.values()))))
+        assert all(tokenizer.decode([token]).strip(" ,.") for token in tokens[answers])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -154,19 +156,49 @@ def test_streams_do_not_meet():
 def test_as_many_questions_as_wanted_and_fit(folder):
     generator = _generator(folder, tasks=["multi_key"], max_needles=20)
     tokenizer = TOKENIZERS["needle-bpe"]
-    counts = {}
-    for length in (37, 100, 2000):
-        examples = [generator.example(make_rng(0, Purpose.EXAMPLE, i), length)[0] for i in range(60)]
-        counts[length] = [tokenizer.decode(tokens).count("\n") for tokens in examples]
-    assert set(counts[37]) == {1} and set(counts[100]) == {1, 2}
-    assert min(counts[2000]) == 1 and max(counts[2000]) >= 18
+    questions, needles = {}, {}
+    for length in (37, 110, 2000):
+        examples = [generator.example(make_rng(0, Purpose.EXAMPLE, i), length).tokens for i in range(60)]
+        questions[length] = [tokenizer.decode(tokens).count("\n") for tokens in examples]
+        needles[length] = [tokenizer.decode(tokens).count(" One of") for tokens in examples]
+    assert set(questions[37]) == set(needles[37]) == {1}
+    assert set(questions[110]) == {1, 2} and min(needles[110]) == 2
+    assert min(questions[2000]) == 1 and max(needles[2000]) >= 18
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_something_is_never_asked_where_there_is_room(folder, task):
+    generator = _generator(folder, tasks=[task], haystacks=["noise", "words"])
+    for i in range(20):
+        text = TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 400).tokens)
+        haystack, _, dialogue = text.partition("\nThe ") if task != "passkey" else text.rpartition("\n")
+        values = set(re.findall(r"(\d+)\.", haystack))
+        answered = set(re.findall(r"\d+", dialogue))
+        assert (answered >= values) == (task in ("passkey", "single")), text
+
+
+@pytest.mark.parametrize("length", [96, 128, 256])
+def test_elimination_answers_little_more_than_chance(folder, length):
+    """A guesser that knows the numbers of the text and, of each answer before, that it is used up."""
+    generator = _generator(folder, tasks=["multi_key"], haystacks=["noise", "words"])
+    eliminated, chance = [], []
+    for i in range(300):
+        text = TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), length).tokens)
+        haystack, _, dialogue = text.partition("\n")
+        values, answers = re.findall(r"\d{5}", haystack), re.findall(r"\d{5}", dialogue)
+        assert len(values) > len(answers) >= 1
+        eliminated += [1 / (len(values) - before) for before in range(len(answers))]
+        chance += [1 / len(values)] * len(answers)
+    assert np.mean(eliminated) < np.mean(chance) + 0.08
+    assert np.mean(eliminated) < {96: 0.43, 128: 0.36, 256: 0.24}[length]  # all asked: more than 0.5, 0.39, 0.29
+    assert len(eliminated) > 300 * {96: 1.3, 128: 1.7, 256: 3}[length]  # and still many answers a sequence
 
 
 @pytest.mark.parametrize(("fraction", "near"), [(0.0, False), (1.0, True)])
 def test_near_duplicate_keys_differ_by_one_word(folder, fraction, near):
     generator = _generator(folder, tasks=["multi_key"], near_duplicate_fraction=fraction)
-    text = TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(9, Purpose.EXAMPLE, 0), 200)[0])
-    keys = [tuple(key.split()) for key in re.findall(r"magic number for ([a-z ]+) is", text)]
+    text = TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(9, Purpose.EXAMPLE, 0), 200).tokens)
+    keys = [tuple(key.split()) for key in re.findall(r"magic numbers for ([a-z ]+) is", text)]
     assert len(keys) == len(set(keys)) > 2
     neighbours = [sum((a == c) + (b == d) == 1 for c, d in keys) for a, b in keys]
     assert (min(neighbours) > 0) == near
@@ -175,7 +207,7 @@ def test_near_duplicate_keys_differ_by_one_word(folder, fraction, near):
 def test_absent_keys_are_near_present_ones_and_not_everything_is_absent(folder):
     generator = _generator(folder, tasks=["absent_key"], haystacks=["needles"])
     answers = [
-        _answers(TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 800)[0]))
+        _answers(TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 800).tokens))
         for i in range(20)
     ]
     flat = [answer for expected in answers for answer in expected.values()]
@@ -185,7 +217,7 @@ def test_absent_keys_are_near_present_ones_and_not_everything_is_absent(folder):
 def test_tasks_that_do_not_fit_are_left_out_and_too_short_is_an_error(folder):
     generator = _generator(folder, tasks=["passkey", "single"])
     text = [
-        TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 40)[0]) for i in range(9)
+        TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 40).tokens) for i in range(9)
     ]
     assert not any("pass key" in t for t in text)
     with pytest.raises(UsageError, match=r"36 tokens are too short .* passkey, single: .* needle-bpe is 37"):
@@ -202,7 +234,9 @@ def test_weight_of_the_language_model_loss():
             batch = next(make_pipeline(shared, TOKENIZERS["bytes"], [stage], 0, 0))
             answers, weights = batch["answers"], batch["weights"]
             assert (weights[answers] == 1).all() and not weights[:, -1].any()
-            of_others = np.where(answers, 0, weights).sum(axis=1, dtype=np.float64)
+            learned = weights == 1
+            assert (learned.sum(axis=1) == answers.sum(axis=1) + 3).all()  # the space, the full stop and <eos>
+            of_others = np.where(learned, 0, weights).sum(axis=1, dtype=np.float64)
             np.testing.assert_allclose(of_others / weights.sum(axis=1, dtype=np.float64), share, rtol=1e-4)
 
 
@@ -216,7 +250,7 @@ def test_needles_lie_anywhere(folder):
     generator = _generator(folder, tasks=["single"], haystacks=["words"])
     places = []
     for i in range(200):
-        text = TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 1000)[0])
+        text = TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 1000).tokens)
         places.append(text.index(" One of") / text.index("\n"))
     assert np.histogram(places, bins=4, range=(0, 1))[0].min() > 25
 
@@ -224,7 +258,8 @@ def test_needles_lie_anywhere(folder):
 def test_text_windows_come_from_all_over(folder):
     generator = _generator(folder, tasks=["single"], haystacks=["text"])
     texts = [
-        TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 120)[0]) for i in range(50)
+        TOKENIZERS["needle-bpe"].decode(generator.example(make_rng(0, Purpose.EXAMPLE, i), 120).tokens)
+        for i in range(50)
     ]
     for phrase in ("It was late.", "Nobody spoke!", "Was it over?", "日本語", "Second file."):
         assert any(phrase in text for text in texts), phrase
@@ -293,7 +328,7 @@ def test_passkey_prompts_differ_by_index_and_are_held_out():
     assert len(set(keys)) > 45
     assert keys[7] == passkey_prompt(tokenizer, 4000, 1.0, seed=1, index=7)[1]
     generator = _generator(None)
-    trained = [generator.example(make_rng(1, Purpose.EXAMPLE, i), 128)[0] for i in range(50)]
+    trained = [generator.example(make_rng(1, Purpose.EXAMPLE, i), 128).tokens for i in range(50)]
     assert not {tokenizer.decode(t).split()[-1].rstrip(".") for t in trained} & set(keys)
 
 

@@ -9,11 +9,12 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers
 
 from mla_jax.config import JsonlDataConfig, NeedleDataConfig, StageConfig
 from mla_jax.data.jsonl import load_documents
 from mla_jax.data.pipeline import Pipeline, make_pipeline
-from mla_jax.data.tokenizer import load_tokenizer
+from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError, UsageError
 
 TOKENIZER = load_tokenizer("needle-bpe")
@@ -222,6 +223,39 @@ def test_packed_rows_are_whole_documents_and_an_epoch_has_each_once(start):
     assert len(epochs) >= 3
     assert all(sorted(epoch) == expected for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_accuracy_counts_what_is_said_and_not_how_it_ends(tmp_path):
+    """In chats the end of turn is no part of the answer, in completions <eos> is none; all of it is learned."""
+    path = tmp_path / "data.jsonl"
+    chat = [
+        {"role": "user", "content": "5?"},
+        {"role": "assistant", "content": "a b."},
+        {"role": "user", "content": "6"},
+        {"role": "assistant", "content": "c\n<think>"},
+    ]
+    path.write_text(
+        "".join(json.dumps(record) + "\n" for record in ({"messages": chat}, {"prompt": "q", "completion": " d, e"}))
+    )
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    bytes_ = load_tokenizer("bytes")
+    backend = tokenizers.Tokenizer.from_str(bytes_._backend.to_str())
+    backend.add_special_tokens(["<|im_start|>"])
+    backend.add_tokens(["<|im_end|>", "<think>"])  # ends a turn, though it counts as text; and a mark that is text
+    tokenizer = Tokenizer(backend, bytes_._config | {"chat_template": template}, "im")
+    data = JsonlDataConfig(tokenizer="im", path=str(path))
+    stage = StageConfig(seq_len=128, batch_size=1, steps=1, learning_rate=1)
+    batch = next(make_pipeline(data, tokenizer, [stage], 0, 0))
+    texts = {
+        name: [backend.id_to_token(token) for token in batch["targets"][batch[mask] > 0]]
+        for name, mask in (("learned", "weights"), ("counted", "answers"))
+    }
+    turns = ["a", "Ġ", "b", ".", "<|im_end|>", "Ċ", "c", "Ċ", "<think>", "<|im_end|>", "Ċ"]
+    assert texts["learned"] == [*turns, "Ġ", "d", ",", "Ġ", "e", "<|eos|>"]
+    assert texts["counted"] == ["a", "b", ".", "c", "<think>", "d", ",", "e"]
 
 
 @pytest.mark.parametrize("key", ["previous_fraction", "position_skip_fraction"])

@@ -1,4 +1,4 @@
-r"""Synthetic retrieval data of an exact length: facts hidden in a haystack, then questions about all of them.
+r"""Synthetic retrieval data of an exact length: facts hidden in a haystack, then questions about most of them.
 
     passkey     <bos>introduction \n filler \n needle \n filler \n question answer.<eos>
     all others  <bos>filler with needles between its sentences \n question answer. \n question answer. ...<eos>
@@ -10,6 +10,7 @@ and indices. Evaluation prompts are held out: they come from generators that tra
 import enum
 import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,16 @@ def make_rng(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:
     """The random generator of a seed, a purpose and at most three non-negative indices; all are independent."""
     counter = [0, *index, *[0] * (3 - len(index))]  # the first word counts what is drawn
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64), counter=counter))
+
+
+class Example(NamedTuple):
+    """A sequence [length] of token ids int32 and what of it is learned."""
+
+    tokens: np.ndarray
+    learned: np.ndarray
+    """Bool, true for each token of an answer, its full stop and <eos>."""
+    answers: np.ndarray
+    """Bool, true for the learned tokens that write an answer itself: no white space, comma, full stop or <eos>."""
 
 
 class NeedleGenerator:
@@ -76,8 +87,8 @@ class NeedleGenerator:
                 f"the shortest possible with tokenizer {self._tokenizer.source} is {shortest}"
             )
 
-    def example(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 [length], and bool [length], true for each token of an answer, its full stop and <eos>.
+    def example(self, rng: np.random.Generator, length: int) -> Example:
+        """An example of exactly `length` tokens.
 
         Tasks that do not fit into `length` are not drawn; of the others, as many needles as fit.
 
@@ -101,13 +112,21 @@ class NeedleGenerator:
             body = around(rng, haystack, needles[0], filler, rng.random())
         else:
             body = hide(rng, haystack.take(rng, filler, names.used), needles, [len(unit.needles) for unit in units])
-        asked = [units[number] for number in rng.permutation(len(units))]
-        dialogue = self._lexicon.ids_of_each([part for unit in asked for part in (unit.question, unit.answer)])
-        tokens = np.concatenate([head, *body, *dialogue, [self._tokenizer.eos_id]]).astype(np.int32)
-        is_answer = np.repeat(
-            [False, *[False, True] * len(asked), True], [length - 1 - sum(map(len, dialogue)), *map(len, dialogue), 1]
+        dialogue = self._dialogue([units[number] for number in rng.permutation(len(units))])
+        tokens = np.concatenate([head, *body, dialogue.tokens, [self._tokenizer.eos_id]]).astype(np.int32)
+        before = np.zeros(length - 1 - len(dialogue.tokens), bool)
+        learned = np.concatenate([before, dialogue.learned, [True]])
+        return Example(tokens, learned, np.concatenate([before, dialogue.answers, [False]]))
+
+    def _dialogue(self, units: list[tasks.Unit]) -> Example:
+        """The questions and answers of the units that are asked about."""
+        pieces = [piece for unit in units for piece in (*unit.question, *unit.answer)]
+        learned = [mark for unit in units for mark in ([False] * len(unit.question) + [True] * len(unit.answer))]
+        answers = learned & ~np.isin(pieces, self._lexicon.pieces(v.COMMA, v.STOP))
+        tokens, lengths = self._lexicon.ids(pieces), self._lexicon.lengths[pieces]
+        return Example(
+            tokens, np.repeat(learned, lengths), np.repeat(answers, lengths) & ~self._tokenizer.blank[tokens]
         )
-        return tokens, is_answer
 
 
 def passkey_prompt(tokenizer: Tokenizer, length: int, depth: float, seed: int, index: int) -> tuple[list[int], str]:
