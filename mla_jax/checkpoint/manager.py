@@ -21,10 +21,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mla_jax.checkpoint.manifest import find_corruption, write_manifest
+from mla_jax.checkpoint.manifest import MANIFEST, find_corruption, write_manifest
 from mla_jax.checkpoint.streaming import open_params, params_save
 from mla_jax.config import ModelConfig, TrainConfig
-from mla_jax.distributed.decisions import broadcast_decision
+from mla_jax.distributed.barrier import FailFastBarrier
+from mla_jax.distributed.decisions import broadcast_decision, wait_until_visible
 from mla_jax.errors import InputError, first_line
 from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.transformer import abstract_params
@@ -51,9 +52,15 @@ class Checkpoints:
         """
         self.folder = (run_dir / CHECKPOINTS).resolve()
         self._saving = 0
+        self._failed: Exception | None = None
+        self._barrier = FailFastBarrier()
         policy, rank = None, None
+        broadcast_decision(self._make_folder)
+        wait_until_visible(self.folder)
         if train is not None:
-            broadcast_decision(self._quarantine_corrupt)
+            newest = broadcast_decision(self._quarantine_corrupt)
+            if newest is not None:
+                self._wait_until_visible(newest)
             rank = _Rank(train.best_metric)
             policy = ocp.checkpoint_managers.AnyPreservationPolicy(
                 [
@@ -68,8 +75,11 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 best_fn=rank,
+                single_host_load_and_broadcast=True,  # each listing may be another, on a network file system
                 cleanup_tmp_directories=train is not None,  # a reader may meet one that is being written
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._write_manifest, barrier_sync_fn=self._barrier
+                ),
             ),
         )
 
@@ -104,7 +114,22 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when what `save` started is on disk. Raises InputError as `save` does."""
         with self._save_errors():
+            if self._failed:
+                raise self._failed
             self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises InputError as `save` does if what that started has failed by now; waits for nothing."""
+        if broadcast_decision(lambda: int(self._has_failed())):
+            self.wait()
+
+    def _has_failed(self) -> bool:
+        if not self._manager.is_saving_in_progress():
+            try:
+                self._manager.wait_until_finished()
+            except Exception as e:  # which Orbax raises once
+                self._failed = e
+        return self._failed is not None
 
     def choose(self, which: str, best_metric: str) -> int:
         """Returns the step whose parameters are to be read.
@@ -118,6 +143,7 @@ class Checkpoints:
         """
         step = broadcast_decision(lambda: self._choose(which, best_metric))
         assert step is not None
+        self._wait_until_visible(step)
         return step
 
     def restore_state(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
@@ -165,7 +191,16 @@ class Checkpoints:
     def _find_corruption(self, step: int, items: tuple[str, ...] | None = None) -> str | None:
         return find_corruption(self.folder / str(step), items)
 
-    def _quarantine_corrupt(self) -> None:
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"{self.folder} cannot be written to ({e.strerror or e})") from e
+
+    def _wait_until_visible(self, step: int) -> None:
+        wait_until_visible(self.folder / str(step) / MANIFEST)
+
+    def _quarantine_corrupt(self) -> int | None:
         steps = self.complete_steps()[::-1]
         corrupt = {}
         for step in steps:
@@ -174,7 +209,7 @@ class Checkpoints:
                 break
             corrupt[step] = reason
         if not steps:
-            return
+            return None
         if len(corrupt) == len(steps):
             raise self._none_usable(corrupt)
         newest = steps[len(corrupt)]
@@ -184,6 +219,7 @@ class Checkpoints:
         for step, reason in corrupt.items():
             name = self._quarantine(step).name
             _warn(f"checkpoint {self.folder / str(step)} is corrupt ({reason}), now {name}; using step {newest}")
+        return newest
 
     def _quarantine(self, step: int) -> Path:
         """Renames the folder of `step` to one that no later save or reader takes for a checkpoint."""

@@ -21,7 +21,7 @@ from mla_jax.checkpoint.streaming import deferred_write_errors
 from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, WEIGHT_KEYS, ModelConfig, RunConfig, TrainConfig
 from mla_jax.config.command_line import override
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mla_jax.distributed.decisions import broadcast_decision
+from mla_jax.distributed.decisions import broadcast_decision, on_all
 from mla_jax.errors import InputError, first_line
 from mla_jax.files import atomic_file, atomic_folder
 from mla_jax.state import TrainState
@@ -106,13 +106,7 @@ def load_run(run_dir: str | Path, step: str = "latest", *, on_disk: bool = False
         InputError: not a run, no such checkpoint, none that can be read, or a tokenizer that does not fit it.
     """
     run_dir = Path(run_dir)
-    config = _read_config(run_dir)
-    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model))
-    assert isinstance(model, ModelConfig)
-    if not (run_dir / CHECKPOINTS).is_dir():
-        raise InputError(f"{run_dir} has no checkpoint yet")
-    tokenizer = load_tokenizer(str(run_dir / TOKENIZER))
-    check_tokenizer(tokenizer, model)
+    config, model, tokenizer = on_all(lambda: _read_run(run_dir))
     checkpoints = Checkpoints(run_dir)
     try:
         metric = OmegaConf.select(config, "train.best_metric", default=TrainConfig.best_metric)
@@ -150,6 +144,17 @@ def load_params(key: str, run_dir: str, model: ModelConfig, tokenizer: Tokenizer
         ours = override("data.tokenizer", f"{run_dir}/tokenizer")
         raise InputError(f"{key}={run_dir} has another tokenizer; set {ours}")
     return jax.tree.map(lambda array: array.astype(model.param_dtype), run.params)
+
+
+def _read_run(run_dir: Path) -> tuple[DictConfig, ModelConfig, Tokenizer]:
+    config = _read_config(run_dir)
+    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model))
+    assert isinstance(model, ModelConfig)
+    if not (run_dir / CHECKPOINTS).is_dir():
+        raise InputError(f"{run_dir} has no checkpoint yet")
+    tokenizer = load_tokenizer(str(run_dir / TOKENIZER))
+    check_tokenizer(tokenizer, model)
+    return config, model, tokenizer
 
 
 def save_imported(run_dir: str | Path, model: ModelConfig, params: dict, tokenizer: Tokenizer) -> Path:

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from mla_jax.config import flatten
+from mla_jax.distributed.decisions import all_gather_text
 from mla_jax.errors import InputError, UsageError
 
 JOIN_TIMEOUT_S = 300
@@ -190,12 +189,8 @@ def print_on_main(message: str) -> None:
 
 def check_same_config(config: Any) -> None:
     """Raises UsageError on every process if the dataclass `config` is not the same on all."""
-    if jax.process_count() == 1:
-        return
-    text = json.dumps(flatten(dataclasses.asdict(config)), sort_keys=True, default=str).encode()
-    length = int(multihost_utils.process_allgather(np.int32(len(text))).max())
-    everyone = multihost_utils.process_allgather(np.frombuffer(text.ljust(length), np.uint8))
-    first, *others = (json.loads(bytes(row)) for row in everyone)
+    text = json.dumps(flatten(dataclasses.asdict(config)), sort_keys=True, default=str)
+    first, *others = map(json.loads, all_gather_text(text))
     for index, other in enumerate(others, 1):
         differ = [
             f"{key} is {first.get(key)} on process 0 and {other.get(key)} on process {index}"

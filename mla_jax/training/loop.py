@@ -20,6 +20,7 @@ from mla_jax.checkpoint.run_lock import RunLock, lock_run
 from mla_jax.config import RunConfig, TrainConfig, require, require_choice
 from mla_jax.data.pipeline import MakePipeline, Pipeline
 from mla_jax.data.tokenizer import load_tokenizer
+from mla_jax.distributed.decisions import on_all
 from mla_jax.distributed.join import is_main, print_on_main
 from mla_jax.distributed.preemption import Stopped, StopRequest
 from mla_jax.errors import InputError
@@ -111,7 +112,7 @@ class _Trainer:
         )
         check_installed(config.tracker)
         require_choice("train.best_metric", config.train.best_metric, tuple(loss.means({})))
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = on_all(lambda: load_tokenizer(config.data.tokenizer))
         check_tokenizer(tokenizer, config.model)
         self.tokenizer = tokenizer
         optimizer = make_optimizer(config.optim)
@@ -119,7 +120,7 @@ class _Trainer:
         for stage in config.train.stages:
             check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation)
         self.loop = LoopState()
-        self.data = self._pipeline()  # bad data ends here, before anything is in the run folder
+        self.data = on_all(self._pipeline)  # bad data ends here, before anything is in the run folder
         check_run(config, tokenizer)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(self.run_dir, config.train)
@@ -165,6 +166,7 @@ class _Trainer:
                         self._step()
                         if loop.step % train.log_every == 0 or self._stage_over():
                             self._read_pending()
+                            self.checkpoints.check()
                             reached = self._report(display)
                             if (reached or self._stage_over()) and not self._finished():
                                 with self.telemetry.clock.spend("other"):

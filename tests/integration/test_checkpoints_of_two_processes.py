@@ -13,25 +13,27 @@ PROCESS = """
 import os, sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 import jax
-address, index, run_dir, steps = sys.argv[1:]
+address, index, run_dir, steps, fault = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, int(index))
 sys.path.insert(0, "tests")
 from pathlib import Path
 from mla_jax.errors import one_line_errors
 from tiny import make_config, train
+exec(fault)
 with one_line_errors():
     stages = [{"seq_len": 96, "steps": int(steps)}]
     train(make_config(Path(run_dir), stages, checkpoint_every=2, log_every=1, keep_last=9))
 """
 
 
-def train_together(run_dir: Path, steps: int) -> tuple[list[int], list[str]]:
-    """Exit code and stderr of both processes."""
+def train_together(run_dir: Path, steps: int, faults: tuple[str, str] = ("", "")) -> tuple[list[int], list[str]]:
+    """Exit code and stderr of both processes; `faults` are statements that they run before they train."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    commands = [[sys.executable, "-c", PROCESS, address, str(i), str(run_dir), str(steps)] for i in range(2)]
+    arguments = ([address, str(i), str(run_dir), str(steps), faults[i]] for i in range(2))
+    commands = [[sys.executable, "-c", PROCESS, *each] for each in arguments]
     pipes = {"cwd": ROOT, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     processes = [subprocess.Popen(command, **pipes) for command in commands]
     try:
@@ -39,6 +41,7 @@ def train_together(run_dir: Path, steps: int) -> tuple[list[int], list[str]]:
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     return [process.returncode for process in processes], errors
 
 
@@ -69,3 +72,75 @@ def test_each_writes_its_shards_and_both_pass_over_the_same_damage(tmp_path):
     assert codes == [1, 1], errors
     assert "none to use instead (step 2: manifest.json is missing; step 4" in errors[0]
     assert "process 0 cannot go on" in errors[1]
+
+
+FILES_ARE_LIMITED = """
+import resource
+from mla_jax.checkpoint.manager import Checkpoints
+save = Checkpoints.save
+def limited(self, step, *rest):
+    self.wait()
+    if step == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    save(self, step, *rest)
+Checkpoints.save = limited
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_write_that_fails_in_one_process_ends_both_with_its_cause(tmp_path, failing):
+    faults = ("", FILES_ARE_LIMITED) if failing else (FILES_ARE_LIMITED, "")
+    codes, errors = train_together(tmp_path / "run", 100_000, faults)
+    assert codes == [1, 1], errors
+    for process, printed in enumerate(errors):
+        (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
+        assert "could not save a checkpoint" in line and "File too large" in line, line
+        assert "the last complete checkpoint is step 2" in line
+        assert (f"(process {failing}: " in line) == (process != failing)
+
+
+HIDDEN = """
+import errno, os, time
+from pathlib import Path
+from mla_jax.distributed import decisions
+decisions.VISIBLE_WITHIN_S = 10.0
+looks, stat, listdir, scandir = [], os.stat, os.listdir, os.scandir
+
+def hidden(path):
+    if "/checkpoints/4" not in os.fspath(path):
+        return False
+    looks.append(time.monotonic())
+    return looks[-1] < looks[0] + {seconds}
+
+def stat_without(path, *args, **kwargs):
+    if isinstance(path, (str, os.PathLike)) and hidden(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    return stat(path, *args, **kwargs)
+
+class Scan:
+    def __init__(self, path):
+        self.entries = scandir(path)
+    def __enter__(self):
+        return (entry for entry in self.entries if not hidden(entry.path))
+    __iter__ = __enter__
+    def __exit__(self, *_):
+        self.entries.close()
+    close = __exit__
+
+os.stat, os.scandir = stat_without, lambda path=".": Scan(path)
+os.listdir = lambda path=".": [name for name in listdir(path) if not hidden(f"{{path}}/{{name}}")]
+"""
+
+
+@pytest.mark.integration
+def test_both_resume_from_the_step_that_the_first_one_sees(tmp_path):
+    run_dir = tmp_path / "run"
+    codes, errors = train_together(run_dir, 4)
+    assert codes == [0, 0], errors
+    both = re.compile(r"/checkpoints/4/manifest.json did not appear on \S+ within 10 s, .*a disk that all nodes share")
+    codes, errors = train_together(run_dir, 6, ("", HIDDEN.format(seconds=10_000)))
+    assert codes == [1, 1] and all(both.search(printed) for printed in errors), errors
+    codes, errors = train_together(run_dir, 6, ("", HIDDEN.format(seconds=3)))
+    assert codes == [0, 0], errors
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"2", "4", "6"}
