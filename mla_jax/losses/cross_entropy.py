@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mla_jax import mesh
 from mla_jax.losses.log_probs import target_log_probs
 from mla_jax.losses.loss import Arrays, mean
-from mla_jax.model.layers import matmul, split_tokens
+from mla_jax.model.layers import join_chunks, matmul, split_tokens
 from mla_jax.model.transformer import Transformer
 
 
@@ -118,8 +118,7 @@ def _sums_forward(head_DX, h_BTD, targets_BT, weights_BT, answers_BT, chunk: int
 
     start = _zero_sums(), jnp.zeros(head_DX.shape, jnp.float32)
     (total, d_head_DX), d_h_nBtD = jax.lax.scan(body, start, _chunks(chunk, h_BTD, targets_BT, weights_BT, answers_BT))
-    d_h_BTD = jnp.moveaxis(d_h_nBtD, 0, 1).reshape(h_BTD.shape[0], -1, h_BTD.shape[2])[:, : h_BTD.shape[1]]
-    return total, (d_head_DX.astype(head_DX.dtype), d_h_BTD)
+    return total, (d_head_DX.astype(head_DX.dtype), join_chunks(d_h_nBtD, h_BTD.shape[1]))
 
 
 def _sums_backward(_, gradients, d_sums: LossSums):

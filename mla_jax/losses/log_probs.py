@@ -24,7 +24,7 @@ def target_log_probs(logits_BtX: jax.Array, targets_Bt: jax.Array) -> TargetLogP
         logits_BtX: float32, for every token of the vocabulary.
         targets_Bt: int32 token ids.
     """
-    highest_Bt = jnp.max(logits_BtX, axis=-1)
+    highest_Bt = jax.lax.stop_gradient(jnp.max(logits_BtX, axis=-1))  # what is subtracted has no part in the result
     lse_Bt = highest_Bt + jnp.log(jnp.sum(jnp.exp(logits_BtX - highest_Bt[..., None]), axis=-1))
     target_logit_Bt = jnp.take_along_axis(logits_BtX, targets_Bt[..., None], axis=-1)[..., 0]
     return TargetLogProbs(target_logit_Bt - lse_Bt, lse_Bt, target_logit_Bt >= highest_Bt)

@@ -98,6 +98,11 @@ def split_tokens(x: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
+def join_chunks(x: jax.Array, length: int) -> jax.Array:
+    """[T / chunk, B, chunk, ...] -> [B, length, ...]: undoes `split_tokens`."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
+
+
 def is_norm(path: tuple) -> bool:
     """True where `path`, of `jax.tree.map_with_path` over the parameters, leads to the weight of an RMSNorm."""
     return "norm" in path[-1].key

@@ -20,6 +20,8 @@ from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError
 from mla_jax.model import cache as latent_cache
+from mla_jax.model.branches import Branches
+from mla_jax.model.branches import attend as attend_to_branches
 from mla_jax.model.cache import LayerCache
 from mla_jax.model.layers import all_gather_weight, init_matrix, init_norm_weight, matmul, rms_norm
 from mla_jax.model.rope import CosSin, apply_rope, softmax_scale
@@ -48,28 +50,47 @@ class MLA(nnx.Module):
         self.kv_b_proj = new((c, heads * (config.qk_nope_head_dim + config.v_head_dim)), mesh.SHARD_OUT)
         self.o_proj = new((heads * config.v_head_dim, d), mesh.SHARD_OUT)
 
-    def __call__(self, x_BTD: jax.Array, cos_sin: CosSin, segments_BT: jax.Array | None) -> jax.Array:
-        """Expanded form over a whole sequence; no attention across segments."""
+    def __call__(
+        self, x_BTD: jax.Array, cos_sin: CosSin, segments_BT: jax.Array | None, branches: Branches | None = None
+    ) -> jax.Array:
+        """Expanded form over a whole sequence; no attention across segments, or as `branches` says."""
         latents = self.latents(x_BTD, cos_sin)
         q_BTHK = checkpoint_name(jnp.concatenate(self.queries(x_BTD, cos_sin), axis=-1), "queries")
         shards = mesh.num_sequence_shards(x_BTD)
 
-        def attend(q_BTHK, latents, segments_BT, kv_b_CX):
-            # Devices that share a sequence send each other latents: 1/26 of the keys and values of `infinite_1b`.
-            c_BSC, k_rope_BSR, segments_BS = jax.tree.map(
-                lambda x: mesh.all_gather_sequence(x, shards), (*latents, segments_BT)
-            )
-            k_BSHK, v_BSHV = self.expand(matmul(c_BSC, kv_b_CX), k_rope_BSR)
-            out = []
-            for start, (q, segments) in mesh.local_sequence_chunks((q_BTHK, segments_BT), shards):
-                out.append(self._op(
-                    latent_attention.attention, q, k_BSHK, v_BSHV, q_offset=start, q_segments=segments,
-                    kv_segments=segments_BS,
-                ))  # fmt: skip
-            return jnp.concatenate(out, axis=1)
+        def attend(q_BTHK, latents, segments_BT, branches, kv_b_CX):
+            causal = functools.partial(self._causal, kv_b_CX, shards)
+            if branches is None:
+                return causal(q_BTHK, latents, segments_BT)[0]
+            return attend_to_branches(branches, q_BTHK, latents, causal, functools.partial(self._to_all, kv_b_CX))
 
         kv_b_CX = mesh.all_gather(self.kv_b_proj[...])
-        return self.output(mesh.per_device(attend, q_BTHK, latents, segments_BT, kv_b_CX))
+        return self.output(mesh.per_device(attend, q_BTHK, latents, segments_BT, branches, kv_b_CX))
+
+    def _causal(self, kv_b_CX, shards: int, q_BTHK, latents, segments_BT) -> tuple[jax.Array, jax.Array]:
+        """Output and log-sum-exp of the tokens on this device, which see their segment up to themselves."""
+        # Devices that share a sequence send each other latents: 1/26 of the keys and values of `infinite_1b`.
+        c_BSC, k_rope_BSR, segments_BS = jax.tree.map(
+            lambda x: mesh.all_gather_sequence(x, shards), (*latents, segments_BT)
+        )
+        k_BSHK, v_BSHV = self.expand(matmul(c_BSC, kv_b_CX), k_rope_BSR)
+        parts = []
+        for start, (q, segments) in mesh.local_sequence_chunks((q_BTHK, segments_BT), shards):
+            parts.append(self._op(
+                latent_attention.attention, q, k_BSHK, v_BSHV, q_offset=start, q_segments=segments,
+                kv_segments=segments_BS, return_lse=True,
+            ))  # fmt: skip
+        out, lse = zip(*parts, strict=True)
+        return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=1)
+
+    def _to_all(self, kv_b_CX, q_BTHK, latents, q_segments_BT, kv_segments_BS) -> tuple[jax.Array, jax.Array]:
+        """Output and log-sum-exp of queries that see all latents of their segment."""
+        c_BSC, k_rope_BSR = latents
+        k_BSHK, v_BSHV = self.expand(matmul(c_BSC, kv_b_CX), k_rope_BSR)
+        return self._op(
+            latent_attention.attention, q_BTHK, k_BSHK, v_BSHV, q_offset=c_BSC.shape[1], q_segments=q_segments_BT,
+            kv_segments=kv_segments_BS, return_lse=True,
+        )  # fmt: skip
 
     def append_to_cache(
         self, x_BTD: jax.Array, cos_sin: CosSin, cache: LayerCache, lengths_B: jax.Array, valid_B: jax.Array

@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mla_jax import mesh
 from mla_jax.config import ModelConfig
+from mla_jax.model.branches import Branches
 from mla_jax.model.cache import LayerCache
-from mla_jax.model.layers import init_matrix, init_norm_weight, matmul, rms_norm, split_tokens
+from mla_jax.model.layers import init_matrix, init_norm_weight, join_chunks, matmul, rms_norm, split_tokens
 from mla_jax.model.mla import MLA
 from mla_jax.model.rope import CosSin, rope_cos_sin
 
@@ -67,8 +68,7 @@ class SwiGLU(nnx.Module):
             return None, self._feed_forward(x_BtD, *weights)
 
         chunks = split_tokens(x_BTD, chunk)
-        out_nBtD = jax.lax.scan(jax.checkpoint(body), None, chunks)[1]
-        return jnp.moveaxis(out_nBtD, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
+        return join_chunks(jax.lax.scan(jax.checkpoint(body), None, chunks)[1], x_BTD.shape[1])
 
 
 class Layer(nnx.Module):
@@ -81,10 +81,12 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = init_norm_weight(config, config.hidden_size)
         self.mlp = SwiGLU(config, rngs)
 
-    def __call__(self, h_BTD: jax.Array, cos_sin: CosSin, segments_BT: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, h_BTD: jax.Array, cos_sin: CosSin, segments_BT: jax.Array | None, branches: Branches | None
+    ) -> jax.Array:
         """The layer over a whole sequence."""
         h_BTD = checkpoint_name(h_BTD, "layer_input")
-        h_BTD += self.self_attn(self.attention_input(h_BTD), cos_sin, segments_BT)
+        h_BTD += self.self_attn(self.attention_input(h_BTD), cos_sin, segments_BT, branches)
         return self.add_feed_forward(checkpoint_name(h_BTD, "attention_residual"))
 
     def extend(self, h_BTD, cos_sin: CosSin, cache: LayerCache, lengths_B, valid_B, absorbed: bool):
@@ -118,14 +120,19 @@ class Transformer(nnx.Module):
             self.lm_head = init_matrix(config, rngs, (config.hidden_size, config.vocab_size), mesh.SHARD_IN)
 
     def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        branches: Branches | None = None,
     ) -> jax.Array:
         """Hidden states of a whole batch, after the final norm.
 
         Args:
             tokens_BT: int32 token ids.
-            positions_BT: int32 rotary positions; None for 0, 1, 2, ... (not where sequences are sharded)
+            positions_BT: int32 rotary positions; None for 0, 1, 2, ... (not with branches or on `context`)
             segments_BT: int32 document of each token, which sees only its own; None for one document a row.
+            branches: for rows that are prompts and their continuations, in place of segments_BT.
 
         Returns:
             h_BTD in the compute type; see `logits`.
@@ -133,11 +140,13 @@ class Transformer(nnx.Module):
         if positions_BT is None:
             if mesh.num_sequence_shards(tokens_BT) > 1:
                 raise ValueError("positions_BT must be given where sequences are sharded: tokens are in zig-zag order")
+            if branches is not None:
+                raise ValueError("positions_BT must be given with branches: those of a branch go on from its prompt")
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         cos_sin = rope_cos_sin(self.config, positions_BT)
 
         def body(h_BTD, layer):
-            return layer(h_BTD, cos_sin, segments_BT), None
+            return layer(h_BTD, cos_sin, segments_BT, branches), None
 
         body = _rematerialized(self.config, body)
         unroll = self.config.num_hidden_layers if self.config.unroll == -1 else self.config.unroll
