@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from mla_jax.config import JsonlDataConfig, NeedleDataConfig, SftConfig, register_schemas
+from mla_jax.config import JsonlDataConfig, NeedleDataConfig, NeedlePairsConfig, SftConfig, register_schemas
 from mla_jax.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +30,12 @@ def test_the_default_trains_nano_on_needles():
 def test_jsonl_is_one_override_away():
     config = _compose("data=jsonl", "data.path=chats.jsonl")
     assert isinstance(config.data, JsonlDataConfig) and config.data.path == "chats.jsonl"
+
+
+def test_needle_pairs_are_one_override_away_and_their_mixture_adds_up():
+    data = _compose("data=needle_pairs", "train=needle").data
+    assert isinstance(data, NeedlePairsConfig) and not data.packed
+    assert sum(data.rejected.values()) == pytest.approx(1) == pytest.approx(sum(data.tasks.values()))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
@@ -74,6 +80,9 @@ def test_yarn_is_a_choice_whose_factor_is_checked():
         ("train.grad_accumulation=7", "must divide"),
         ("data.tasks.passkey=-1", "non-negative"),
         ("+data.tasks.paskey=1", "paskey"),
+        ("data=needle_pairs train=needle +data.rejected.near=1", "data.rejected key must be one of near_key"),
+        ("data=needle_pairs train=needle data.branch_tokens=1", "data.branch_tokens must be at least 2"),
+        ("data=needle_pairs train=needle data.pairs_per_row=0", "data.pairs_per_row must be at least 1"),
         ("data.lm_loss_weight=1", r"data.lm_loss_weight must be in \[0, 1\), got 1"),
         ("data.lm_loss_weight=-0.1", r"data.lm_loss_weight must be in \[0, 1\), got -0.1"),
         ("data.lm_loss_weight=nan", r"data.lm_loss_weight must be in \[0, 1\), got nan"),
@@ -91,7 +100,7 @@ def test_yarn_is_a_choice_whose_factor_is_checked():
 )
 def test_impossible_values_are_named(override, named):
     with pytest.raises(UsageError, match=named):
-        _compose(override)
+        _compose(*override.split())
 
 
 def test_a_step_to_evaluate_is_a_number_or_a_name():

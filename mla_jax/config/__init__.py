@@ -3,12 +3,13 @@
 Values that cannot work raise UsageError in `__post_init__`, so a bad configuration ends at composition.
 """
 
-from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig
+from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig, NeedleMixtureConfig
 from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, PasskeyConfig
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, WEIGHT_KEYS, ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
+from mla_jax.config.preference import NeedlePairsConfig, PreferenceDataConfig, PreferenceJsonlConfig
 from mla_jax.config.register import register_schemas
 from mla_jax.config.run import RunConfig
 from mla_jax.config.schema import flatten, require, require_at_least, require_choice, schema
@@ -27,8 +28,12 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "NeedleDataConfig",
+    "NeedleMixtureConfig",
+    "NeedlePairsConfig",
     "OptimConfig",
     "PasskeyConfig",
+    "PreferenceDataConfig",
+    "PreferenceJsonlConfig",
     "PreferenceLossConfig",
     "RunConfig",
     "SftConfig",

@@ -21,11 +21,20 @@ class DataConfig:
         require_at_least(0, **{"data.workers": self.workers})
 
 
-@schema
-class NeedleDataConfig(DataConfig):
-    """Synthetic needles in a haystack; weights are relative and need not sum to one."""
+def require_weights(group: str, weights: dict[str, float], known: tuple[str, ...]) -> None:
+    """Raises UsageError unless `weights` of data.`group` are weights of some of the `known` names."""
+    for name in weights:
+        require_choice(f"data.{group} key", name, known)
+    require(
+        min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0,
+        f"data.{group} needs non-negative weights with a positive sum, got {weights}",
+    )
 
-    kind: str = "needle"
+
+@schema
+class NeedleMixtureConfig(DataConfig):
+    """Synthetic needles in haystacks; weights are relative and need not sum to one."""
+
     tasks: dict[str, float] = MISSING
     """Weight of each task: passkey, single, multi_key, multi_value, multi_query, variable_tracking, absent_key."""
     haystacks: dict[str, float] = MISSING
@@ -36,21 +45,12 @@ class NeedleDataConfig(DataConfig):
     """Most needles in one sequence; as many as fit are drawn log-uniformly from 1 to this."""
     near_duplicate_fraction: float = 0.5
     """Share of multi_key sequences whose keys differ from another key by one word only."""
-    lm_loss_weight: float = 0.0
-    """Share of each sequence's loss weight that its tokens other than answers have together, whatever its length: 0.1
-    is a tenth. Each token of an answer, its full stop and <eos> has weight 1."""
 
     def __post_init__(self):
         super().__post_init__()
         tasks = ("passkey", "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "absent_key")
-        for group, known in (("tasks", tasks), ("haystacks", ("noise", "words", "needles", "text"))):
-            weights = getattr(self, group)
-            for name in weights:
-                require_choice(f"data.{group} key", name, known)
-            require(
-                min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0,
-                f"data.{group} needs non-negative weights with a positive sum, got {weights}",
-            )
+        require_weights("tasks", self.tasks, tasks)
+        require_weights("haystacks", self.haystacks, ("noise", "words", "needles", "text"))
         require(
             not self.haystacks.get("text") or self.text_folder is not None,
             "data.haystacks.text needs data.text_folder=FOLDER",
@@ -60,6 +60,19 @@ class NeedleDataConfig(DataConfig):
             0 <= self.near_duplicate_fraction <= 1,
             f"data.near_duplicate_fraction must be in [0, 1], got {self.near_duplicate_fraction}",
         )
+
+
+@schema
+class NeedleDataConfig(NeedleMixtureConfig):
+    """Sequences of needles, then questions with their answers."""
+
+    kind: str = "needle"
+    lm_loss_weight: float = 0.0
+    """Share of each sequence's loss weight that its tokens other than answers have together, whatever its length: 0.1
+    is a tenth. Each token of an answer, its full stop and <eos> has weight 1."""
+
+    def __post_init__(self):
+        super().__post_init__()
         require(0 <= self.lm_loss_weight < 1, f"data.lm_loss_weight must be in [0, 1), got {self.lm_loss_weight}")
 
 

@@ -8,6 +8,7 @@ from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
+from mla_jax.config.preference import NeedlePairsConfig, PreferenceJsonlConfig
 from mla_jax.config.sft import SftConfig
 from mla_jax.config.tracker import TrackerConfig
 from mla_jax.config.train import TrainConfig
@@ -23,6 +24,8 @@ def register_schemas() -> None:
         ("model/rope_scaling", "schema", YarnConfig),
         ("data", "needle_schema", NeedleDataConfig),
         ("data", "jsonl_schema", JsonlDataConfig),
+        ("data", "needle_pairs_schema", NeedlePairsConfig),
+        ("data", "preference_jsonl_schema", PreferenceJsonlConfig),
         ("loss", "schema", PreferenceLossConfig),
         ("optim", "schema", OptimConfig),
         ("mesh", "schema", MeshConfig),

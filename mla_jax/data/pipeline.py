@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, StageConfig
+from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, PreferenceDataConfig, StageConfig
 from mla_jax.data.jsonl import load_documents, pack
 from mla_jax.data.needle.generator import NeedleGenerator, Purpose, make_rng
 from mla_jax.data.tokenizer import Tokenizer
@@ -108,6 +108,8 @@ def make_pipeline(
         return Pipeline(NeedleBatches(data, tokenizer, stages, stage, seed, rows), data.workers)
     if isinstance(data, JsonlDataConfig):
         return Pipeline(JsonlBatches(data, tokenizer, stages, stage, seed, rows), data.workers)
+    if isinstance(data, PreferenceDataConfig):
+        raise UsageError(f"data={data.kind} has preference pairs, which experiments.dpo trains on")
     raise TypeError(type(data))
 
 
@@ -163,9 +165,8 @@ class JsonlBatches:
         self, data: JsonlDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int, rows: Rows
     ):
         self._stage = stages[stage]
-        for name in ("previous_fraction", "position_skip_fraction"):
-            if getattr(self._stage, name) > 0:
-                raise UsageError(f"train.stages.{name} works with data=needle only; leave it at 0 with data=jsonl")
+        require_zero(self._stage, "previous_fraction", data.kind)
+        require_zero(self._stage, "position_skip_fraction", data.kind)
         self._documents = load_documents(data.path, tokenizer, data.on_bad_line, tuple(data.ignore_fields))
         self._wanted = rows[self._stage.batch_size]
         self._packed = pack(self._documents, self._stage.seq_len, data.path)
@@ -207,6 +208,12 @@ class JsonlBatches:
                 batch["positions"][i, here] = np.arange(len(ids))
                 start = end
         return batch
+
+
+def require_zero(stage: StageConfig, name: str, kind: str) -> None:
+    """Raises UsageError if the key `name` of a stage is set, which data of this kind cannot follow."""
+    if getattr(stage, name) > 0:
+        raise UsageError(f"train.stages.{name} does not work with data={kind}; leave it at 0")
 
 
 def loss_weights(learned_BT: np.ndarray, lm_share: float) -> np.ndarray:

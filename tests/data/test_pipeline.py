@@ -262,5 +262,5 @@ def test_the_accuracy_counts_what_is_said_and_not_how_it_ends(tmp_path):
 def test_stage_keys_that_need_needles_are_refused(start, key):
     stage = dataclasses.replace(CHAT_STAGE, **{key: 0.5})
     data = JsonlDataConfig(tokenizer="bytes", path=start.path)
-    with pytest.raises(UsageError, match=f"{key} works with data=needle only"):
+    with pytest.raises(UsageError, match=f"{key} does not work with data=jsonl"):
         make_pipeline(data, load_tokenizer("bytes"), [CHAT_STAGE, stage], 1, 0)

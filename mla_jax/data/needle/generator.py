@@ -10,11 +10,12 @@ and indices. Evaluation prompts are held out: they come from generators that tra
 import enum
 import functools
 import itertools
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 
-from mla_jax.config import NeedleDataConfig
+from mla_jax.config import NeedleMixtureConfig
 from mla_jax.data.needle import tasks
 from mla_jax.data.needle import vocabulary as v
 from mla_jax.data.needle.haystack import Filler, Haystack, NeedlesHaystack, NoiseHaystack, TextHaystack, WordsHaystack
@@ -31,6 +32,7 @@ class Purpose(enum.IntEnum):
     EPOCH = 2
     EVALUATION = 3
     SKIPS = 4
+    PAIRS = 5
 
 
 def make_rng(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:
@@ -52,7 +54,7 @@ class Example(NamedTuple):
 class NeedleGenerator:
     """Makes examples of the tasks and haystacks that a config mixes."""
 
-    def __init__(self, config: NeedleDataConfig, tokenizer: Tokenizer):
+    def __init__(self, config: NeedleMixtureConfig, tokenizer: Tokenizer):
         """Encodes the vocabulary and the text folder.
 
         Raises:
@@ -63,10 +65,10 @@ class NeedleGenerator:
         self._lexicon = make_lexicon(tokenizer)
         self._tasks = {name: weight for name, weight in config.tasks.items() if weight > 0}
         self._weights = {name: weight for name, weight in config.haystacks.items() if weight > 0}
-        self._haystacks = {name: self._haystack(name) for name in self._weights}
+        self._haystacks = {name: self._make_haystack(name) for name in self._weights}
         self._shortest = {task: _shortest(tokenizer, self._lexicon, task) for task in self._tasks}
 
-    def _haystack(self, name: str) -> Haystack:
+    def _make_haystack(self, name: str) -> Haystack:
         match name:
             case "noise":
                 return NoiseHaystack(self._tokenizer)
@@ -77,6 +79,11 @@ class NeedleGenerator:
             case _:
                 assert self._config.text_folder is not None
                 return TextHaystack(self._tokenizer, self._config.text_folder)
+
+    def draw_haystack(self, rng: np.random.Generator, task: str) -> Haystack:
+        """A haystack of the mixture for a task."""
+        haystack = self._haystacks[draw(rng, self._weights)]
+        return passkey_noise(self._tokenizer) if task == "passkey" and isinstance(haystack, NoiseHaystack) else haystack
 
     def check_length(self, length: int) -> None:
         """Raises UsageError if no task of the mixture is sure to fit into `length` tokens."""
@@ -96,24 +103,18 @@ class NeedleGenerator:
             UsageError: no task fits.
         """
         self.check_length(length)
-        task = _draw(rng, {task: weight for task, weight in self._tasks.items() if self._shortest[task] <= length})
-        haystack = self._haystacks[_draw(rng, self._weights)]
-        if task == "passkey" and isinstance(haystack, NoiseHaystack):
-            haystack = passkey_noise(self._tokenizer)
+        task = draw(rng, {task: weight for task, weight in self._tasks.items() if self._shortest[task] <= length})
+        haystack = self.draw_haystack(rng, task)
         names = tasks.RandomNames(rng, self._lexicon)
-        head = _head(self._tokenizer, self._lexicon, task)
-        room = length - len(head) - 1
+        beginning = head(self._tokenizer, self._lexicon, task)
+        room = length - len(beginning) - 1
         units = tasks.draw_units(
             rng, names, self._lexicon, task, room, self._config.max_needles, self._config.near_duplicate_fraction
         )
         filler = room - sum(unit.count(self._lexicon) for unit in units)
-        needles = self._lexicon.ids_of_each([needle for unit in units for needle in unit.needles])
-        if task == "passkey":
-            body = around(rng, haystack, needles[0], filler, rng.random())
-        else:
-            body = hide(rng, haystack.take(rng, filler, names.used), needles, [len(unit.needles) for unit in units])
+        body = bury(rng, haystack, task, self._lexicon, [unit.needles for unit in units], filler, names.used)
         dialogue = self._dialogue([units[number] for number in rng.permutation(len(units))])
-        tokens = np.concatenate([head, *body, dialogue.tokens, [self._tokenizer.eos_id]]).astype(np.int32)
+        tokens = np.concatenate([beginning, *body, dialogue.tokens, [self._tokenizer.eos_id]]).astype(np.int32)
         before = np.zeros(length - 1 - len(dialogue.tokens), bool)
         learned = np.concatenate([before, dialogue.learned, [True]])
         return Example(tokens, learned, np.concatenate([before, dialogue.answers, [False]]))
@@ -146,9 +147,10 @@ def passkey_prompt(tokenizer: Tokenizer, length: int, depth: float, seed: int, i
         )
     rng = make_rng(seed, Purpose.EVALUATION, index)
     unit = tasks.make_unit("passkey", 1, tasks.RandomNames(rng, lexicon), lexicon)
-    head, needle, question = _head(tokenizer, lexicon, "passkey"), *lexicon.ids_of_each([*unit.needles, unit.question])
-    filler = length - len(head) - len(needle) - len(question)
-    ids = np.concatenate([head, *around(rng, passkey_noise(tokenizer), needle, filler, depth), question])
+    beginning = head(tokenizer, lexicon, "passkey")
+    needle, question = lexicon.ids_of_each([*unit.needles, unit.question])
+    filler = length - len(beginning) - len(needle) - len(question)
+    ids = np.concatenate([beginning, *around(rng, passkey_noise(tokenizer), needle, filler, depth), question])
     return ids.tolist(), str(unit.answer[0])
 
 
@@ -158,7 +160,8 @@ def passkey_noise(tokenizer: Tokenizer) -> NoiseHaystack:
     return NoiseHaystack(tokenizer, begins_line=True)
 
 
-def _head(tokenizer: Tokenizer, lexicon: Lexicon, task: str) -> np.ndarray:
+def head(tokenizer: Tokenizer, lexicon: Lexicon, task: str) -> np.ndarray:
+    """What an example begins with: bos if there is one, and the introduction of passkey."""
     bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
     introduction = lexicon.pieces(v.PASSKEY_INTRO, v.NEWLINE) if task == "passkey" else []
     return np.concatenate([bos, lexicon.ids(introduction)])
@@ -168,13 +171,27 @@ def _shortest(tokenizer: Tokenizer, lexicon: Lexicon, task: str, *, with_answer:
     """Tokens that hold the smallest unit of a task whatever its names are."""
     unit = tasks.make_unit(task, tasks.SIZES[task][0], tasks.LongestNames(lexicon), lexicon)
     without = 0 if with_answer else lexicon.count(unit.answer) + 1
-    return len(_head(tokenizer, lexicon, task)) + unit.count(lexicon) + 1 - without
+    return len(head(tokenizer, lexicon, task)) + unit.count(lexicon) + 1 - without
 
 
-def _draw(rng: np.random.Generator, weights: dict[str, float]) -> str:
+def draw(rng: np.random.Generator, weights: dict[str, float]) -> str:
     """A key of `weights`, with probability proportional to its weight."""
     shares = np.cumsum(list(weights.values()))
     return list(weights)[np.searchsorted(shares, rng.random() * shares[-1], side="right")]
+
+
+def bury(
+    rng: np.random.Generator, haystack: Haystack, task: str, lexicon: Lexicon, groups: list[list[list[int]]],
+    length: int, taken: Collection[tasks.Key],
+) -> list[np.ndarray]:  # fmt: skip
+    """Filler of `length` tokens and all needles, as `hide` has them, or as `around` for passkey.
+
+    `groups` are the needles that belong together, in pieces; the filler says nothing about the `taken` keys.
+    """
+    needles = lexicon.ids_of_each([needle for group in groups for needle in group])
+    if task == "passkey":
+        return around(rng, haystack, needles[0], length, rng.random())
+    return hide(rng, haystack.take(rng, length, taken), needles, [len(group) for group in groups])
 
 
 def around(

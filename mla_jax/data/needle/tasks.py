@@ -12,6 +12,7 @@ absent_key         a key that is not there, next to one that differs by a word: 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +67,10 @@ class Names(Protocol):
         """A key not given before; if `near`, one that shares a word with a key given before."""
         ...
 
+    def neighbour(self, key: Key) -> Key:
+        """A key not given before that shares a word with `key`."""
+        ...
+
     def variable(self) -> int:
         """A variable not given before."""
         ...
@@ -107,6 +112,16 @@ class RandomNames:
             return (other[0], noun) if draw(2) else (adjective, other[1])
         return adjective, noun
 
+    def neighbour(self, key: Key) -> Key:
+        """A key not given before that shares a word with `key`."""
+        near = [(key[0], noun) for noun in self._nouns] + [(adjective, key[1]) for adjective in self._adjectives]
+        unused = [other for other in near if other not in self.used]
+        if not unused:
+            raise NamesUsedUp
+        other = unused[self._rng.integers(len(unused))]
+        self.used[other] = None
+        return other
+
     def variable(self) -> int:
         """A variable not given before."""
         if not self._variables:
@@ -135,6 +150,10 @@ class LongestNames:
         """The longest key."""
         return self._key
 
+    def neighbour(self, key: Key) -> Key:
+        """The longest key."""
+        return self._key
+
     def variable(self) -> int:
         """The longest variable."""
         return self._variable
@@ -149,13 +168,6 @@ class LongestNames:
 def make_unit(task: str, size: int, names: Names, lexicon: Lexicon, near: bool = False) -> Unit:
     """A unit of `task` with `size` needles; `near`: its key differs from another one by a word."""
     p = lexicon.pieces
-
-    def magic(key: Key, value: int) -> list[int]:
-        return [*p(v.MAGIC_NEEDLE), *key, *p(v.IS), value, *p(v.STOP)]
-
-    def joined(items: list[list[int]]) -> list[int]:
-        return [piece for i, item in enumerate(items) for piece in (p(v.COMMA) if i else []) + item]
-
     match task:
         case "passkey":
             value = names.passkey()
@@ -164,17 +176,16 @@ def make_unit(task: str, size: int, names: Names, lexicon: Lexicon, near: bool =
             return Unit([needle], p(v.NEWLINE, v.PASSKEY_QUESTION), [value, *p(v.STOP)])
         case "single" | "multi_key":
             key, value = names.key(near), names.value()
-            return Unit([magic(key, value)], [*p(v.NEWLINE, v.MAGIC_QUESTION), *key, *p(v.IS)], [value, *p(v.STOP)])
+            return Unit([magic_needle(lexicon, key, value)], magic_question(lexicon, key), [value, *p(v.STOP)])
         case "absent_key":
-            needle = magic(names.key(), names.value())
-            absent = names.key(near=True)
-            return Unit([needle], [*p(v.NEWLINE, v.MAGIC_QUESTION), *absent, *p(v.IS)], p(v.NOT_FOUND, v.STOP))
+            needle = magic_needle(lexicon, names.key(), names.value())
+            return Unit([needle], magic_question(lexicon, names.key(near=True)), p(v.NOT_FOUND, v.STOP))
         case "multi_value" | "multi_query":
             keys = [names.key()] if task == "multi_value" else [names.key() for _ in range(size)]
             values = [names.value() for _ in range(size)]
-            needles = [magic(keys[i % len(keys)], value) for i, value in enumerate(values)]
-            question = [*p(v.NEWLINE, v.MAGIC_QUESTIONS), *joined([list(key) for key in keys]), *p(v.ARE)]
-            return Unit(needles, question, [*joined([[value] for value in values]), *p(v.STOP)])
+            needles = [magic_needle(lexicon, keys[i % len(keys)], value) for i, value in enumerate(values)]
+            question = [*p(v.NEWLINE, v.MAGIC_QUESTIONS), *_joined(lexicon, keys), *p(v.ARE)]
+            return Unit(needles, question, list_answer(lexicon, values))
         case "variable_tracking":
             variables, value = [names.variable() for _ in range(size)], names.value()
             sources = [[value], *([*p(v.VARIABLE), variable] for variable in variables[:-1])]
@@ -183,8 +194,28 @@ def make_unit(task: str, size: int, names: Names, lexicon: Lexicon, near: bool =
                 for variable, source in zip(variables, sources, strict=True)
             ]
             question = [*p(v.NEWLINE, v.VARIABLE_QUESTION), value, *p(v.ARE)]
-            return Unit(needles, question, [*joined([[variable] for variable in variables]), *p(v.STOP)])
+            return Unit(needles, question, list_answer(lexicon, variables))
     raise ValueError(task)
+
+
+def magic_needle(lexicon: Lexicon, key: Key, value: int) -> list[int]:
+    """The sentence that gives a key its number."""
+    return [*lexicon.pieces(v.MAGIC_NEEDLE), *key, *lexicon.pieces(v.IS), value, *lexicon.pieces(v.STOP)]
+
+
+def magic_question(lexicon: Lexicon, key: Key) -> list[int]:
+    """The line that asks for the number of one key."""
+    return [*lexicon.pieces(v.NEWLINE, v.MAGIC_QUESTION), *key, *lexicon.pieces(v.IS)]
+
+
+def list_answer(lexicon: Lexicon, items: list[int]) -> list[int]:
+    """The answer that names one or more numbers or variables."""
+    return [*_joined(lexicon, [[item] for item in items]), *lexicon.pieces(v.STOP)]
+
+
+def _joined(lexicon: Lexicon, items: Sequence[Sequence[int]]) -> list[int]:
+    comma = lexicon[v.COMMA]
+    return [piece for i, item in enumerate(items) for piece in ([comma] if i else []) + list(item)]
 
 
 def draw_units(

@@ -1,0 +1,62 @@
+"""Data sets of preference pairs, for `experiments.dpo`."""
+
+from dataclasses import field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from mla_jax.config.data import DataConfig, NeedleMixtureConfig, require_weights
+from mla_jax.config.schema import require_at_least, require_choice, schema
+
+REJECTED = ("near_key", "digit_edit", "random_value", "false_refusal", "wrong_order", "absent_key")
+"""Kinds of rejected answers to questions about needles."""
+
+
+@schema
+class PreferenceDataConfig(DataConfig):
+    """What all data sets of pairs have: the shape of a row, see `mla_jax.data.preference.layout`."""
+
+    packed: ClassVar[bool] = False
+    """Whether a row may hold more than one prompt."""
+
+    kind: str = MISSING
+    branch_tokens: int = 128
+    """The last tokens of each row of `seq_len`, which hold the answers; a multiple of 128 is fastest on a GPU."""
+    pairs_per_row: int = 1
+    """The most pairs in a row."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(2, **{"data.branch_tokens": self.branch_tokens})
+        require_at_least(1, **{"data.pairs_per_row": self.pairs_per_row})
+
+
+@schema
+class NeedlePairsConfig(NeedleMixtureConfig, PreferenceDataConfig):
+    """Questions about needles, each with its answer and a wrong one; several of them about one haystack."""
+
+    kind: str = "needle_pairs"
+    rejected: dict[str, float] = field(default_factory=dict)
+    """Weight of each kind of pair: near_key (the value of a key that differs by a word), digit_edit (one or two digits
+    changed), random_value, false_refusal (`not found`), wrong_order (or a part of the values), absent_key (chosen is
+    `not found`, rejected a number)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_weights("rejected", self.rejected, REJECTED)
+
+
+@schema
+class PreferenceJsonlConfig(PreferenceDataConfig):
+    """A JSONL file of pairs in TRL's formats: `chosen`, `rejected` and, unless both begin with it, `prompt`."""
+
+    packed: ClassVar[bool] = True
+
+    kind: str = "preference_jsonl"
+    path: str = MISSING
+    on_bad_line: str = "error"
+    """`error` ends the run at a line that cannot be used; `skip` leaves such lines out and counts them."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_choice("data.on_bad_line", self.on_bad_line, ("error", "skip"))

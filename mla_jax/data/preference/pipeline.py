@@ -1,0 +1,89 @@
+"""Batches of preference pairs, from any of their sources."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from mla_jax.config import NeedlePairsConfig, PreferenceDataConfig, StageConfig
+from mla_jax.data.needle.generator import Purpose, make_rng
+from mla_jax.data.pipeline import ENDLESS, Pipeline, position_skips, require_zero
+from mla_jax.data.preference.layout import Prompt, lay_out, prompt_tokens
+from mla_jax.data.preference.needle_pairs import NeedlePairs
+from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.workers import Batch
+
+
+def make_preference_pipeline(
+    data: PreferenceDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
+    rows_of: Callable[[int], np.ndarray] = np.arange,
+) -> Pipeline:  # fmt: skip
+    """Batches of `stages[stage]` as `lay_out` makes them, of which this process makes the rows `rows_of(batch_size)`.
+
+    Raises:
+        InputError: a data file or folder that cannot be used.
+        UsageError: rows too short for any pair, or stage keys that the data cannot follow.
+    """
+    rows = _source(data, tokenizer, stages[stage], stage, seed)
+    batches = PreferenceBatches(
+        data, rows, stages[stage], stage, seed, rows_of(stages[stage].batch_size), tokenizer.pad_id
+    )
+    return Pipeline(batches, data.workers)
+
+
+class RowSource(Protocol):
+    """What gives the prompts of a row."""
+
+    def row(self, batch: int, row: int) -> list[Prompt]:
+        """The prompts, with their pairs, of a row of a batch of the stage."""
+        ...
+
+
+def _source(data: PreferenceDataConfig, tokenizer: Tokenizer, stage: StageConfig, number: int, seed: int) -> RowSource:
+    if isinstance(data, NeedlePairsConfig):
+        return NeedleRows(NeedlePairs(data, tokenizer, stage.seq_len), number, seed)
+    raise TypeError(type(data))
+
+
+class NeedleRows:
+    """A haystack a row, of which no two are alike."""
+
+    def __init__(self, pairs: NeedlePairs, number: int, seed: int):
+        self._pairs, self._number, self._seed = pairs, number, seed
+
+    def row(self, batch: int, row: int) -> list[Prompt]:
+        """One prompt."""
+        return [self._pairs.prompt(make_rng(self._seed, Purpose.PAIRS, self._number, batch, row))]
+
+
+class PreferenceBatches:
+    """Batches of a stage; where a row has one prompt, some of them with positions that skip in it."""
+
+    def __init__(
+        self, data: PreferenceDataConfig, rows: RowSource, stage: StageConfig, number: int, seed: int,
+        wanted: np.ndarray, pad_id: int,
+    ):  # fmt: skip
+        require_zero(stage, "previous_fraction", data.kind)
+        if data.packed:
+            require_zero(stage, "position_skip_fraction", data.kind)
+        self._data, self._rows, self._stage, self._wanted = data, rows, stage, wanted
+        self._number, self._seed, self._pad_id = number, seed, pad_id
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Batch:
+        data, stage = self._data, self._stage
+        rows = [self._rows.row(index, int(row)) for row in self._wanted]
+        batch = lay_out(rows, stage.seq_len, data.branch_tokens, data.pairs_per_row, self._pad_id)
+        skips = self._rng(Purpose.BATCH, index).random() < stage.position_skip_fraction
+        if skips and stage.position_skip_max > 0:
+            region = prompt_tokens(stage.seq_len, data.branch_tokens)
+            for positions, row in zip(batch["positions"], self._wanted, strict=True):
+                offsets = position_skips(self._rng(Purpose.SKIPS, index, int(row)), region, stage.position_skip_max)
+                positions[:region] += offsets
+                positions[region:] += offsets[-1]
+        return batch
+
+    def _rng(self, purpose: Purpose, *index: int) -> np.random.Generator:
+        return make_rng(self._seed, purpose, self._number, *index)
