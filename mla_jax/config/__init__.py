@@ -4,7 +4,7 @@ Values that cannot work raise UsageError in `__post_init__`, so a bad configurat
 """
 
 from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig, NeedleMixtureConfig
-from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, PasskeyConfig
+from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, HallucinationConfig, PasskeyConfig
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, WEIGHT_KEYS, ModelConfig, YarnConfig
@@ -24,6 +24,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "EvaluateConfig",
+    "HallucinationConfig",
     "JsonlDataConfig",
     "MeshConfig",
     "ModelConfig",

@@ -44,6 +44,25 @@ class PasskeyConfig(EvalConfig):
 
 
 @schema
+class HallucinationConfig(EvalConfig):
+    """Questions about keys that are in a haystack and about keys that are not."""
+
+    questions: int = MISSING
+    """Questions of each kind about one haystack; `samples` of each kind at each length make so many haystacks."""
+    pairs: int = MISSING
+    """Pairs of needles in a haystack, the keys of a pair one word apart."""
+    haystack: str = "noise"
+    """`noise` (the same five sentences) or `words` (random words)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(1, **{"eval.questions": self.questions, "eval.pairs": self.pairs})
+        require(self.questions <= self.pairs, f"eval.questions={self.questions} is more than eval.pairs={self.pairs}")
+        require_choice("eval.haystack", self.haystack, ("noise", "words"))
+        require(len(set(self.lengths)) == len(self.lengths), f"eval.lengths must not repeat, got {self.lengths}")
+
+
+@schema
 class EvaluateConfig:
     """Configuration of `python -m experiments.evaluate run=RUN_DIR`."""
 

@@ -3,7 +3,7 @@
 from hydra.core.config_store import ConfigStore
 
 from mla_jax.config.data import JsonlDataConfig, NeedleDataConfig
-from mla_jax.config.evaluate import EvaluateConfig, PasskeyConfig
+from mla_jax.config.evaluate import EvaluateConfig, HallucinationConfig, PasskeyConfig
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import ModelConfig, YarnConfig
@@ -32,5 +32,6 @@ def register_schemas() -> None:
         ("tracker", "schema", TrackerConfig),
         ("train", "schema", TrainConfig),
         ("eval", "passkey_schema", PasskeyConfig),
+        ("eval", "hallucination_schema", HallucinationConfig),
     ):
         store.store(group=group, name=name, node=node)

@@ -1,7 +1,7 @@
 """A task of an evaluation: prompts in cells, and how an answer is scored. Each task has a file that makes one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 Params = dict[str, Any]
@@ -18,8 +18,8 @@ class Prompt:
     answer: str
     seed: int
     index: int
-    wrong: dict[str, str] = field(default_factory=dict)
-    """Wrong answers that tell something, by the name of their score."""
+    near: tuple[str, ...] = ()
+    """Answers to questions that this one is easily mistaken for."""
 
 
 @dataclass(frozen=True)
