@@ -7,7 +7,7 @@ RUN/eval may hold other JSON files; a file with `task` or `cells` is one of resu
     title             of the task, for reports
     description       the question and the criterion
     model             name, step, parameters, cache_bytes_per_token (16 bits unless configured), trained_lengths,
-                      fingerprint of the config and the checkpoint
+                      fingerprint of the config and the checkpoint, tokenizer (its fingerprint)
     provenance        date, command, version, git_revision, hardware, python, jax
     seconds           duration of the evaluation, compilation included
     config            the task as configured
@@ -189,7 +189,7 @@ class Results:
     @property
     def total(self) -> Cell:
         """One cell for everything; None stands for each of its params."""
-        return _total(dict.fromkeys(self.cells[0].params), self.cells)
+        return totalled(self.cells)
 
     @property
     def counts(self) -> tuple[float, int]:
@@ -241,11 +241,14 @@ class Results:
 def totals_by_length(cells: Sequence[Cell]) -> list[Cell]:
     """One cell for each length, shortest first, that counts all cells of it; its other param is None."""
     rows = {length: [cell for cell in cells if cell.length == length] for length in sorted({c.length for c in cells})}
-    return [_total(dict.fromkeys(row[0].params) | {"length": length}, row) for length, row in rows.items()]
+    return [dataclasses.replace(cell := totalled(row), params=cell.params | {"length": n}) for n, row in rows.items()]
 
 
-def _total(params: Params, cells: Sequence[Cell]) -> Cell:
-    """All scores of some cells; prompts of different lengths have different haystacks."""
+def totalled(cells: Sequence[Cell]) -> Cell:
+    """One cell with all scores of some; None stands for its params.
+
+    Prompts of different lengths have different haystacks.
+    """
     scores: dict[str, tuple[float, ...]] = {}
     haystacks: dict[str, tuple] = {}
     for number, cell in enumerate(cells):
@@ -254,7 +257,7 @@ def _total(params: Params, cells: Sequence[Cell]) -> Cell:
             shared = [(cell.length, haystack) for haystack in cell.haystacks.get(name, ())]
             scores[name] = scores.get(name, ()) + each
             haystacks[name] = haystacks.get(name, ()) + tuple(shared or own)
-    return Cell(params, scores, haystacks if any(cell.haystacks for cell in cells) else {})
+    return Cell(dict.fromkeys(cells[0].params), scores, haystacks if any(cell.haystacks for cell in cells) else {})
 
 
 def read_results(path: Path, *, finished: bool = True) -> Results:

@@ -185,6 +185,7 @@ def _empty(run: Run, task: Task) -> Results:
         "cache_bytes_per_token": bytes_per_token(run.model, task.cache_dtype or "bfloat16"),
         "trained_lengths": sorted(set(run.trained_lengths)),
         "fingerprint": _fingerprint(run),
+        "tokenizer": run.tokenizer.fingerprint,
     }
     return Results(task.name, task.title, task.description, model, provenance(), 0.0, task.config, (), ())
 
