@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -23,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mla_jax.config import SftConfig, register_schemas
 from mla_jax.config.command_line import quote_names
-from mla_jax.errors import InputError, UsageError, one_line_errors
+from mla_jax.errors import InputError, UsageError, check_text, one_line_errors
 
 _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
@@ -40,7 +41,9 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
     """
     register_schemas()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that one place prints
-    sys.argv[1:] = map(quote_names, sys.argv[1:])
+    with one_line_errors():
+        check_text(*sys.argv)
+    sys.argv[1:] = map(quote_names, _from_here(sys.argv[1:]))
     given = _overrides(sys.argv[1:])  # of the process that submits: a job on a cluster gets `task` pickled
 
     def task(composed: DictConfig) -> None:
@@ -48,7 +51,7 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
         submitted = "SUBMITIT_EXECUTOR" in os.environ
         with _job_errors() if submitted else contextlib.nullcontext() if multirun else one_line_errors():
             with as_usage_errors():
-                config: Any = OmegaConf.to_object(composed)
+                config = _typed(composed, config_name)
             swept = [override for override in HydraConfig.get().overrides.task if override not in given]
             if multirun and swept and hasattr(config, "run_dir"):
                 config = dataclasses.replace(config, run_dir=str(Path(config.run_dir) / _folder_name(swept)))
@@ -61,9 +64,33 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
 def compose_config(overrides: list[str]) -> SftConfig:
     """The config that experiments.sft would run with these overrides."""
     register_schemas()
+    check_text(*overrides)
     with initialize_config_dir(str(CONF), version_base=None), as_usage_errors():
         config: Any = OmegaConf.to_object(compose("sft", overrides=overrides))
     return config
+
+
+def _from_here(arguments: list[str]) -> list[str]:
+    """The arguments with a folder after --config-path made absolute: Hydra would look for it beside this file."""
+    found = []
+    for argument in arguments:
+        option, equals, folder = argument.rpartition("=")
+        if (option if equals else "".join(found[-1:])) in ("--config-path", "-cp") and Path(folder).is_dir():
+            argument = f"{option}{equals}{Path(folder).absolute()}"
+        found.append(argument)
+    return found
+
+
+def _typed(composed: DictConfig, config_name: str) -> Any:
+    """The config object; a RUN/config.yaml (`--config-path RUN --config-name config`) gets the schema that it lacks."""
+    if OmegaConf.get_type(composed) is dict:
+        store = ConfigStore.instance()
+        schema = OmegaConf.structured(store.load(f"{config_name}_schema.yaml").node)
+        kind = OmegaConf.select(composed, "data.kind")
+        if kind is not None:
+            schema.data = store.load(f"data/{kind}_schema.yaml").node
+        composed = OmegaConf.merge(schema, composed)
+    return OmegaConf.to_object(composed)
 
 
 def _folder_name(swept: list[str]) -> str:

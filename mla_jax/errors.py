@@ -1,9 +1,13 @@
-"""The two errors that a user can cause, and their one-line form."""
+"""The two errors that a user can cause, and how a process ends: by one line and an exit code."""
 
 import contextlib
+import errno
+import os
 import re
+import select
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class InputError(Exception):
@@ -18,14 +22,67 @@ class UsageError(InputError):
     exit_code = 2
 
 
+def check_text(*arguments: str) -> None:
+    """Raises UsageError for an argument that came as bytes that are not UTF-8."""
+    for argument in arguments:
+        if argument.encode(errors="ignore").decode() != argument:
+            shown = argument.encode(errors="replace").decode()
+            raise UsageError(f"argument {shown!r} is not UTF-8 text")
+
+
+INTERRUPTED = 130
+"""The exit code of what Ctrl-C ended, as shells report it."""
+
+CLOSED_PIPE = 141
+"""The exit code of what wrote to a pipe that nobody reads any more, as shells report it."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process with `error: <one line>` on stderr when an InputError escapes; other exceptions pass."""
+    """Ends the process as a shell expects it, with at most one line on stderr; other exceptions pass.
+
+    An InputError gives `error: <one line>` and its exit code, a full disk the same and 1, Ctrl-C INTERRUPTED, and a
+    reader of stdout or stderr that went away (`| head`) CLOSED_PIPE. Stdout is flushed here, since the interpreter has
+    an exit code of its own for what it cannot write at its end.
+    """
     try:
-        yield
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except InputError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(e.exit_code)
+        _end(e.exit_code, f"error: {' '.join(str(e).split())}")
+    except KeyboardInterrupt:
+        _end(INTERRUPTED, "interrupted")
+    except BrokenPipeError:
+        if not _reader_gone(1) and not _reader_gone(2):
+            raise  # another pipe or socket
+        _end(CLOSED_PIPE)
+    except OSError as e:
+        if e.errno not in _NO_ROOM:
+            raise
+        _end(1, f"error: could not write {e.filename or 'the output'} ({e.strerror}); free space or name another place")
+
+
+def _end(code: int, line: str = "") -> NoReturn:
+    """Exits after printing a line on stderr; what can no longer be written goes nowhere."""
+    for descriptor, stream, text in ((2, sys.stderr, line), (1, sys.stdout, "")):
+        try:
+            print(text, file=stream, end="\n" if text else "", flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    sys.exit(code)
+
+
+def _reader_gone(descriptor: int) -> bool:
+    """True for the end of a pipe or a socket whose other end is closed."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def first_line(e: BaseException) -> str:

@@ -28,7 +28,7 @@ def call(monkeypatch, capsys):
 
     def run(tool, *arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode(errors="surrogateescape"))))
         code = 0
         try:
             tool.main()

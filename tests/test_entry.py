@@ -1,5 +1,6 @@
 """The command line: where the jobs of a sweep and a submitted job keep their runs, and what SLURM lacks."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from tiny import make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOW = """
@@ -17,9 +21,9 @@ run("sft", lambda config: print("run_dir", config.run_dir))
 NO_EXTRA = "import sys; sys.modules['hydra_plugins.hydra_submitit_launcher'] = None" + SHOW
 
 
-def command(*overrides: str, code: str = SHOW, **environment: str) -> subprocess.CompletedProcess:
+def command(*overrides: str, code: str = SHOW, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     ran = [sys.executable, "-c", code, *overrides]
-    return subprocess.run(ran, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(ran, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120)
 
 
 def run_dirs(*overrides: str) -> list[str]:
@@ -68,3 +72,18 @@ def test_a_missing_extra_is_named(tmp_path):
     ran = command("+cluster=slurm", f"run_dir={tmp_path}/run", code=NO_EXTRA)
     assert ran.returncode == 2
     assert ran.stderr.strip() == "error: submitting to SLURM needs an extra: pip install '.[slurm]'"
+
+
+def test_the_config_of_a_run_is_one_to_start_from(tmp_path):
+    """By `--config-path RUN --config-name config`, relative to where the command is given."""
+    (tmp_path / "r").mkdir()
+    config = make_config(tmp_path / "r")
+    OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), tmp_path / "r" / "config.yaml")
+    show = "from experiments.entry import run; run('sft', lambda c: print(repr(c)))"
+    for path in (["--config-path", "r"], [f"--config-path={tmp_path / 'r'}"]):
+        ran = command(*path, "--config-name", "config", code=show, cwd=tmp_path)
+        assert (ran.returncode, ran.stdout) == (0, repr(config) + "\n"), ran.stderr
+    changed = command("--config-path", "r", "--config-name", "config", "seed=3", code=show, cwd=tmp_path)
+    assert changed.stdout == repr(dataclasses.replace(config, seed=3)) + "\n"
+    misspelt = command("--config-path", "r", "--config-name", "config", "sed=3", code=show, cwd=tmp_path)
+    assert misspelt.returncode == 2 and "sed" in misspelt.stderr and misspelt.stderr.count("\n") == 1

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
-import os
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from mla_jax.config import ModelConfig
 from mla_jax.data.chat import render
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.turns import stop_ids
-from mla_jax.errors import InputError, UsageError, one_line_errors
+from mla_jax.errors import InputError, UsageError, check_text, one_line_errors
 from mla_jax.hardware import GIB, peak_memory
 from mla_jax.inference.generator import PREFILL_CHUNK, Generator
 from mla_jax.inference.sampling import SamplingParams
@@ -75,10 +75,10 @@ class Conversation:
                 sampling=_sampling(args, self.turn), session=self.session, on_tokens=show, on_prefill=progress,
             )  # fmt: skip
         except KeyboardInterrupt:
-            self.session = Session.empty(1)  # some of its arrays may be gone
-            print(file=sys.stderr)
             if not args.chat:
                 raise
+            self.session = Session.empty(1)  # some of its arrays may be gone
+            print(file=sys.stderr)
         finally:
             bar.close()
         print(stream.finish())
@@ -146,9 +146,9 @@ def _lines() -> Iterator[str]:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff").strip()
+                line = input("> " if sys.stdin.isatty() else "").strip()
             except UnicodeDecodeError as e:
-                raise InputError(f"stdin cannot be read as text ({e})") from e
+                raise InputError(f"stdin cannot be read as UTF-8 text ({e})") from e
             if line:
                 yield line
 
@@ -160,9 +160,7 @@ def _text(args: argparse.Namespace) -> str:
         raise InputError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
     if "" in args.stop:
         raise InputError("a stop string must not be empty")
-    for text in (args.prompt, args.system, *args.stop):
-        if text is not None and text.encode(errors="ignore").decode() != text:  # bytes that are no UTF-8
-            raise InputError(f"argument {text.encode(errors='replace').decode()!r} is not UTF-8 text")
+    check_text(*(text for text in (args.prompt, args.system, *args.stop) if text is not None))
     if args.prompt is not None and args.file is not None:
         raise UsageError("give a prompt or --file, not both")
     if args.chat:
@@ -174,9 +172,9 @@ def _text(args: argparse.Namespace) -> str:
     try:
         if args.prompt is not None:
             return args.prompt
-        return args.file.read_text(encoding="utf-8-sig") if args.file else sys.stdin.read().removeprefix("\ufeff")
+        return args.file.read_text(encoding="utf-8-sig") if args.file else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{args.file or 'stdin'} cannot be read as text ({e})") from e
+        raise InputError(f"{args.file or 'stdin'} cannot be read as UTF-8 text ({e})") from e
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,22 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextlib.contextmanager
-def _quiet_ends() -> Iterator[None]:
-    """Ends the process as a shell expects it when the reader of stdout goes away (`| head`) or on Ctrl-C."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
-        sys.exit(141)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 def main() -> None:
     """The command line; exit code 1 for what cannot be read or does not fit, 130 for Ctrl-C, 141 for a closed pipe."""
     args = _parser().parse_args()
-    with one_line_errors(), _quiet_ends():
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale says, prompts are UTF-8
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+    with one_line_errors():
         text = _text(args)
         config, params, tokenizer = load(args.model, args.step)
         config = dataclasses.replace(config, dtype=args.dtype or config.dtype)

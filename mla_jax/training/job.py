@@ -7,12 +7,10 @@ from mla_jax.config.command_line import override
 from mla_jax.data.pipeline import MakePipeline
 from mla_jax.distributed.join import check_same_config, is_main, join_job, print_on_main
 from mla_jax.distributed.preemption import StopRequest, requeue
+from mla_jax.errors import INTERRUPTED
 from mla_jax.losses.loss import Loss
 from mla_jax.training.loop import train
 from mla_jax.training.summary import write_summary
-
-INTERRUPTED = 130
-"""The exit code of a job that was told to stop, as shells report Ctrl-C."""
 
 
 def train_job(config: RunConfig, loss: Loss, make_pipeline: MakePipeline, stop: StopRequest | None = None) -> None:

@@ -12,6 +12,7 @@ from mla_jax.config import NeedleDataConfig, StageConfig
 from mla_jax.data.needle import vocabulary
 from mla_jax.data.needle.generator import NeedleGenerator, Purpose, make_rng, passkey_prompt
 from mla_jax.data.pipeline import loss_weights, make_pipeline
+from mla_jax.data.text_folder import read_texts
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mla_jax.errors import InputError, UsageError
 
@@ -264,6 +265,15 @@ def test_text_windows_come_from_all_over(folder):
     for phrase in ("It was late.", "Nobody spoke!", "Was it over?", "日本語", "Second file."):
         assert any(phrase in text for text in texts), phrase
     assert not any("import this" in text for text in texts)
+
+
+def test_a_byte_order_mark_in_a_text_folder_changes_nothing(tmp_path):
+    for folder, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_bytes(mark + "Größe: one.".encode())
+        (tmp_path / folder / "b.md").write_bytes(mark + b"Two.")
+    (tmp_path / "marked" / "c.txt").write_bytes(b"\xef\xbb\xbf\n")  # without text
+    assert read_texts(tmp_path / "marked") == read_texts(tmp_path / "plain") == ["Größe: one.", "Two."]
 
 
 @pytest.mark.parametrize(
