@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mla_jax.config import SftConfig, register_schemas
-from mla_jax.config.command_line import quote_names
+from mla_jax.config.command_line import quote_text
+from mla_jax.config.register import text_keys
 from mla_jax.errors import InputError, UsageError, check_text, one_line_errors
 
 _HERE = Path(__file__).resolve().parent
@@ -43,7 +44,7 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that one place prints
     with one_line_errors():
         check_text(*sys.argv)
-    sys.argv[1:] = map(quote_names, _from_here(sys.argv[1:]))
+    sys.argv[1:] = map(quote_text, _from_here(sys.argv[1:]))
     given = _overrides(sys.argv[1:])  # of the process that submits: a job on a cluster gets `task` pickled
 
     def task(composed: DictConfig) -> None:
@@ -51,6 +52,7 @@ def run(config_name: str, main: Callable[[Any], None]) -> None:
         submitted = "SUBMITIT_EXECUTOR" in os.environ
         with _job_errors() if submitted else contextlib.nullcontext() if multirun else one_line_errors():
             with as_usage_errors():
+                _check_text(composed)
                 config = _typed(composed, config_name)
             swept = [override for override in HydraConfig.get().overrides.task if override not in given]
             if multirun and swept and hasattr(config, "run_dir"):
@@ -81,6 +83,14 @@ def _from_here(arguments: list[str]) -> list[str]:
     return found
 
 
+def _check_text(composed: DictConfig) -> None:
+    """Raises UsageError for a text that a YAML file has as a number beyond all, a commit of digits and one e."""
+    for key in sorted(text_keys()):
+        value = OmegaConf.select(composed, key, default=None)
+        if value in ("inf", "-inf", "nan"):
+            raise UsageError(f"{key} is {value}, as YAML reads a bare 12e4567 and the like; put it in quotes")
+
+
 def _typed(composed: DictConfig, config_name: str) -> Any:
     """The config object; a RUN/config.yaml (`--config-path RUN --config-name config`) gets the schema that it lacks."""
     if OmegaConf.get_type(composed) is dict:
@@ -89,7 +99,7 @@ def _typed(composed: DictConfig, config_name: str) -> Any:
         kind = OmegaConf.select(composed, "data.kind")
         if kind is not None:
             schema.data = store.load(f"data/{kind}_schema.yaml").node
-        composed = OmegaConf.merge(schema, composed)
+        return OmegaConf.to_object(OmegaConf.merge(schema, composed))
     return OmegaConf.to_object(composed)
 
 

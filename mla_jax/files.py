@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,9 +72,21 @@ def atomic_folder(path: Path, *, replace: bool) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2, parents: bool = True) -> None:
-    """Writes `content` as JSON that ends with a newline, as `atomic_file` does. Raises InputError as that does."""
+    """Writes `content` as JSON that ends with a newline, as `atomic_file` does. Raises InputError as that does.
+
+    Numbers that are not finite, which JSON does not have, become null.
+    """
+    text = json.dumps(_finite(content), indent=indent, allow_nan=False)
     with atomic_file(path, parents=parents) as partial:
-        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from mla_jax.config import EvaluateConfig, register_schemas
-from mla_jax.config.command_line import override, quote_names
+from mla_jax.config.command_line import override, quote_text
 from mla_jax.errors import UsageError
 from tiny import make_config
 
@@ -32,7 +32,7 @@ def test_a_printed_override_is_read_as_it_was_meant(text):
     register_schemas()
     read = subprocess.run(["sh", "-c", f"printf %s {override('run', text)}"], capture_output=True, text=True).stdout
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = OmegaConf.to_object(compose("evaluate", overrides=[quote_names(read)]))
+        config = OmegaConf.to_object(compose("evaluate", overrides=[quote_text(read)]))
     assert isinstance(config, EvaluateConfig) and config.run == text
 
 
@@ -53,9 +53,23 @@ def test_a_name_is_text():
         f"'{name}' runs/{name}/name={name}" for name in ("12e4567", "007", "a")
     ]
     assert names("-m", "name=1e3", "seed=0,1") == [f"'1e3' runs/1e3/seed={seed}" for seed in (0, 1)]
-    assert quote_names("+init_from=1e3") == "+init_from='1e3'"
+    assert quote_text("+init_from=1e3") == "+init_from='1e3'"
+    for key in ("data.path", "data.tokenizer", "data.text_folder", "tracker.project", "run_dir", "run"):
+        assert quote_text(f"{key}=12e4567") == f"{key}='12e4567'"
     for other in ("seed=1e3", "init_from=null", "name=a,b", "name=[1]", "name='1'", "--help", "~name", "model=nano"):
-        assert quote_names(other) == other
+        assert quote_text(other) == other
+
+
+def test_a_text_that_yaml_reads_as_a_number_beyond_all_is_refused(tmp_path):
+    """`name: 12e4567` in a file: it would be the run `inf`, and the next such commit would resume it."""
+    (tmp_path / "experiment").mkdir()
+    for value, code in (("12e4567", 2), ("'12e4567'", 0)):
+        (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\nname: {value}\n")
+        command = [sys.executable, "-c", SHOW, "--config-dir", str(tmp_path), "experiment=mine"]
+        ran = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == code, ran.stderr
+        expected = "name '12e4567' runs/12e4567\n" if code == 0 else "error: name is inf, as YAML reads a bare 12e4567"
+        assert (ran.stdout + ran.stderr).startswith(expected)
 
 
 @pytest.mark.parametrize("empty", ["", " "])

@@ -25,6 +25,17 @@ def test_a_file_takes_its_place_when_the_block_ends(tmp_path):
     assert path.read_text() == "2" and names(path.parent) == ["a.json"]
 
 
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    write_json(tmp_path / "a.json", {"x": nan, "y": [1.5, (-inf, {"z": inf})], "n": 3, "text": "nan", "b": True})
+
+    def refuse(constant: str):
+        raise AssertionError(constant)
+
+    content = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
+    assert content == {"x": None, "y": [1.5, [None, {"z": None}]], "n": 3, "text": "nan", "b": True}
+
+
 @pytest.mark.parametrize(
     ("error", "raised"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "full"), InputError)]
 )

@@ -7,8 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-NAMES = ("name", "run_dir", "run", "init_from")
-"""Keys whose values are names, whatever they look like."""
+from mla_jax.config.register import text_keys
 
 
 def override(key: str, value: str) -> str:
@@ -19,11 +18,11 @@ def override(key: str, value: str) -> str:
     return shlex.quote(f"{key}={value}")
 
 
-def quote_names(argument: str) -> str:
-    """The argument with quotes around a name that Hydra would take for a number or a truth value, as 12e4567 or 007."""
+def quote_text(argument: str) -> str:
+    """The argument with quotes around a text that Hydra would take for a number or a truth value, as 12e4567 or 007."""
     parsed = _parse(argument)
     key, equals, text = argument.partition("=")
-    if parsed is None or not equals or parsed.key_or_group not in NAMES:
+    if parsed is None or not equals or parsed.key_or_group not in text_keys():
         return argument
     values = text.split(",") if parsed.is_sweep_override() else [text]
     quoted = [

@@ -1,6 +1,11 @@
 """Registration of the schemas in Hydra's ConfigStore."""
 
+import functools
+from collections.abc import Iterator
+from typing import Any
+
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf, StringNode
 
 from mla_jax.config.data import JsonlDataConfig, NeedleDataConfig
 from mla_jax.config.evaluate import EvaluateConfig, HallucinationConfig, PasskeyConfig
@@ -35,3 +40,18 @@ def register_schemas() -> None:
         ("eval", "hallucination_schema", HallucinationConfig),
     ):
         store.store(group=group, name=name, node=node)
+
+
+@functools.cache
+def text_keys() -> frozenset[str]:
+    """The keys whose values are text, whatever they look like: `name`, `data.path` and the like."""
+    register_schemas()
+    return frozenset(_text_keys(ConfigStore.instance().repo, ""))
+
+
+def _text_keys(group: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, entry in group.items():
+        if isinstance(entry, dict):
+            yield from _text_keys(entry, f"{prefix}{name}.")
+        elif OmegaConf.get_type(entry.node) is not dict:
+            yield from (f"{prefix}{key}" for key in entry.node if isinstance(entry.node._get_node(key), StringNode))

@@ -63,6 +63,7 @@ def _read_run(path: Path, folder: Path) -> SweptRun:
         finished = (path / SUMMARY).is_file()
         summary = json.loads((path / SUMMARY).read_text()) if finished else None
         if summary is not None:
+            summary = {key: math.nan if value is None else value for key, value in summary.items()}
             accuracy = summary.get("accuracy_metric", "answer_accuracy")
             if missing := {"step", "loss", "tokens_per_second", accuracy} - summary.keys():
                 raise ValueError(f"{SUMMARY} lacks {', '.join(sorted(missing))}")

@@ -9,6 +9,8 @@ SUMMARY = "summary.json"
 def write_summary(result: TrainResult) -> None:
     """Writes RUN/summary.json: the last step and the metrics of the last window of `train.log_every` steps.
 
+    A metric that is nan is null there.
+
     `accuracy_metric` names the one that compares runs beside the loss; files without it were written when it was always
     `answer_accuracy`.
 

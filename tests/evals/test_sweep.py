@@ -111,6 +111,17 @@ def test_a_summary_names_the_accuracy_of_its_loss(tmp_path):
     assert [run.accuracy for run in read_sweep(tmp_path)] == 2 * [("preferred", 0.75)]
 
 
+def test_a_run_whose_last_window_taught_nothing_has_a_summary_that_any_reader_takes(tmp_path):
+    for seed, loss in enumerate((float("nan"), 0.5)):
+        write(tmp_path / str(seed), f"seed: {seed}", None)
+        metrics = {"loss": loss, "answer_accuracy": loss, "tokens_per_second": 10.0}
+        write_summary(TrainResult(tmp_path / str(seed), 9, True, False, metrics, "answer_accuracy"))
+    assert "NaN" not in (tmp_path / "0" / "summary.json").read_text()
+    assert [row.split(" | ")[2:4] for row in markdown_table(read_sweep(tmp_path)).splitlines()[2:]] == [
+        ["0.5000", "50.0%"], ["nan", "nan%"]
+    ]  # fmt: skip
+
+
 def test_what_is_no_sweep_is_named(tmp_path):
     with pytest.raises(InputError, match="holds 0 runs; a sweep has at least 2"):
         read_sweep(tmp_path)
