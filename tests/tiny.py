@@ -1,10 +1,15 @@
 """A tiny model and training config that several tests share."""
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.config import (
     MeshConfig,
     ModelConfig,
@@ -74,3 +79,36 @@ def make_config(run_dir: Path, stages: list[dict] | None = None, **changes) -> S
 def train(config: SftConfig) -> loop.TrainResult:
     """Trains as experiments.sft does."""
     return loop.train(config, CrossEntropy(config.train.loss_chunk), pipeline.make_pipeline)
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Delivers SIGINT while the batch of `step` (from 1) is being made; those of validation do not count."""
+    served = 0
+    make_pipeline = pipeline.make_pipeline
+
+    class Interrupting:
+        def __init__(self, *args, **options):
+            self.counted = not options["validation"]
+            self.data = make_pipeline(*args, **options)
+            self.get_state, self.set_state = self.data.get_state, self.data.set_state
+            self.close = self.data.close
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            nonlocal served
+            served += self.counted
+            if self.counted and served == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return next(self.data)
+
+    monkeypatch.setattr(pipeline, "make_pipeline", Interrupting)
+
+
+def params_of(run_dir: Path) -> dict:
+    return jax.device_get(load_run(run_dir).params)
+
+
+def assert_equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)

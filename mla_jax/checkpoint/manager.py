@@ -27,6 +27,7 @@ from mla_jax.config import ModelConfig, TrainConfig
 from mla_jax.distributed.barrier import FailFastBarrier
 from mla_jax.distributed.decisions import broadcast_decision, wait_until_visible
 from mla_jax.errors import InputError, first_line
+from mla_jax.losses.loss import VALIDATION, goodness
 from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.transformer import abstract_params
 from mla_jax.state import TrainState
@@ -247,7 +248,7 @@ class Checkpoints:
             corrupt[step] = reason
         raise self._none_usable(corrupt)
 
-    def _rank(self, step: int, best_metric: str) -> tuple[float, float]:
+    def _rank(self, step: int, best_metric: str) -> tuple[float, bool, float]:
         """Higher is better; a checkpoint whose metrics cannot be read, were not saved or are nan comes last."""
         try:
             return _Rank(best_metric)(json.loads((self.folder / str(step) / "metrics" / "metrics").read_bytes()))
@@ -298,23 +299,23 @@ class Checkpoints:
             ) from e
 
 
-_WORST = (-1.0, 0.0)
+_WORST = (-1.0, False, 0.0)
 
 
 class _Rank:
     """Orders metrics: a later stage of the curriculum, which is harder, before a better value; higher is better.
 
-    The mean of a window in which nothing was learned is nan, and comes last.
+    Within a stage, what was measured on held-out data goes before what was not. The mean of a window in which nothing
+    was learned is nan, and comes last.
     """
 
     def __init__(self, metric: str):
         self._metric = metric
 
     def __call__(self, metrics: dict[str, float]) -> Any:
-        value = metrics[self._metric]
-        if math.isnan(value):
-            return _WORST
-        return metrics["stage"], -value if self._metric == "loss" else value
+        held_out = metrics.get(VALIDATION + self._metric)
+        value = metrics[self._metric] if held_out is None else held_out
+        return _WORST if math.isnan(value) else (metrics["stage"], held_out is not None, goodness(self._metric, value))
 
 
 def _warn(message: str) -> None:

@@ -77,6 +77,20 @@ class NeedleDataConfig(NeedleMixtureConfig):
 
 
 @schema
+class ValidationConfig:
+    """What is held out of training, for `train.validate_every`; one of both keys at most."""
+
+    path: Optional[str] = None
+    """A file as `data.path` is, all of it."""
+    fraction: float = 0.0
+    """Share of the lines of `data.path` that are not trained on, whatever the seed."""
+
+    def __post_init__(self):
+        require(0 <= self.fraction < 1, f"data.validation.fraction must be in [0, 1), got {self.fraction}")
+        require(self.path is None or not self.fraction, "set one of data.validation.path and data.validation.fraction")
+
+
+@schema
 class JsonlDataConfig(DataConfig):
     """A JSONL file of chats ({"messages": [...]}) or completions ({"prompt": ..., "completion": ...})."""
 
@@ -86,6 +100,7 @@ class JsonlDataConfig(DataConfig):
     """`error` ends the run at a line that is no chat or completion; `skip` leaves such lines out and counts them."""
     ignore_fields: list[str] = field(default_factory=list)
     """Keys of lines and messages to leave out, such as ids; others that change nothing are refused by name."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,8 +2,9 @@
 
 from typing import ClassVar
 
+from mla_jax.config.data import JsonlDataConfig, ValidationConfig
 from mla_jax.config.run import RunConfig
-from mla_jax.config.schema import schema
+from mla_jax.config.schema import require, schema
 
 
 @schema
@@ -11,3 +12,11 @@ class SftConfig(RunConfig):
     """Configuration of `python -m experiments.sft`."""
 
     METRICS: ClassVar[tuple[str, ...]] = ("answer_accuracy", "loss")
+
+    def __post_init__(self):
+        super().__post_init__()
+        validation = self.data.validation if isinstance(self.data, JsonlDataConfig) else ValidationConfig()
+        require(
+            self.train.validate_every > 0 or validation == ValidationConfig(),
+            "data.validation is never evaluated; set train.validate_every=STEPS",
+        )

@@ -55,7 +55,15 @@ class TrainConfig:
     keep_best: int = 1
     """The best checkpoints that are kept besides; 0 for none."""
     best_metric: str = "answer_accuracy"
-    """The metric of the loss, over the last `log_every` steps, that ranks checkpoints; a later stage ranks higher."""
+    """The metric of the loss that ranks checkpoints, on held-out data if they have it, else over the last `log_every`
+    steps; a later stage ranks higher."""
+    validate_every: int = 0
+    """Steps between validations, on data that is never trained on, 0 for none; one is also made when a stage has had
+    all its steps. A multiple of `log_every`; `checkpoint_every` is a multiple of it, or it of `checkpoint_every`."""
+    validation_batches: int = 8
+    """The most held-out batches of a validation, the same ones at every time in a stage."""
+    early_stopping: int = 0
+    """End a stage after so many validations in a row in which `best_metric` was no better than before; 0 for never."""
     nonfinite: str = "stop"
     """At a step whose loss or gradient is not finite: `stop`, or `skip` it and leave parameters and moments alone."""
     profile: list[int] = field(default_factory=list)
@@ -72,7 +80,10 @@ class TrainConfig:
         require(len(self.stages) > 0, "train.stages needs at least one stage")
         for name in ("grad_accumulation", "loss_chunk", "log_every", "checkpoint_every", "keep_last"):
             require_at_least(1, **{f"train.{name}": getattr(self, name)})
-        require_at_least(0, **{"train.keep_best": self.keep_best})
+        require_at_least(1, **{"train.validation_batches": self.validation_batches})
+        for name in ("keep_best", "validate_every", "early_stopping"):
+            require_at_least(0, **{f"train.{name}": getattr(self, name)})
+        self._check_validation()
         for stage in self.stages:
             require(
                 stage.batch_size % self.grad_accumulation == 0,
@@ -82,4 +93,17 @@ class TrainConfig:
         require(
             self.stages[-1].accuracy is None,
             "the last of train.stages must not end early (accuracy): the learning rate would never decay",
+        )
+
+    def _check_validation(self) -> None:
+        every = self.validate_every
+        require(not self.early_stopping or every > 0, "train.early_stopping needs train.validate_every=STEPS")
+        require(
+            every % self.log_every == 0,
+            f"train.validate_every={every} must be a multiple of train.log_every={self.log_every}",
+        )
+        require(
+            every == 0 or 0 in (self.checkpoint_every % every, every % self.checkpoint_every),
+            f"one of train.validate_every={every} and train.checkpoint_every={self.checkpoint_every} must be a "
+            "multiple of the other, so that checkpoints are ranked by what was measured at their step",
         )

@@ -53,7 +53,7 @@ def load_documents(
     return _load(file.resolve(), file.stat().st_mtime_ns, tokenizer, on_bad_line, ignore_fields)
 
 
-@functools.lru_cache(maxsize=1)  # every stage of a run reads the same file
+@functools.lru_cache(maxsize=2)  # every stage of a run reads the same files
 def _load(
     path: Path, changed: int, tokenizer: Tokenizer, on_bad_line: str, ignore_fields: tuple[str, ...]
 ) -> Documents:
@@ -88,7 +88,7 @@ def _load(
     return Documents(ids, loss_mask, np.cumsum([0, *(len(document[0]) for document in documents)]))
 
 
-def pack(documents: Documents, seq_len: int, path: str) -> list[list[int]]:
+def pack(lengths: np.ndarray, seq_len: int, path: str) -> list[list[int]]:
     """Rows of at most `seq_len` tokens that hold each document that fits once, by best-fit decreasing bin packing.
 
     Documents that are too long are left out, and one line says how many: cut off, they would teach to stop anywhere.
@@ -96,7 +96,6 @@ def pack(documents: Documents, seq_len: int, path: str) -> list[list[int]]:
     Raises:
         InputError: no document fits.
     """
-    lengths = documents.lengths
     too_long = int((lengths > seq_len).sum())
     longest = f"the longest has {lengths.max()} tokens and seq_len is {seq_len}"
     if too_long == len(lengths):

@@ -4,6 +4,7 @@ Batch i of a stage is a pure function of (config, seed, stage, i). So a position
 for any number of workers, and a resumed run sees the batches it would have seen.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from mla_jax.data.needle.generator import NeedleGenerator, Purpose, make_rng
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.turns import stop_ids
 from mla_jax.data.workers import Batch, BatchSource, WorkerProcesses
-from mla_jax.errors import UsageError
+from mla_jax.errors import InputError, UsageError
 
 Rows = dict[int, np.ndarray]
 """Rows that this process makes, ascending, by batch size."""
@@ -80,17 +81,23 @@ class MakePipeline(Protocol):
 
     def __call__(
         self, data: Any, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
-        rows_of: Callable[[int], np.ndarray],
+        rows_of: Callable[[int], np.ndarray], validation: bool = False,
     ) -> Pipeline:  # fmt: skip
-        """Batches of `stages[stage]`: arrays [b, T], with `tokens`; `rows_of` works in the caller's thread only."""
+        """Batches of `stages[stage]`: arrays [b, T], with `tokens`; `rows_of` works in the caller's thread only.
+
+        Those of `validation` come from data that training never sees, do not depend on the seed, and may end.
+        """
         ...
 
 
 def make_pipeline(
     data: DataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
-    rows_of: Callable[[int], np.ndarray] = np.arange,
+    rows_of: Callable[[int], np.ndarray] = np.arange, validation: bool = False,
 ) -> Pipeline:  # fmt: skip
     """Batches of `stages[stage]`, of which this process makes the rows `rows_of(batch_size)` only.
+
+    Those of `validation` hold nothing that training sees and are the same for every seed, at the stage's length,
+    without skips: endless needles, or each held-out document once, the last batch filled up with empty rows.
 
     Keys of a batch, all [b, T]: `tokens`; `targets`, the next token of each; `weights`, the loss weight of each target
     (0 on the last position of a row or document and on padding); `answers`, true where the target is part of an answer
@@ -105,9 +112,13 @@ def make_pipeline(
     sizes = {s.batch_size for s in stages[max(stage - 1, 0) : stage + 1]}
     rows = {size: rows_of(size) for size in sizes}
     if isinstance(data, NeedleDataConfig):
-        return Pipeline(NeedleBatches(data, tokenizer, stages, stage, seed, rows), data.workers)
+        if validation:
+            plain = dataclasses.replace(stages[stage], previous_fraction=0, position_skip_fraction=0)
+            stages, seed = [*stages[:stage], plain, *stages[stage + 1 :]], 0
+        purpose = Purpose.VALIDATION if validation else Purpose.EXAMPLE
+        return Pipeline(NeedleBatches(data, tokenizer, stages, stage, seed, rows, purpose), data.workers)
     if isinstance(data, JsonlDataConfig):
-        return Pipeline(JsonlBatches(data, tokenizer, stages, stage, seed, rows), data.workers)
+        return Pipeline(JsonlBatches(data, tokenizer, stages, stage, seed, rows, validation), data.workers)
     if isinstance(data, PreferenceDataConfig):
         raise UsageError(f"data={data.kind} has preference pairs, which experiments.dpo trains on")
     raise TypeError(type(data))
@@ -117,9 +128,10 @@ class NeedleBatches:
     """Needle batches of a stage, some of them of the previous stage's shape, some with positions that skip."""
 
     def __init__(
-        self, data: NeedleDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int, rows: Rows
-    ):
-        self._rows = rows
+        self, data: NeedleDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
+        rows: Rows, purpose: Purpose,
+    ):  # fmt: skip
+        self._rows, self._purpose = rows, purpose
         self._generator = NeedleGenerator(data, tokenizer)
         self._lm_share = data.lm_loss_weight
         self._stage = stages[stage]
@@ -139,7 +151,7 @@ class NeedleBatches:
         tokens = np.empty((len(rows), length), np.int32)
         learned, answers = (np.empty((len(rows), length), bool) for _ in range(2))
         for i, row in enumerate(rows):
-            example = make_rng(self._seed, Purpose.EXAMPLE, self._number, index, row)
+            example = make_rng(self._seed, self._purpose, self._number, index, row)
             tokens[i], learned[i], answers[i] = self._generator.example(example, length)
         positions = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
         # The stage's longest position bounds the jumps of the previous stage's batches too.
@@ -159,18 +171,36 @@ class NeedleBatches:
 
 
 class JsonlBatches:
-    """Packed rows of a JSONL file. Packing is done once; each epoch takes the rows in an order of its own."""
+    """Packed rows of a JSONL file. Packing is done once; each epoch takes the rows in an order of its own.
+
+    The rows of `validation` come once, in the same order for every seed.
+    """
 
     def __init__(
-        self, data: JsonlDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int, rows: Rows
-    ):
+        self, data: JsonlDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
+        rows: Rows, validation: bool = False,
+    ):  # fmt: skip
         self._stage = stages[stage]
         require_zero(self._stage, "previous_fraction", data.kind)
         require_zero(self._stage, "position_skip_fraction", data.kind)
-        self._documents = load_documents(data.path, tokenizer, data.on_bad_line, tuple(data.ignore_fields))
+        path, fraction = data.path, data.validation.fraction
+        if validation and data.validation.path is not None:
+            path, fraction = data.validation.path, 0.0
+        elif validation and not fraction:
+            raise UsageError(
+                "train.validate_every needs data to validate on: set data.validation.path=FILE or "
+                "data.validation.fraction=0.05, the share of the lines of data.path that are not trained on"
+            )
+        self._documents = load_documents(path, tokenizer, data.on_bad_line, tuple(data.ignore_fields))
+        lengths = self._documents.lengths
+        chosen = np.arange(len(lengths))
+        if fraction:
+            chosen = np.flatnonzero(held_out(len(lengths), fraction) == validation)
+            if not len(chosen):
+                raise InputError(f"{path}: data.validation.fraction={fraction} of {len(lengths)} lines leaves none")
         self._wanted = rows[self._stage.batch_size]
-        self._packed = pack(self._documents, self._stage.seq_len, data.path)
-        self._seed, self._number = seed, stage
+        self._packed = [chosen[row].tolist() for row in pack(lengths[chosen], self._stage.seq_len, path)]
+        self._seed, self._number, self._once = 0 if validation else seed, stage, validation
         self._pad_id = tokenizer.pad_id
         self._is_text = ~tokenizer.blank
         self._is_text[list(stop_ids(tokenizer))] = False
@@ -179,7 +209,7 @@ class JsonlBatches:
         return make_rng(self._seed, Purpose.EPOCH, self._number, epoch).permutation(len(self._packed))
 
     def __len__(self) -> int:
-        return ENDLESS
+        return -(-len(self._packed) // self._stage.batch_size) if self._once else ENDLESS
 
     def __getitem__(self, index: int) -> Batch:
         size, shape = self._stage.batch_size, (len(self._wanted), self._stage.seq_len)
@@ -196,6 +226,8 @@ class JsonlBatches:
         orders = {epoch: self._order(epoch) for epoch in epochs}
         for i, row in enumerate(self._wanted):
             epoch, place = divmod(first + int(row), len(self._packed))
+            if epoch and self._once:
+                break
             start = 0
             for segment, document in enumerate(self._packed[orders[epoch][place]], 1):
                 ids, loss_mask = self._documents[document]
@@ -214,6 +246,15 @@ def require_zero(stage: StageConfig, name: str, kind: str) -> None:
     """Raises UsageError if the key `name` of a stage is set, which data of this kind cannot follow."""
     if getattr(stage, name) > 0:
         raise UsageError(f"train.stages.{name} does not work with data={kind}; leave it at 0")
+
+
+def held_out(count: int, fraction: float) -> np.ndarray:
+    """Bool [count], true for about `fraction` of documents and for one at least.
+
+    The same ones at every call, and those of a file stay when lines are appended to it.
+    """
+    draws = make_rng(0, Purpose.VALIDATION).random(count)
+    return (draws < fraction) | (draws == draws.min(initial=1.0))
 
 
 def loss_weights(learned_BT: np.ndarray, lm_share: float) -> np.ndarray:

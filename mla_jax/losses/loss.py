@@ -16,6 +16,15 @@ def mean(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
+VALIDATION = "validation/"
+"""Begins the names of metrics that were measured on held-out data."""
+
+
+def goodness(metric: str, value: float) -> float:
+    """A number that is higher for better values of a metric: `loss` is better if lower, and nan is the worst."""
+    return -math.inf if math.isnan(value) else -value if metric == "loss" else value
+
+
 class Loss(Protocol):
     """An objective: what a training step minimises and what is reported of it.
 

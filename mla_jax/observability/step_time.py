@@ -13,7 +13,7 @@ compute     everything else: the device works, or could, and the host keeps up
 data        the host waited for a batch, and the device had run out of work when it arrived
 compile     tracing and compiling the step for a batch shape not met before in this process
 checkpoint  blocked in saving, once the steps before are done
-other       trackers, and the start of the next stage's data
+other       trackers, validation, and the start of the next stage's data
 """
 
 

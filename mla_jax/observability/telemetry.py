@@ -76,8 +76,10 @@ class Telemetry:
         with self.clock.spend("checkpoint"):
             yield
 
-    def report(self, step: int, metrics: dict[str, float]) -> str:
+    def report(self, step: int, metrics: dict[str, float], validation: dict[str, float]) -> str:
         """Logs `metrics` (by name, under `train/`) with those of the window that ends here, and starts a new one.
+
+        `validation` holds those on held-out data, if they were measured at this step, by their whole names.
 
         Call it when the results of all steps so far were read from the device.
 
@@ -108,6 +110,7 @@ class Telemetry:
             self._trackers.log(
                 step,
                 {f"train/{name}": value for name, value in metrics.items()}
+                | validation
                 | {name: value for name, value in measured.items() if value is not None},
             )
         return f"{self.tokens_per_second:,.0f} tokens/s" + (f"  MFU {mfu['mfu']:.1%}" if "mfu" in mfu else "")

@@ -6,8 +6,9 @@ run interrupted anywhere and resumed is bit for bit the run that was not interru
 
 import contextlib
 import dataclasses
+import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -17,52 +18,26 @@ import optax
 from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.checkpoint.run_folder import check_run, check_tokenizer, load_params, record_run
 from mla_jax.checkpoint.run_lock import RunLock, lock_run
-from mla_jax.config import RunConfig, TrainConfig, require, require_choice
+from mla_jax.config import RunConfig, require, require_choice
 from mla_jax.data.pipeline import MakePipeline, Pipeline
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.distributed.decisions import on_all
 from mla_jax.distributed.join import is_main, print_on_main
 from mla_jax.distributed.preemption import Stopped, StopRequest
 from mla_jax.errors import InputError
-from mla_jax.losses.loss import Loss
+from mla_jax.losses.loss import VALIDATION, Loss, goodness
 from mla_jax.mesh import check_batch, make_mesh, place_batch, rows_here
-from mla_jax.observability.metrics import ProgressDisplay, Window
+from mla_jax.observability.metrics import ProgressDisplay
 from mla_jax.observability.telemetry import Telemetry
 from mla_jax.observability.trackers import check_installed
 from mla_jax.optim import learning_rate, make_optimizer
 from mla_jax.state import TrainState, abstract_state, init_state, with_params
+from mla_jax.training.loop_state import LoopState
 from mla_jax.training.step import make_train_step
+from mla_jax.training.validation import Validation
 
 MAX_STEPS_IN_FLIGHT = 2
 """The most steps that are dispatched to the device before the result of an earlier one is there."""
-
-
-@dataclass
-class LoopState:
-    """Progress of a run: steps finished in all and in the current stage, and the open metrics window.
-
-    `reported` holds the means of the window before, and the stage that it was in. A checkpoint keeps all of it.
-    """
-
-    step: int = 0
-    stage: int = 0
-    stage_step: int = 0
-    window: Window = field(default_factory=Window)
-    reported: dict[str, float] = field(default_factory=dict)
-
-    def planned(self, train: TrainConfig) -> int:
-        """Finished steps as the schedule counts them: a stage that ended early counts in full."""
-        return sum(stage.steps for stage in train.stages[: self.stage]) + self.stage_step
-
-    def to_json(self) -> dict:
-        """Every field by name."""
-        return {**vars(self), "window": self.window.to_json()}
-
-    @classmethod
-    def from_json(cls, saved: dict) -> "LoopState":
-        """The state that `to_json` gave; what else is in `saved` is left out."""
-        fields = {f.name: saved[f.name] for f in dataclasses.fields(cls) if f.name != "window"}
-        return cls(**fields, window=Window.from_json(saved["window"]))
 
 
 @dataclass(frozen=True)
@@ -76,7 +51,7 @@ class TrainResult:
     metrics: dict[str, float] | None
     """Means of the last metrics window and its tokens_per_second; None if no window ended in this process."""
     accuracy_metric: str
-    """The loss's, a name in `metrics`."""
+    """The loss's, a name in `metrics`, on held-out data if the run has some."""
 
 
 def train(config: RunConfig, loss: Loss, make_pipeline: MakePipeline, stop: StopRequest | None = None) -> TrainResult:
@@ -120,7 +95,12 @@ class _Trainer:
         for stage in config.train.stages:
             check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation)
         self.loop = LoopState()
-        self.data = on_all(self._pipeline)  # bad data ends here, before anything is in the run folder
+        self.data = on_all(lambda: self._pipeline(0))  # bad data ends here, before anything is in the run folder
+        self.validation: Validation | None = None
+        if config.train.validate_every:
+            held_out = functools.partial(self._pipeline, validation=True)
+            self.validation = on_all(lambda: Validation(config, loss, held_out, 0))
+        self.held_out: dict[str, float] = {}  # the means of the last validation
         check_run(config, tokenizer)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(self.run_dir, config.train)
@@ -131,11 +111,13 @@ class _Trainer:
         self.telemetry = Telemetry(config, self.run_dir, self.loop.step)
         record_run(config, tokenizer)  # last, so that a command that is refused leaves the run as it was
 
-    def _pipeline(self) -> Pipeline:
+    def _pipeline(self, stage: int, validation: bool = False) -> Pipeline:
         c = self.config
+        # Processes would be started anew for each validation.
+        data = dataclasses.replace(c.data, workers=0) if validation else c.data
         return self.make_pipeline(
-            c.data, self.tokenizer, c.train.stages, self.loop.stage, c.seed,
-            rows_of=lambda batch_size: rows_here(batch_size, c.train.grad_accumulation),
+            data, self.tokenizer, c.train.stages, stage, c.seed,
+            rows_of=lambda batch_size: rows_here(batch_size, c.train.grad_accumulation), validation=validation,
         )  # fmt: skip
 
     def _restore_or_init(self, optimizer: optax.GradientTransformation) -> TrainState:
@@ -149,7 +131,7 @@ class _Trainer:
         self.loop = LoopState.from_json(saved)
         if self.loop.stage >= len(self.config.train.stages):
             raise InputError(f"{self.run_dir} is in stage {self.loop.stage + 1}, but train.stages has fewer")
-        self.data = self._pipeline()
+        self.data = self._pipeline(self.loop.stage)
         self.data.set_state(saved["data"])
         if self._stage_over() and not self._finished():  # the run had ended, and a stage was added since
             self._next_stage()
@@ -167,7 +149,7 @@ class _Trainer:
                         if loop.step % train.log_every == 0 or self._stage_over():
                             self._read_pending()
                             self.checkpoints.check()
-                            reached = self._report(display)
+                            reached = self._report(display, self._validate())
                             if (reached or self._stage_over()) and not self._finished():
                                 with self.telemetry.clock.spend("other"):
                                     self._next_stage()
@@ -183,10 +165,13 @@ class _Trainer:
             self.telemetry.close(self._finished())
             self.checkpoints.close()
         accuracy = self.loss.accuracy_metric
+        if VALIDATION + accuracy in (self.last_metrics or {}):
+            accuracy = VALIDATION + accuracy
         return TrainResult(self.run_dir, loop.step, self._finished(), self.stop.terminated, self.last_metrics, accuracy)
 
     def _stage_over(self) -> bool:
-        return self.loop.stage_step >= self.config.train.stages[self.loop.stage].steps
+        train, loop = self.config.train, self.loop
+        return loop.stage_step >= train.stages[loop.stage].steps or 0 < train.early_stopping <= loop.waited
 
     def _finished(self) -> bool:
         return self.loop.stage == len(self.config.train.stages) - 1 and self._stage_over()
@@ -209,8 +194,9 @@ class _Trainer:
     def _next_stage(self) -> None:
         self.loop.stage += 1
         self.loop.stage_step = 0
+        self.loop.best, self.loop.waited = None, 0
         self.data.close()
-        self.data = self._pipeline()
+        self.data = self._pipeline(self.loop.stage)
 
     def _read_pending(self) -> None:
         """Moves the metrics of finished steps into the window; a loss that is not finite ends the run."""
@@ -240,21 +226,35 @@ class _Trainer:
             "from it"
         )
 
-    def _report(self, display: ProgressDisplay) -> bool:
+    def _validate(self) -> dict[str, float]:
+        """The metrics on held-out data by their whole names, empty if none are due at this step."""
+        train, loop = self.config.train, self.loop
+        if self.validation is None or not (loop.step % train.validate_every == 0 or self._stage_over()):
+            return {}
+        with self.telemetry.clock.spend("other"):
+            self.held_out = self.validation.means(self.state.params, loop.stage)
+        loop.validated(goodness(train.best_metric, self.held_out[train.best_metric]))
+        if 0 < train.early_stopping <= loop.waited:
+            what = f"{VALIDATION}{train.best_metric} was no better in {loop.waited} validations"
+            print_on_main(f"\nStage {loop.stage + 1} ends at step {loop.step}: {what}")
+        return {VALIDATION + name: value for name, value in self.held_out.items()}
+
+    def _report(self, display: ProgressDisplay, validation: dict[str, float]) -> bool:
         """Logs the window and starts a new one; returns whether it reached the stage's accuracy threshold."""
         loop, train = self.loop, self.config.train
         stage = train.stages[loop.stage]
         means = loop.window.means(self.loss)
         reached = stage.accuracy is not None and means[self.loss.accuracy_metric] >= stage.accuracy
         rate = learning_rate(self.config.optim, train.stages, loop.stage, loop.stage_step)
-        speed = self.telemetry.report(loop.step, means | {"learning_rate": rate, "stage": loop.stage})
-        self.last_metrics = {**means, "tokens_per_second": self.telemetry.tokens_per_second}
+        speed = self.telemetry.report(loop.step, means | {"learning_rate": rate, "stage": loop.stage}, validation)
+        self.last_metrics = {**means, **validation, "tokens_per_second": self.telemetry.tokens_per_second}
         self._warn(means)
-        loop.window, loop.reported = loop.window.next(self.loss), {"stage": loop.stage, **means}
+        loop.window, loop.reported = loop.window.next(self.loss), {"stage": loop.stage, **means, **validation}
+        held_out = f"  validation: {self.loss.progress(self.held_out)}" if self.held_out else ""
         display.show(
             loop.planned(train),
             f"stage {loop.stage + 1}/{len(train.stages)} ({stage.seq_len} tokens)  "
-            f"{self.loss.progress(means)}  {speed}",
+            f"{self.loss.progress(means)}{held_out}  {speed}",
         )
         return reached
 

@@ -1,4 +1,4 @@
-"""One optimizer step, jitted: loss, gradients, update."""
+"""One optimizer step, jitted: loss, gradients, update; and a forward pass alone."""
 
 import functools
 from collections.abc import Callable
@@ -12,6 +12,17 @@ from mla_jax.losses.loss import Loss
 from mla_jax.model.transformer import bind
 from mla_jax.optim import apply_updates
 from mla_jax.state import TrainState
+
+
+def make_forward_step(model: ModelConfig, loss: Loss) -> Callable[[dict, dict], dict[str, jax.Array]]:
+    """The jitted forward pass: (parameters, batch [A, B / A, T]) -> sums of the loss over the batch."""
+
+    @jax.jit
+    def forward_step(params: dict, batch: dict) -> dict[str, jax.Array]:
+        by_micro_batch = jax.lax.map(lambda rows: loss.sums(bind(model, params), rows), batch)
+        return jax.tree.map(lambda x: x.sum(axis=0), by_micro_batch)
+
+    return forward_step
 
 
 def make_train_step(

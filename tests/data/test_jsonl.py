@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mla_jax.data.jsonl import Documents, load_documents, pack
+from mla_jax.data.jsonl import load_documents, pack
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
 
@@ -148,15 +148,10 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert len(load_documents(path, BYTES).lengths) == 2
 
 
-def _documents(lengths: list[int]) -> Documents:
-    bounds = np.cumsum([0, *lengths])
-    return Documents(np.arange(bounds[-1], dtype=np.int32), np.ones(bounds[-1], bool), bounds)
-
-
 @given(lengths=st.lists(st.integers(2, 50), min_size=1, max_size=60))
 @settings(max_examples=100, deadline=None)
 def test_packing_holds_every_document_once(lengths):
-    rows = pack(_documents(lengths), 50, "file")
+    rows = pack(np.array(lengths), 50, "file")
     assert sorted(document for row in rows for document in row) == list(range(len(lengths)))
     sums = [sum(lengths[document] for document in row) for row in rows]
     assert max(sums) <= 50
@@ -165,7 +160,7 @@ def test_packing_holds_every_document_once(lengths):
 
 def test_packing_is_tight_and_leaves_out_what_is_too_long(caplog):
     with caplog.at_level(logging.WARNING):
-        rows = pack(_documents([10, 6, 11, 4, 7, 3]), 10, "chats.jsonl")
+        rows = pack(np.array([10, 6, 11, 4, 7, 3]), 10, "chats.jsonl")
     assert sorted(sorted(row) for row in rows) == [[0], [1, 3], [4, 5]]
     assert [r.getMessage() for r in caplog.records] == [
         "chats.jsonl: left out 1 of 6 documents that are too long; the longest has 11 tokens and seq_len is 10"
@@ -174,4 +169,4 @@ def test_packing_is_tight_and_leaves_out_what_is_too_long(caplog):
 
 def test_nothing_that_fits_is_an_error():
     with pytest.raises(InputError, match="none of the 2 documents fits; the longest has 12 tokens and seq_len is 10"):
-        pack(_documents([12, 11]), 10, "chats.jsonl")
+        pack(np.array([12, 11]), 10, "chats.jsonl")

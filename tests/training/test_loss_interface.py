@@ -3,64 +3,18 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mla_jax.checkpoint.manifest import write_manifest
 from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.config import OptimConfig
-from mla_jax.data import pipeline
 from mla_jax.errors import UsageError
 from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.observability.metrics import Window
 from mla_jax.training import loop
+from other_loss import MeanSquare, sevens
 from tiny import DATA, make_config, train
-
-
-class MeanSquare:
-    """Mean square of the model's output, which the last norm's scale decides; `small` is the share below 0.9."""
-
-    accuracy_metric = "small"
-    totals = ("seen",)
-
-    def sums(self, transformer, rows):
-        square_BT = jnp.mean(transformer(rows["tokens"], rows["positions"]) ** 2, axis=-1)
-        return {
-            "loss": jnp.sum(square_BT),
-            "tokens": jnp.float32(square_BT.size),
-            "small": jnp.sum(1.0 * (square_BT < 0.9)),
-            "seen": jnp.float32(len(square_BT)),
-        }
-
-    def normalizer(self, batch):
-        return jnp.float32(batch["tokens"].size)
-
-    def means(self, sums):
-        tokens = max(sums.get("tokens", 0.0), 1.0)
-        means = {name: sums.get(name, 0.0) / tokens for name in ("loss", "small")}
-        return means | {"seen": sums.get("seen", 0.0)}
-
-    def progress(self, means):
-        return f"squared {means['loss']:.3f}"
-
-    def warning(self, before, now):
-        return "it falls" if now["loss"] < before["loss"] else None
-
-
-def sevens(data, tokenizer, stages, stage, seed, rows_of):
-    """Batches whose tokens are all 7, without targets and weights."""
-    shape = len(rows_of(stages[stage].batch_size)), stages[stage].seq_len
-
-    class Sevens:
-        def __len__(self):
-            return pipeline.ENDLESS
-
-        def __getitem__(self, index):
-            positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
-            return {"tokens": np.full(shape, 7, np.int32), "positions": positions}
-
-    return pipeline.Pipeline(Sevens(), workers=0)
 
 
 def test_a_run_may_have_a_loss_and_a_pipeline_of_its_own(tmp_path, capsys):
@@ -102,7 +56,9 @@ def test_the_loop_state_of_an_earlier_version_is_read():
     assert state.window.steps == 1 and state.window.sums["answers"] == 16.0
     expected = {"loss": 123.5 / 20.25, "answer_accuracy": 1 / 16, "grad_norm": 3.25, "skipped_steps": 0.0}
     assert state.window.means(CrossEntropy(64)) == expected
-    assert state.to_json() == {key: SAVED[key] for key in ("step", "stage", "stage_step", "window", "reported")}
+    assert (state.best, state.waited) == (None, 0)
+    kept = {key: SAVED[key] for key in ("step", "stage", "stage_step", "window", "reported")}
+    assert state.to_json() == kept | {"best": None, "waited": 0}
 
 
 def test_means_of_a_window_in_which_nothing_was_learned_are_nan():
@@ -129,7 +85,8 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
     train(first)
     folder = tmp_path / "run" / "checkpoints" / "4"
     saved = json.loads((folder / "position" / "metadata").read_text())
-    assert list(saved) == list(SAVED) and saved["window"].keys() <= SAVED["window"].keys()
+    assert saved.pop("best") is None and saved.pop("waited") == 0  # validation came later
+    assert saved.keys() == SAVED.keys() and saved["window"].keys() <= SAVED["window"].keys()
     zeros = {name: 0.0 for name in SAVED["window"]}
     saved["window"] = zeros | saved["window"]
     (folder / "position" / "metadata").write_text(json.dumps(saved))

@@ -1,7 +1,6 @@
 """The training loop on a tiny model: resuming, stages, stopping, failing."""
 
 import dataclasses
-import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.checkpoint.run_folder import load_run, save_imported
 from mla_jax.config import OptimConfig, YarnConfig
-from mla_jax.data import pipeline
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
 from mla_jax.losses.cross_entropy import CrossEntropy
@@ -25,36 +23,7 @@ from mla_jax.model.transformer import init_params
 from mla_jax.optim import make_optimizer
 from mla_jax.state import init_state
 from mla_jax.training.step import make_train_step
-from tiny import DATA, MODEL, make_config, train
-
-
-def interrupt_at(monkeypatch, step: int) -> None:
-    """Delivers SIGINT while the batch of `step` (from 1) is being made."""
-    served = 0
-    make_pipeline = pipeline.make_pipeline
-
-    class Interrupting:
-        def __init__(self, *args, **options):
-            self.data = make_pipeline(*args, **options)
-            self.get_state, self.set_state = self.data.get_state, self.data.set_state
-            self.close = self.data.close
-
-        def __next__(self):
-            nonlocal served
-            served += 1
-            if served == step:
-                os.kill(os.getpid(), signal.SIGINT)
-            return next(self.data)
-
-    monkeypatch.setattr(pipeline, "make_pipeline", Interrupting)
-
-
-def params_of(run_dir: Path) -> dict:
-    return jax.device_get(load_run(run_dir).params)
-
-
-def assert_equal(a, b) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+from tiny import DATA, MODEL, assert_equal, interrupt_at, make_config, params_of, train
 
 
 @pytest.fixture(scope="module")

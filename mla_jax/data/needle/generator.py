@@ -33,6 +33,7 @@ class Purpose(enum.IntEnum):
     EVALUATION = 3
     SKIPS = 4
     PAIRS = 5
+    VALIDATION = 6
 
 
 def make_rng(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:

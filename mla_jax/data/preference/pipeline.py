@@ -1,5 +1,6 @@
 """Batches of preference pairs, from any of their sources."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,18 +17,21 @@ from mla_jax.data.workers import Batch
 
 def make_preference_pipeline(
     data: PreferenceDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
-    rows_of: Callable[[int], np.ndarray] = np.arange,
+    rows_of: Callable[[int], np.ndarray] = np.arange, validation: bool = False,
 ) -> Pipeline:  # fmt: skip
     """Batches of `stages[stage]` as `lay_out` makes them, of which this process makes the rows `rows_of(batch_size)`.
+
+    Those of `validation` come from random generators that training never uses, and are the same for every seed.
 
     Raises:
         InputError: a data file or folder that cannot be used.
         UsageError: rows too short for any pair, or stage keys that the data cannot follow.
     """
-    rows = _source(data, tokenizer, stages[stage], stage, seed)
-    batches = PreferenceBatches(
-        data, rows, stages[stage], stage, seed, rows_of(stages[stage].batch_size), tokenizer.pad_id
-    )
+    this = stages[stage]
+    if validation:
+        this, seed = dataclasses.replace(this, position_skip_fraction=0), 0
+    rows = _source(data, tokenizer, this, stage, seed, Purpose.VALIDATION if validation else Purpose.PAIRS)
+    batches = PreferenceBatches(data, rows, this, stage, seed, rows_of(this.batch_size), tokenizer.pad_id)
     return Pipeline(batches, data.workers)
 
 
@@ -39,21 +43,23 @@ class RowSource(Protocol):
         ...
 
 
-def _source(data: PreferenceDataConfig, tokenizer: Tokenizer, stage: StageConfig, number: int, seed: int) -> RowSource:
+def _source(
+    data: PreferenceDataConfig, tokenizer: Tokenizer, stage: StageConfig, number: int, seed: int, purpose: Purpose
+) -> RowSource:
     if isinstance(data, NeedlePairsConfig):
-        return NeedleRows(NeedlePairs(data, tokenizer, stage.seq_len), number, seed)
+        return NeedleRows(NeedlePairs(data, tokenizer, stage.seq_len), number, seed, purpose)
     raise TypeError(type(data))
 
 
 class NeedleRows:
     """A haystack a row, of which no two are alike."""
 
-    def __init__(self, pairs: NeedlePairs, number: int, seed: int):
-        self._pairs, self._number, self._seed = pairs, number, seed
+    def __init__(self, pairs: NeedlePairs, number: int, seed: int, purpose: Purpose):
+        self._pairs, self._number, self._seed, self._purpose = pairs, number, seed, purpose
 
     def row(self, batch: int, row: int) -> list[Prompt]:
         """One prompt."""
-        return [self._pairs.prompt(make_rng(self._seed, Purpose.PAIRS, self._number, batch, row))]
+        return [self._pairs.prompt(make_rng(self._seed, self._purpose, self._number, batch, row))]
 
 
 class PreferenceBatches:
