@@ -9,7 +9,8 @@ Without a mesh (`jax.set_mesh` not called) every function here leaves its argume
 device with no ceremony.
 
 Sequences on a mesh with `context` = n > 1 are in zig-zag order: of 2 n equal chunks, device i holds the chunks i and
-2 n - 1 - i, so that under the causal mask all devices have as much to do.
+2 n - 1 - i, so that under the causal mask all devices have as much to do. Of rows with a branch region (see
+`model.branches`) that is the order of the prompt region; behind it device i holds part i of n of the branch region.
 """
 
 import math
@@ -22,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 
+from latent_attention import merge_over
 from mla_jax.config import MeshConfig
 from mla_jax.errors import UsageError
 
@@ -136,6 +138,11 @@ def local_sequence_chunks(arrays: Any, shards: int) -> list[tuple[jax.Array | in
     return [(start, jax.tree.map(lambda x, i=i: jnp.split(x, 2, axis=1)[i], arrays)) for i, start in enumerate(starts)]
 
 
+def sequence_shard() -> jax.Array:
+    """Index of this device among those that share its sequences, inside `per_device`."""
+    return jax.lax.axis_index("context")
+
+
 def all_gather_sequence(x_BTX: jax.Array, shards: int) -> jax.Array:
     """All-gathers the tokens of all devices, in the order of the sequence, inside `per_device`.
 
@@ -147,6 +154,28 @@ def all_gather_sequence(x_BTX: jax.Array, shards: int) -> jax.Array:
     chunks = by_device.reshape(x_BTX.shape[0], shards, 2, -1, *x_BTX.shape[2:])
     in_order = jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1)
     return in_order.reshape(by_device.shape)
+
+
+def all_gather_tokens(x_BTX: jax.Array) -> jax.Array:
+    """All-gathers the tokens of all devices of a sequence, device by device, inside `per_device`."""
+    return jax.lax.all_gather(x_BTX, "context", axis=1, tiled=True)
+
+
+def merge_tokens(out_BTHV: jax.Array, lse_BTH: jax.Array, shards: int) -> tuple[jax.Array, jax.Array]:
+    """Merges attention to the keys of each device, inside `per_device`; the part of this device's own queries.
+
+    Args:
+        out_BTHV: output of the queries that `all_gather_tokens` gathered, over the keys of this device.
+        lse_BTH: log-sum-exp of their scores.
+        shards: devices of a sequence.
+    """
+    tokens = out_BTHV.shape[1] // shards
+    out, lse = merge_over("context", out_BTHV, lse_BTH)
+
+    def own(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, sequence_shard() * tokens, tokens, axis=1)
+
+    return own(out), own(lse)
 
 
 def with_auto_sharding(function: Callable, result_like: Any) -> Callable:
@@ -177,8 +206,11 @@ def with_concrete_shardings(abstract: Any) -> Any:
     return jax.tree.map(concrete, abstract)
 
 
-def check_batch(rows: int, tokens: int, accumulation: int) -> None:
-    """Raises UsageError unless a batch [rows, tokens] of micro-batches spreads evenly over the mesh."""
+def check_batch(rows: int, tokens: int, accumulation: int, branch_tokens: int = 0) -> None:
+    """Raises UsageError unless a batch [rows, tokens] of micro-batches spreads evenly over the mesh.
+
+    The last `branch_tokens` of each row are its branch region.
+    """
     mesh = jax.sharding.get_mesh()
     shards, micro = math.prod(mesh.shape[axis] for axis in ROW_AXES), rows // accumulation
     if micro % shards:
@@ -186,9 +218,11 @@ def check_batch(rows: int, tokens: int, accumulation: int) -> None:
             f"{micro} sequences (batch_size / train.grad_accumulation) do not spread evenly over {shards} devices "
             "(mesh.data x mesh.fsdp)"
         )
-    parts = mesh.shape["context"]
-    if parts > 1 and tokens % (2 * parts):
-        raise UsageError(f"seq_len {tokens} is no multiple of {2 * parts}, twice mesh.context")
+    parts, less = mesh.shape["context"], f" less data.branch_tokens {branch_tokens}" if branch_tokens else ""
+    if parts > 1 and (tokens - branch_tokens) % (2 * parts):
+        raise UsageError(f"seq_len {tokens}{less} is no multiple of {2 * parts}, twice mesh.context")
+    if branch_tokens % parts:
+        raise UsageError(f"data.branch_tokens {branch_tokens} is no multiple of mesh.context={parts}")
 
 
 def rows_here(rows: int, accumulation: int = 1) -> np.ndarray:
@@ -199,12 +233,12 @@ def rows_here(rows: int, accumulation: int = 1) -> np.ndarray:
     return (np.arange(accumulation)[:, None] * micro + mine).ravel()
 
 
-def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, jax.Array]:
+def place_batch(batch: dict[str, np.ndarray], accumulation: int, branch_tokens: int = 0) -> dict[str, jax.Array]:
     """Puts the rows [b, T] that `rows_here` named on the mesh, as micro-batches [A, B / A, T]; see `check_batch`."""
     mesh = jax.sharding.get_mesh()
     local, length = next(iter(batch.values())).shape
     parts, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROW_AXES)
-    order = _zig_zag(length, parts)
+    order = _device_order(length, parts, branch_tokens)
     mine = rows_here(shards)
     micro = local // accumulation * shards // len(mine)
     mine = rows_here(micro)
@@ -223,9 +257,10 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int) -> dict[str, ja
     return {name: put(x) for name, x in batch.items()}
 
 
-def _zig_zag(length: int, parts: int) -> np.ndarray:
+def _device_order(length: int, parts: int, branch_tokens: int) -> np.ndarray:
     """Positions of the tokens in the order in which devices hold them; see the head of this file."""
     if parts == 1:
         return np.arange(length)
-    chunks = np.arange(length).reshape(2 * parts, -1)
-    return np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).ravel()
+    prompt, branches = np.split(np.arange(length), [length - branch_tokens])
+    chunks = prompt.reshape(2 * parts, -1)
+    return np.concatenate([chunks[:parts], chunks[: parts - 1 : -1], branches.reshape(parts, -1)], axis=1).ravel()

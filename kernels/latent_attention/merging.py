@@ -19,9 +19,9 @@ def merge_over(axis_name: str, out: jax.Array, lse: jax.Array) -> tuple[jax.Arra
     Context parallelism at decode: each device attends to its own part of the cache, with the lengths of that part, and
     only out [..., V] and lse [...] cross the network.
     """
-    max_lse = jax.lax.pmax(lse, axis_name)
+    max_lse = jax.lax.pmax(jax.lax.stop_gradient(lse), axis_name)  # what is subtracted has no part in the result
     weight = jnp.exp(lse - jnp.where(max_lse == -jnp.inf, 0, max_lse))
     total = jax.lax.psum(weight, axis_name)
     mean = jax.lax.psum(out.astype(jnp.float32) * weight[..., None], axis_name)
-    mean /= jnp.where(total == 0, 1, total)[..., None]
-    return mean.astype(out.dtype), jnp.where(total == 0, -jnp.inf, max_lse + jnp.log(total))
+    unseen, total = total == 0, jnp.where(total == 0, 1, total)
+    return (mean / total[..., None]).astype(out.dtype), jnp.where(unseen, -jnp.inf, max_lse + jnp.log(total))

@@ -47,27 +47,43 @@ def branch_region(arrays: Any, size: int) -> Any:
 
 def attend(
     branches: Branches,
+    shards: int,
     q_BTHK: jax.Array,
     latents: Any,
-    causal: Callable[[jax.Array, Any, jax.Array | None], OutLse],
-    to_all: Callable[[jax.Array, Any, jax.Array, jax.Array], OutLse],
+    causal: Callable[[jax.Array, Any, jax.Array | None], jax.Array],
+    partial: Callable[..., OutLse],
 ) -> jax.Array:
-    """Attention of both regions of each row; out_BTHV.
+    """Attention of both regions of each row; out_BTHV. Inside `mesh.per_device`.
+
+    Devices that share a sequence send each other queries and latents of the branch region, which is small. Each attends
+    with all of these queries to the part of the prompt region that it holds.
 
     Args:
         branches: who sees what.
+        shards: devices that share a sequence.
         q_BTHK: queries.
         latents: a pytree of arrays [B, T, ...], what keys and values are made of.
-        causal: (queries, latents, segments or None) of one region; its tokens see themselves and those before them.
-        to_all: (queries, latents, segments of the queries, segments of the latents); queries see all of their segment.
+        causal: the output of (queries, latents, segments or None) of a whole region.
+        partial: the output and log-sum-exp of (queries, latents, offset of the first query, segments of the queries,
+            segments of the latents), all on this device.
     """
+
+    def gather(arrays: Any) -> Any:
+        return arrays if shards == 1 else jax.tree.map(mesh.all_gather_tokens, arrays)
+
     arrays = q_BTHK, latents, branches.prompts_BT, branches.branches_BT
-    split = q_BTHK.shape[1] - branches.size
+    split = q_BTHK.shape[1] - branches.size // shards
     prompt, branch = (jax.tree.map(lambda x, cut=cut: x[:, cut], arrays) for cut in (slice(split), slice(split, None)))
-    q_prompt, latents_prompt, prompts, _ = prompt
-    q_branch, latents_branch, continued, own = branch
-    out_prompt, _ = causal(q_prompt, latents_prompt, prompts if branches.packed else None)
-    # Every token sees itself at least, so that the log-sum-exp of the first part is finite.
-    parts = causal(q_branch, latents_branch, own), to_all(q_branch, latents_prompt, continued, prompts)
-    out_branch, _ = latent_attention.merge(*parts[0], *parts[1])
+    q, own_latents, prompts, own = branch
+    prompt_q, prompt_latents, prompt_numbers, _ = prompt
+    out_prompt = causal(prompt_q, prompt_latents, prompt_numbers if branches.packed else None)
+
+    start = 0 if shards == 1 else mesh.sequence_shard() * q.shape[1]
+    to_own = partial(q, gather(own_latents), start, own, gather(own))
+    # Every query sees the whole prompt region, so far as it is of its prompt.
+    to_prompt = partial(gather(q), prompt_latents, split, gather(prompts), prompt_numbers)
+    if shards > 1:
+        to_prompt = mesh.merge_tokens(*to_prompt, shards)
+    # Every token sees itself at least, so that one of the two has a finite log-sum-exp.
+    out_branch, _ = latent_attention.merge(*to_own, *to_prompt)
     return jnp.concatenate([out_prompt, out_branch], axis=1)

@@ -61,35 +61,34 @@ class MLA(nnx.Module):
         def attend(q_BTHK, latents, segments_BT, branches, kv_b_CX):
             causal = functools.partial(self._causal, kv_b_CX, shards)
             if branches is None:
-                return causal(q_BTHK, latents, segments_BT)[0]
-            return attend_to_branches(branches, q_BTHK, latents, causal, functools.partial(self._to_all, kv_b_CX))
+                return causal(q_BTHK, latents, segments_BT)
+            return attend_to_branches(branches, shards, q_BTHK, latents, causal, functools.partial(self._part, kv_b_CX))
 
         kv_b_CX = mesh.all_gather(self.kv_b_proj[...])
         return self.output(mesh.per_device(attend, q_BTHK, latents, segments_BT, branches, kv_b_CX))
 
-    def _causal(self, kv_b_CX, shards: int, q_BTHK, latents, segments_BT) -> tuple[jax.Array, jax.Array]:
-        """Output and log-sum-exp of the tokens on this device, which see their segment up to themselves."""
+    def _causal(self, kv_b_CX, shards: int, q_BTHK, latents, segments_BT) -> jax.Array:
+        """Output of the tokens on this device, which see their segment up to themselves."""
         # Devices that share a sequence send each other latents: 1/26 of the keys and values of `infinite_1b`.
         c_BSC, k_rope_BSR, segments_BS = jax.tree.map(
             lambda x: mesh.all_gather_sequence(x, shards), (*latents, segments_BT)
         )
         k_BSHK, v_BSHV = self.expand(matmul(c_BSC, kv_b_CX), k_rope_BSR)
-        parts = []
+        out = []
         for start, (q, segments) in mesh.local_sequence_chunks((q_BTHK, segments_BT), shards):
-            parts.append(self._op(
+            out.append(self._op(
                 latent_attention.attention, q, k_BSHK, v_BSHV, q_offset=start, q_segments=segments,
-                kv_segments=segments_BS, return_lse=True,
+                kv_segments=segments_BS,
             ))  # fmt: skip
-        out, lse = zip(*parts, strict=True)
-        return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=1)
+        return jnp.concatenate(out, axis=1)
 
-    def _to_all(self, kv_b_CX, q_BTHK, latents, q_segments_BT, kv_segments_BS) -> tuple[jax.Array, jax.Array]:
-        """Output and log-sum-exp of queries that see all latents of their segment."""
+    def _part(self, kv_b_CX, q_BTHK, latents, q_offset, q_segments, kv_segments) -> tuple[jax.Array, jax.Array]:
+        """Output and log-sum-exp of queries over the keys of these latents."""
         c_BSC, k_rope_BSR = latents
         k_BSHK, v_BSHV = self.expand(matmul(c_BSC, kv_b_CX), k_rope_BSR)
         return self._op(
-            latent_attention.attention, q_BTHK, k_BSHK, v_BSHV, q_offset=c_BSC.shape[1], q_segments=q_segments_BT,
-            kv_segments=kv_segments_BS, return_lse=True,
+            latent_attention.attention, q_BTHK, k_BSHK, v_BSHV, q_offset=q_offset, q_segments=q_segments,
+            kv_segments=kv_segments, return_lse=True,
         )  # fmt: skip
 
     def append_to_cache(

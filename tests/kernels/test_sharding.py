@@ -133,6 +133,38 @@ def test_keys_spread_over_devices_are_merged(lengths, kind):
     np.testing.assert_allclose(lse, expected[1], atol=1e-5)
 
 
+def test_merged_results_have_the_gradients_of_attention_to_all_keys():
+    """By queries, keys and values; the queries of one row see keys of one device only, those of another none."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, n, 2, 8)), jnp.float32) for n in (4, 64, 64))
+    weights, by_lse = rng.normal(size=(3, 4, 2, 8)), rng.normal(size=(3, 4, 2))
+    q_segments, kv_segments = np.array([[1] * 4, [2] * 4, [3] * 4]), np.array([[1] * 64, [2] * 5 + [0] * 59, [0] * 64])
+    over = mesh(8, kind=AxisType.Auto)
+
+    def attend(q, k, v, segments):
+        options = {"q_offset": k.shape[1], "q_segments": q_segments, "kv_segments": segments, "return_lse": True}
+        return latent_attention.attention(q, k, v, scale=SCALE, **options)
+
+    def parts(q, k, v, segments):
+        """Every device counts an eighth of the sum, as what it merged is the same on all."""
+        return tuple(x[None] / 8 for x in merge_over("data", *attend(q, k, v, segments)))
+
+    spread = P(None, "data")
+    merged = jax.shard_map(
+        parts, mesh=over, in_specs=(P(), spread, spread, spread), out_specs=P("data"), check_vma=False
+    )
+
+    def gradients(op):
+        def loss(q, k, v):
+            out, lse = op(q, k, v, kv_segments)
+            return jnp.sum(out * weights) + jnp.sum(jnp.where(jnp.isneginf(lse), 0, lse) * by_lse)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    for found, expected in zip(gradients(merged), gradients(attend), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_merged_16_bit_results_are_weighed_in_32():
     over = mesh(8, kind=AxisType.Auto)
     rng = np.random.default_rng(0)
