@@ -41,6 +41,11 @@ def branch_log_probs(transformer: Transformer, rows: Arrays, size: int, packed: 
     branches = Branches(rows["prompts"], rows["branches"], size, packed)
     h_BTD = transformer(rows["tokens"], rows["positions"], branches=branches)
     h_BRD, targets_BR = branch_region((h_BTD, rows["targets"]), size)
+    return token_statistics(transformer.head(), h_BRD, targets_BR, chunk)
+
+
+def token_statistics(head_DX: jax.Array, h_BRD: jax.Array, targets_BR: jax.Array, chunk: int) -> TokenStatistics:
+    """The statistics of `branch_log_probs` for given hidden states; see there."""
 
     def in_chunks(h_BRD, targets_BR, head_DX) -> TokenStatistics:
         @jax.checkpoint
@@ -52,7 +57,7 @@ def branch_log_probs(transformer: Transformer, rows: Arrays, size: int, packed: 
         chunks = tuple(split_tokens(x, min(chunk, here)) for x in (h_BRD, targets_BR))
         return jax.tree.map(lambda x_nBt: join_chunks(x_nBt, here), jax.lax.scan(body, None, chunks)[1])
 
-    return mesh.per_device(in_chunks, h_BRD, targets_BR, mesh.all_gather(transformer.head()))
+    return mesh.per_device(in_chunks, h_BRD, targets_BR, mesh.all_gather(head_DX))
 
 
 def _statistics(h_BtD: jax.Array, targets_Bt: jax.Array, head_DX: jax.Array) -> TokenStatistics:

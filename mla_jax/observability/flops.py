@@ -17,10 +17,16 @@ from mla_jax.config import MeshConfig, ModelConfig
 from mla_jax.mesh import make_mesh
 
 
-def forward_flops(model: ModelConfig, batch_size: int, seq_len: int) -> float:
-    """FLOPs of one forward pass over [batch_size, seq_len] tokens in the expanded form, logits of all tokens included.
+def forward_flops(model: ModelConfig, batch_size: int, seq_len: int, logits: int | None = None) -> float:
+    """FLOPs of one forward pass over [batch_size, seq_len] tokens in the expanded form.
 
-    Attention counts seq_len^2 / 2 pairs a sequence, also where packing lets documents not see each other.
+    Attention counts seq_len^2 / 2 pairs a sequence, also where packing and branches let tokens not see each other.
+
+    Args:
+        model: the widths.
+        batch_size: sequences.
+        seq_len: tokens of each.
+        logits: tokens of each that get logits; None for all.
     """
     d, heads, c = model.hidden_size, model.num_attention_heads, model.kv_lora_rank
     q_width, v_width = heads * model.qk_head_dim, heads * model.v_head_dim
@@ -30,13 +36,14 @@ def forward_flops(model: ModelConfig, batch_size: int, seq_len: int) -> float:
     feed_forward = 3 * d * model.intermediate_size
     layer = queries + keys_and_values + v_width * d + feed_forward  # multiply-adds a token
     attention = seq_len / 2 * (q_width + v_width)
-    token = model.num_hidden_layers * (layer + attention) + d * model.vocab_size
-    return 2.0 * token * batch_size * seq_len
+    in_layers = model.num_hidden_layers * (layer + attention) * seq_len
+    in_head = d * model.vocab_size * (seq_len if logits is None else logits)
+    return 2.0 * (in_layers + in_head) * batch_size
 
 
-def train_flops(model: ModelConfig, batch_size: int, seq_len: int) -> float:
+def train_flops(model: ModelConfig, batch_size: int, seq_len: int, logits: int | None = None) -> float:
     """FLOPs of one training step: three times the forward pass."""
-    return 3 * forward_flops(model, batch_size, seq_len)
+    return 3 * forward_flops(model, batch_size, seq_len, logits)
 
 
 def measured_peak(size: int = 8192, products: int = 20) -> float:

@@ -25,15 +25,19 @@ def params():
     return init_params(CONFIG, 0)
 
 
+@jax.jit
+def all_logits(params):
+    model = bind(CONFIG, params)
+    branches = Branches(ROWS["prompts"], ROWS["branches"], SIZE, False)
+    return model.logits(model(ROWS["tokens"], ROWS["positions"], branches=branches)[:, -SIZE:])
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 12, 64])
 def test_statistics_are_those_of_all_logits(params, chunk):
-    model = bind(CONFIG, params)
-    targets = ROWS["targets"][:, -SIZE:].copy()
-    h_BTD = model(ROWS["tokens"], ROWS["positions"], branches=Branches(ROWS["prompts"], ROWS["branches"], SIZE, False))
-    logits = np.asarray(model.logits(h_BTD[:, -SIZE:]), np.float64)
+    targets, logits = ROWS["targets"][:, -SIZE:].copy(), np.asarray(all_logits(params), np.float64)
     targets[0, 0] = logits[0, 0].argmax()
     rows = {**ROWS, "targets": np.concatenate([ROWS["targets"][:, :-SIZE], targets], axis=1)}
-    found = branch_log_probs(model, rows, SIZE, False, chunk)
+    found = jax.jit(lambda params: branch_log_probs(bind(CONFIG, params), rows, SIZE, False, chunk))(params)
     log_probs = log_softmax(logits, axis=-1)
     expected = np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(found.log_probs_BR, expected, rtol=1e-5, atol=1e-5)
