@@ -107,12 +107,13 @@ class NeedleGenerator:
         task = draw(rng, {task: weight for task, weight in self._tasks.items() if self._shortest[task] <= length})
         haystack = self.draw_haystack(rng, task)
         names = tasks.RandomNames(rng, self._lexicon)
-        beginning = head(self._tokenizer, self._lexicon, task)
+        beginning = head(self._tokenizer, task)
         room = length - len(beginning) - 1
         units = tasks.draw_units(
             rng, names, self._lexicon, task, room, self._config.max_needles, self._config.near_duplicate_fraction
         )
-        filler = room - sum(unit.count(self._lexicon) for unit in units)
+        needles = sum(self._lexicon.count(needle) for unit in units for needle in unit.needles)
+        filler = room - needles - len(self._dialogue(units).tokens)
         body = bury(rng, haystack, task, self._lexicon, [unit.needles for unit in units], filler, names.used)
         dialogue = self._dialogue([units[number] for number in rng.permutation(len(units))])
         tokens = np.concatenate([beginning, *body, dialogue.tokens, [self._tokenizer.eos_id]]).astype(np.int32)
@@ -122,9 +123,13 @@ class NeedleGenerator:
 
     def _dialogue(self, units: list[tasks.Unit]) -> Example:
         """The questions and answers of the units that are asked about."""
-        pieces = [piece for unit in units for piece in (*unit.question, *unit.answer)]
-        learned = [mark for unit in units for mark in ([False] * len(unit.question) + [True] * len(unit.answer))]
-        answers = learned & ~np.isin(pieces, self._lexicon.pieces(v.COMMA, v.STOP))
+        parts = [part for unit in units if unit.question for part in (unit.question, unit.answer)]
+        pieces = self._lexicon.with_lines([piece for part in parts for piece in part])
+        # A line break that is one token with the full stop before it is no longer in the question.
+        joined = np.isin(pieces, self._lexicon.pieces(v.STOP + v.NEWLINE)).any()
+        sizes = [len(part) - (joined and 0 < i and i % 2 == 0) for i, part in enumerate(parts)]
+        learned = np.repeat([False, True] * (len(parts) // 2), sizes)
+        answers = learned & ~np.isin(pieces, self._lexicon.pieces(v.COMMA, v.STOP, v.STOP + v.NEWLINE))
         tokens, lengths = self._lexicon.ids(pieces), self._lexicon.lengths[pieces]
         return Example(
             tokens, np.repeat(learned, lengths), np.repeat(answers, lengths) & ~self._tokenizer.blank[tokens]
@@ -148,10 +153,10 @@ def passkey_prompt(tokenizer: Tokenizer, length: int, depth: float, seed: int, i
         )
     rng = make_rng(seed, Purpose.EVALUATION, index)
     unit = tasks.make_unit("passkey", 1, tasks.RandomNames(rng, lexicon), lexicon)
-    beginning = head(tokenizer, lexicon, "passkey")
+    beginning = head(tokenizer, "passkey")
     needle, question = lexicon.ids_of_each([*unit.needles, unit.question])
     filler = length - len(beginning) - len(needle) - len(question)
-    ids = np.concatenate([beginning, *around(rng, passkey_noise(tokenizer), needle, filler, depth), question])
+    ids = np.concatenate([beginning, *around(rng, passkey_noise(tokenizer), lexicon, needle, filler, depth), question])
     return ids.tolist(), str(unit.answer[0])
 
 
@@ -161,18 +166,18 @@ def passkey_noise(tokenizer: Tokenizer) -> NoiseHaystack:
     return NoiseHaystack(tokenizer, begins_line=True)
 
 
-def head(tokenizer: Tokenizer, lexicon: Lexicon, task: str) -> np.ndarray:
+@functools.lru_cache(maxsize=16)
+def head(tokenizer: Tokenizer, task: str) -> np.ndarray:
     """What an example begins with: bos if there is one, and the introduction of passkey."""
-    bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
-    introduction = lexicon.pieces(v.PASSKEY_INTRO, v.NEWLINE) if task == "passkey" else []
-    return np.concatenate([bos, lexicon.ids(introduction)])
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return np.array(bos + (tokenizer.encode(v.PASSKEY_INTRO + v.NEWLINE) if task == "passkey" else []), np.int32)
 
 
 def _shortest(tokenizer: Tokenizer, lexicon: Lexicon, task: str, *, with_answer: bool = True) -> int:
     """Tokens that hold the smallest unit of a task whatever its names are."""
     unit = tasks.make_unit(task, tasks.SIZES[task][0], tasks.LongestNames(lexicon), lexicon)
     without = 0 if with_answer else lexicon.count(unit.answer) + 1
-    return len(head(tokenizer, lexicon, task)) + unit.count(lexicon) + 1 - without
+    return len(head(tokenizer, task)) + unit.count(lexicon) + 1 - without
 
 
 def draw(rng: np.random.Generator, weights: dict[str, float]) -> str:
@@ -191,24 +196,44 @@ def bury(
     """
     needles = lexicon.ids_of_each([needle for group in groups for needle in group])
     if task == "passkey":
-        return around(rng, haystack, needles[0], length, rng.random())
-    return hide(rng, haystack.take(rng, length, taken), needles, [len(group) for group in groups])
+        return around(rng, haystack, lexicon, needles[0], length, rng.random())
+    return hide(rng, haystack.take(rng, length, taken), lexicon, needles, [len(group) for group in groups])
 
 
 def around(
-    rng: np.random.Generator, haystack: Haystack, needle: np.ndarray, length: int, depth: float
+    rng: np.random.Generator, haystack: Haystack, lexicon: Lexicon, needle: np.ndarray, length: int, depth: float
 ) -> list[np.ndarray]:
-    """Filler of `length` tokens, a part before `needle` that ends with a sentence and a part after it."""
+    """Filler of `length` tokens, a part before `needle`, a line, that ends with a sentence and a part after it."""
     before = haystack.take(rng, length)
-    gap = before.gaps[np.argmin(np.abs(before.gaps - depth * length))]
-    return [before.ids[:gap], needle, haystack.take(rng, length - int(gap)).ids]
+    gaps = before.gaps
+    if lexicon.joins_lines and len(gaps) > 1:  # not two line breaks after each other
+        gaps = gaps[gaps > 0]
+    gap = int(gaps[np.argmin(np.abs(gaps - depth * length))])
+    parts = Filler(before.ids[:gap], before.gaps), haystack.take(rng, length - gap)
+    first, second = (_before_line(part, lexicon).ids for part in parts)
+    return [first, needle, second]
 
 
-def hide(rng: np.random.Generator, filler: Filler, needles: list[np.ndarray], sizes: list[int]) -> list[np.ndarray]:
-    """`filler` with all needles at random places between its sentences.
+def _before_line(filler: Filler, lexicon: Lexicon) -> Filler:
+    """`filler` as it may stand before a line break; the same unless the tokenizer joins full stops to line breaks.
+
+    Then a word takes the place of a last full stop, and no needle, which would end with one, goes to the end.
+    """
+    if not len(filler.ids) or not lexicon.joins_lines:
+        return filler
+    stop, word = (lexicon.ids([lexicon[text]])[-1:] for text in (v.STOP, v.FILLER_WORDS[-1]))
+    ids = np.concatenate([filler.ids[:-1], word]) if filler.ids[-1] == stop else filler.ids
+    return Filler(ids, filler.gaps[filler.gaps < len(ids)])
+
+
+def hide(
+    rng: np.random.Generator, filler: Filler, lexicon: Lexicon, needles: list[np.ndarray], sizes: list[int]
+) -> list[np.ndarray]:
+    """`filler` with all needles at random places between its sentences; a line break may follow.
 
     `sizes` are the numbers of needles that belong together: they stay in their order.
     """
+    filler = _before_line(filler, lexicon)
     places = filler.gaps[rng.integers(len(filler.gaps), size=len(needles))]
     for start, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
         places[start:end].sort()

@@ -1,5 +1,6 @@
 """Haystacks, the filler around needles: each gives exactly as many tokens as asked for, and where its sentences end."""
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,7 @@ from mla_jax.data.needle.lexicon import VALUES, Lexicon
 from mla_jax.data.needle.tasks import Key
 from mla_jax.data.text_folder import read_texts
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.within import encode_with_words_within, encode_within, writes_space_before
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class NoiseHaystack:
         first, *others = v.NOISE
         self._ring = _Ring(tokenizer, " " + first, *others)
         self._first = _Text(tokenizer, first) if begins_line else None
-        self._second = len(tokenizer.encode(" " + first))
+        self._second = len(encode_within(tokenizer, [" " + first])[0])
 
     def take(self, rng: np.random.Generator, length: int, taken: Collection[Key] = ()) -> Filler:
         """Filler of exactly `length` tokens, from the first sentence on."""
@@ -124,21 +126,27 @@ _SENTENCE_ENDS = np.array([ord(character) for character in ".!?"], np.uint32)
 class _Text:
     """An encoded text and the positions where it can be cut.
 
-    `cuts` lie behind words (and at 0): what is put there changes no id on either side. `gaps` lie behind sentences.
+    `cuts` lie behind words (and at 0): what is put there changes no id on either side. `gaps` lie behind sentences,
+    `starts` are those of them before a single space, which is what tokenizers may write before a text.
     A tokenizer that spells out, with no word of one token, cuts behind every character.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str):
-        encoded = tokenizer.encode_with_words(text)
+        encoded = encode_with_words_within(tokenizer, text)
         characters = np.frombuffer((text + "\n").encode("utf-32-le"), np.uint32)
         before, behind = characters[encoded.ends - 1], characters[encoded.ends]
         if _one_token_word(tokenizer) is None:
             cut = np.append(encoded.starts[1:] >= encoded.ends[:-1], True)
         else:
-            cut = np.append(encoded.words[1:] != encoded.words[:-1], True) & ~np.isin(before, _SPACES)
+            # Without a pre-tokenizer all is one word; a token that begins with white space begins a word there.
+            begins = (encoded.words[1:] != encoded.words[:-1]) | np.isin(characters[encoded.starts[1:]], _SPACES)
+            cut = np.append(begins, True) & ~np.isin(before, _SPACES)
         self.ids = encoded.ids
         self.cuts = np.append(0, np.flatnonzero(cut) + 1)
-        self.gaps = np.flatnonzero(cut & np.isin(before, _SENTENCE_ENDS) & np.isin(behind, _SPACES)) + 1
+        ends = cut & np.isin(before, _SENTENCE_ENDS)
+        self.gaps = np.flatnonzero(ends & np.isin(behind, _SPACES)) + 1
+        second = characters[np.minimum(encoded.ends + 1, len(text))]
+        self.starts = np.flatnonzero(ends & (behind == ord(" ")) & ~np.isin(second, _SPACES)) + 1
 
 
 class _Ring:
@@ -150,12 +158,14 @@ class _Ring:
         self._ids = np.concatenate([part.ids for part in parts])
         self._cuts = np.append(0, np.concatenate([p.cuts[1:] + shift for p, shift in zip(parts, shifts, strict=False)]))
         self._gaps = np.concatenate([p.gaps + shift for p, shift in zip(parts, shifts, strict=False)])
+        starts = np.concatenate([p.starts + shift for p, shift in zip(parts, shifts, strict=False)])
+        self._starts = starts if len(starts) and writes_space_before(tokenizer) else self._gaps
         word = _one_token_word(tokenizer)
-        self._topping = tokenizer.encode(v.STOP)[-1] if word is None else word
+        self._topping = encode_within(tokenizer, [v.STOP])[0][-1] if word is None else word
 
     def random_start(self, rng: np.random.Generator) -> int:
         """A position behind a sentence."""
-        return int(self._gaps[rng.integers(len(self._gaps))]) if len(self._gaps) else 0
+        return int(self._starts[rng.integers(len(self._starts))]) if len(self._starts) else 0
 
     def take(self, start: int, length: int) -> Filler:
         """Exactly `length` tokens from `start`, which is a cut, on: whole words, topped up with a word of one token."""
@@ -174,9 +184,10 @@ class _Ring:
         return np.append(ids, np.full(length - len(ids), self._topping, np.int32))
 
 
+@functools.lru_cache(maxsize=8)
 def _one_token_word(tokenizer: Tokenizer) -> int | None:
     """A word of a single token; None if the tokenizer spells out, letter by letter or byte by byte."""
-    return next((ids[0] for ids in tokenizer.encode_batch([" and", " the", " a"]) if len(ids) == 1), None)
+    return next((ids[0] for ids in encode_within(tokenizer, [" and", " the", " a"]) if len(ids) == 1), None)
 
 
 def _last_until(positions: np.ndarray, most: int) -> int:

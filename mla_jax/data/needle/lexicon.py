@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mla_jax.data.needle import vocabulary
+from mla_jax.data.needle import vocabulary as v
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.within import encode_within
 
 VALUES = 100_000
 """Numbers that can be written: 0 to this, exclusive."""
@@ -16,19 +17,25 @@ VALUES = 100_000
 class Lexicon:
     """A table of pieces: texts that begin and end where pre-tokens do, so their ids join as their texts do.
 
+    They are encoded as they stand within a text.
+
     A piece is an int; sequences of pieces become token ids by one gather. The number v is the piece v, written with a
     leading space; all other pieces are looked up by their text.
     """
 
     def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]):
         """Encodes `texts` and all numbers below VALUES."""
-        self._number = {text: VALUES + i for i, text in enumerate(dict.fromkeys(texts))}
-        pieces = tokenizer.encode_batch(list(self._number))
+        lines = [text + v.NEWLINE for text in v.LINE_ENDS]
+        self._number = {text: VALUES + i for i, text in enumerate(dict.fromkeys([*texts, *lines]))}
+        pieces = encode_within(tokenizer, list(self._number))
         flat, lengths = _encode_values(tokenizer)
         self._ids = np.concatenate([flat, *(np.array(piece, np.int32) for piece in pieces)])
         self.lengths = np.concatenate([lengths, np.array([len(piece) for piece in pieces], np.int32)])
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._counts = self.lengths.tolist()  # quicker than numpy for a few pieces
+        self.joins_lines = self.count(self.pieces(v.STOP + v.NEWLINE)) < self.count(self.pieces(v.STOP, v.NEWLINE))
+        """Whether the tokenizer writes a full stop and a line break as one token."""
+        self._lines = {self[text]: self[text + v.NEWLINE] for text in v.LINE_ENDS} if self.joins_lines else {}
 
     def __getitem__(self, text: str) -> int:
         return self._number[text]
@@ -36,6 +43,16 @@ class Lexicon:
     def pieces(self, *texts: str) -> list[int]:
         """The pieces of several texts."""
         return [self._number[text] for text in texts]
+
+    def with_lines(self, pieces: list[int]) -> list[int]:
+        """The pieces, where the tokenizer writes the end of a line as one token with that token's piece."""
+        joined: list[int] = []
+        for piece in pieces:
+            if piece == self[v.NEWLINE] and joined and joined[-1] in self._lines:
+                joined[-1] = self._lines[joined[-1]]
+            else:
+                joined.append(piece)
+        return joined
 
     def count(self, pieces: list[int]) -> int:
         """Tokens that the pieces take."""
@@ -66,7 +83,7 @@ def _encode_values(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Ids of " 0", " 1", ... below VALUES, concatenated, and the length of each."""
     single = _single_digits(tokenizer)
     if single is None:
-        encoded = tokenizer.encode_batch([f" {value}" for value in range(VALUES)])
+        encoded = encode_within(tokenizer, [f" {value}" for value in range(VALUES)])
         lengths = np.array([len(ids) for ids in encoded], np.int32)
         return np.fromiter(itertools.chain.from_iterable(encoded), np.int32), lengths
     prefix, digits = single
@@ -84,10 +101,10 @@ def _encode_values(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 def _single_digits(tokenizer: Tokenizer) -> tuple[list[int], np.ndarray] | None:
     """Ids of the leading space and of each digit, if the tokenizer writes numbers digit by digit."""
-    encoded = [tokenizer.encode(f" {digit}") for digit in range(10)]
+    encoded = encode_within(tokenizer, [f" {digit}" for digit in range(10)])
     prefix, digits = encoded[0][:-1], np.array([ids[-1] for ids in encoded], np.int32)
     probes = [*range(100), 123, 1000, 31_415, 50_000, 90_817, 99_999]
-    for value, ids in zip(probes, tokenizer.encode_batch([f" {probe}" for probe in probes]), strict=True):
+    for value, ids in zip(probes, encode_within(tokenizer, [f" {probe}" for probe in probes]), strict=True):
         if ids != [*prefix, *(digits[int(character)] for character in str(value))]:
             return None
     return prefix, digits
@@ -96,4 +113,4 @@ def _single_digits(tokenizer: Tokenizer) -> tuple[list[int], np.ndarray] | None:
 @functools.lru_cache(maxsize=4)
 def make_lexicon(tokenizer: Tokenizer) -> Lexicon:
     """The pieces of all synthetic tasks under a tokenizer."""
-    return Lexicon(tokenizer, vocabulary.PIECES)
+    return Lexicon(tokenizer, v.PIECES)

@@ -83,7 +83,7 @@ def key_questions(
 
     asked = [keys[i] for i in rng.permutation(len(keys))[:questions]]
     present, not_there = tuple(map(question, asked)), tuple(map(question, absent))
-    beginning = head(tokenizer, lexicon, "multi_key")
+    beginning = head(tokenizer, "multi_key")
     needles = lexicon.ids_of_each([tasks.magic_needle(lexicon, key, number) for key, number in numbers.items()])
     room = length - len(beginning) - max(len(each.ids) for each in (*present, *not_there))
     filler = room - sum(map(len, needles))
@@ -93,7 +93,7 @@ def key_questions(
             f"tokenizer {tokenizer.source}; take longer prompts or fewer needles"
         )
     text = _haystack(tokenizer, haystack).take(rng, filler, names.used)
-    body = hide(rng, text, needles, [1] * len(needles))
+    body = hide(rng, text, lexicon, needles, [1] * len(needles))
     return KeyQuestions(np.concatenate([beginning, *body]).astype(np.int32), present, not_there)
 
 

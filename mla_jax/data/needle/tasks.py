@@ -172,7 +172,7 @@ def make_unit(task: str, size: int, names: Names, lexicon: Lexicon, near: bool =
         case "passkey":
             value = names.passkey()
             before, between, after = p(*v.PASSKEY_NEEDLE)
-            needle = [*p(v.NEWLINE), before, value, between, value, after, *p(v.NEWLINE)]
+            needle = lexicon.with_lines([*p(v.NEWLINE), before, value, between, value, after, *p(v.NEWLINE)])
             return Unit([needle], p(v.NEWLINE, v.PASSKEY_QUESTION), [value, *p(v.STOP)])
         case "single" | "multi_key":
             key, value = names.key(near), names.value()

@@ -53,6 +53,9 @@ IS, ARE, NOT_FOUND = " is:", " are:", " not found"
 
 VARIABLE, EQUALS, VARIABLE_QUESTION = " VAR", " =", "The variables with value"
 
+LINE_ENDS = (".", " is the pass key.")
+"""Pieces before a line break: some tokenizers (Llama-3's, GPT-4's) write their full stop and the break as one token."""
+
 PIECES = (
     NEWLINE,
     STOP,

@@ -47,7 +47,7 @@ class NeedlePairs:
         self._lexicon = make_lexicon(tokenizer)
         self._generator = NeedleGenerator(config, tokenizer)
         self.prompt_tokens = prompt_tokens(seq_len, config.branch_tokens)
-        self._heads = {task: head(tokenizer, self._lexicon, task) for task in tasks.SIZES}
+        self._heads = {task: head(tokenizer, task) for task in tasks.SIZES}
         self._first = self._that_fit(lambda task: True)
         self._more = self._that_fit(lambda task: task not in _ALONE)
 
