@@ -28,6 +28,12 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(text)
 
 
+def read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of every file of the checkpoint in `folder`. Raises OSError, or what damaged content raises."""
+    recorded = json.loads((folder / MANIFEST).read_bytes())["files"]
+    return {str(name): (int(size), int(crc)) for name, (size, crc) in recorded.items()}
+
+
 def find_corruption(folder: Path, items: tuple[str, ...] | None = None) -> str | None:
     """Returns the first difference of the checkpoint in `folder` from its manifest, None if it is as it was saved.
 
@@ -36,8 +42,7 @@ def find_corruption(folder: Path, items: tuple[str, ...] | None = None) -> str |
         items: subfolders whose files are read; None for all.
     """
     try:
-        recorded = json.loads((folder / MANIFEST).read_bytes())["files"]
-        files = {str(name): (int(size), int(crc)) for name, (size, crc) in recorded.items()}
+        files = read_manifest(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

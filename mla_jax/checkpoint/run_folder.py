@@ -121,8 +121,19 @@ def load_run(run_dir: str | Path, step: str = "latest", *, on_disk: bool = False
     return Run(run_dir, model, params, tokenizer, chosen, tuple(stage.seq_len for stage in stages))
 
 
-def load_params(key: str, run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """The newest parameters of another run, in the type that `model` says, to compute as `model` with them.
+def newest_checkpoint(run_dir: str | Path) -> Path:
+    """The folder of a run's newest intact checkpoint. Raises InputError as `load_run`."""
+    run_dir = Path(run_dir)
+    on_all(lambda: _read_run(run_dir))
+    checkpoints = Checkpoints(run_dir)
+    try:
+        return checkpoints.folder / str(checkpoints.choose("latest", TrainConfig.best_metric))
+    finally:
+        checkpoints.close()
+
+
+def load_params(key: str, run_dir: str, model: ModelConfig, tokenizer: Tokenizer, step: str = "latest") -> dict:
+    """Parameters of another run, in the type that `model` says, to compute as `model` with them.
 
     Everything that does not say which weights there are may differ, positions above all: that is how a context is
     extended.
@@ -132,11 +143,12 @@ def load_params(key: str, run_dir: str, model: ModelConfig, tokenizer: Tokenizer
         run_dir: the other run.
         model: of this run.
         tokenizer: of this run.
+        step: see `load_run`.
 
     Raises:
         InputError: its weights or its tokenizer are not ours; see `load_run`.
     """
-    run = load_run(run_dir)
+    run = load_run(run_dir, step)
     differ = [name for name in WEIGHT_KEYS if getattr(run.model, name) != getattr(model, name)]
     if differ:
         raise InputError(f"{key}={run_dir} holds another model: {', '.join(differ)} differ")
