@@ -8,7 +8,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from mla_jax.config import JsonlDataConfig, NeedleDataConfig, NeedlePairsConfig, SftConfig, register_schemas
+from mla_jax.config import (
+    JsonlDataConfig,
+    MinedPairsConfig,
+    NeedleDataConfig,
+    NeedlePairsConfig,
+    SftConfig,
+    register_schemas,
+)
 from mla_jax.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -32,9 +39,10 @@ def test_jsonl_is_one_override_away():
     assert isinstance(config.data, JsonlDataConfig) and config.data.path == "chats.jsonl"
 
 
-def test_needle_pairs_are_one_override_away_and_their_mixture_adds_up():
-    data = _compose("data=needle_pairs", "train=needle").data
-    assert isinstance(data, NeedlePairsConfig) and not data.packed
+@pytest.mark.parametrize(("name", "kind"), [("needle_pairs", NeedlePairsConfig), ("mined", MinedPairsConfig)])
+def test_pairs_about_needles_are_one_override_away_and_their_mixture_adds_up(name, kind):
+    data = _compose(f"data={name}", "train=needle").data
+    assert type(data) is kind and not data.packed
     assert sum(data.rejected.values()) == pytest.approx(1) == pytest.approx(sum(data.tasks.values()))
 
 
@@ -82,6 +90,8 @@ def test_yarn_is_a_choice_whose_factor_is_checked():
         ("+data.tasks.paskey=1", "paskey"),
         ("data=needle_pairs train=needle +data.rejected.near=1", "data.rejected key must be one of near_key"),
         ("data=needle_pairs train=needle data.branch_tokens=1", "data.branch_tokens must be at least 2"),
+        ("data=mined train=needle data.temperature=0", "data.temperature must be above 0"),
+        ("data=mined train=needle data.samples=0", "data.samples must be at least 1"),
         ("data=needle_pairs train=needle data.pairs_per_row=0", "data.pairs_per_row must be at least 1"),
         ("data.lm_loss_weight=1", r"data.lm_loss_weight must be in \[0, 1\), got 1"),
         ("data.lm_loss_weight=-0.1", r"data.lm_loss_weight must be in \[0, 1\), got -0.1"),

@@ -9,7 +9,7 @@ from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, WEIGHT_KEYS, ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
-from mla_jax.config.preference import NeedlePairsConfig, PreferenceDataConfig, PreferenceJsonlConfig
+from mla_jax.config.preference import MinedPairsConfig, NeedlePairsConfig, PreferenceDataConfig, PreferenceJsonlConfig
 from mla_jax.config.register import register_schemas
 from mla_jax.config.run import RunConfig
 from mla_jax.config.schema import flatten, require, require_at_least, require_choice, schema
@@ -27,6 +27,7 @@ __all__ = [
     "HallucinationConfig",
     "JsonlDataConfig",
     "MeshConfig",
+    "MinedPairsConfig",
     "ModelConfig",
     "NeedleDataConfig",
     "NeedleMixtureConfig",

@@ -6,7 +6,7 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from mla_jax.config.data import DataConfig, NeedleMixtureConfig, require_weights
-from mla_jax.config.schema import require_at_least, require_choice, schema
+from mla_jax.config.schema import require, require_at_least, require_choice, schema
 
 REJECTED = ("near_key", "digit_edit", "random_value", "false_refusal", "wrong_order", "absent_key")
 """Kinds of rejected answers to questions about needles."""
@@ -60,3 +60,27 @@ class PreferenceJsonlConfig(PreferenceDataConfig):
     def __post_init__(self):
         super().__post_init__()
         require_choice("data.on_bad_line", self.on_bad_line, ("error", "skip"))
+
+
+@schema
+class MinedPairsConfig(NeedlePairsConfig):
+    """Questions as of needle pairs, each with its answer and a wrong one that the run `init_from` wrote.
+
+    `rejected` says what is asked: questions that can be answered wrongly in such ways.
+    """
+
+    kind: str = "mined"
+    prompts: int = 256
+    """Haystacks of each stage's length that are asked about, `pairs_per_row` questions each."""
+    samples: int = 4
+    """Answers to each question."""
+    temperature: float = 1.0
+    """At which they are sampled."""
+    max_new_tokens: int = 32
+    """The longest answer; what goes on is cut."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("prompts", "samples", "max_new_tokens"):
+            require_at_least(1, **{f"data.{key}": getattr(self, key)})
+        require(self.temperature > 0, f"data.temperature must be above 0, got {self.temperature}")

@@ -13,7 +13,7 @@ from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
-from mla_jax.config.preference import NeedlePairsConfig, PreferenceJsonlConfig
+from mla_jax.config.preference import MinedPairsConfig, NeedlePairsConfig, PreferenceJsonlConfig
 from mla_jax.config.sft import SftConfig
 from mla_jax.config.tracker import TrackerConfig
 from mla_jax.config.train import TrainConfig
@@ -30,6 +30,7 @@ def register_schemas() -> None:
         ("data", "needle_schema", NeedleDataConfig),
         ("data", "jsonl_schema", JsonlDataConfig),
         ("data", "needle_pairs_schema", NeedlePairsConfig),
+        ("data", "mined_schema", MinedPairsConfig),
         ("data", "preference_jsonl_schema", PreferenceJsonlConfig),
         ("loss", "schema", PreferenceLossConfig),
         ("optim", "schema", OptimConfig),

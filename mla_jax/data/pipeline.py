@@ -242,6 +242,17 @@ class JsonlBatches:
         return batch
 
 
+def shuffled(number: int, count: int, seed: int, stage: int) -> int:
+    """The row that comes as `number` if each epoch takes `count` rows in an order of its own.
+
+    The order is a keyed permutation: a place in it costs the same however many rows there are.
+    """
+    epoch, place = divmod(number, count)
+    key = make_rng(seed, Purpose.EPOCH, stage, epoch).integers(2**32)
+    row: Any = grain.MapDataset.range(count).shuffle(seed=int(key))[place]
+    return int(row)
+
+
 def require_zero(stage: StageConfig, name: str, kind: str) -> None:
     """Raises UsageError if the key `name` of a stage is set, which data of this kind cannot follow."""
     if getattr(stage, name) > 0:

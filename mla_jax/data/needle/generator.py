@@ -34,6 +34,7 @@ class Purpose(enum.IntEnum):
     SKIPS = 4
     PAIRS = 5
     VALIDATION = 6
+    MINED = 7
 
 
 def make_rng(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:

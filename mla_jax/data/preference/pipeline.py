@@ -6,10 +6,11 @@ from typing import Protocol
 
 import numpy as np
 
-from mla_jax.config import NeedlePairsConfig, PreferenceDataConfig, StageConfig
+from mla_jax.config import MinedPairsConfig, NeedlePairsConfig, PreferenceDataConfig, StageConfig
 from mla_jax.data.needle.generator import Purpose, make_rng
-from mla_jax.data.pipeline import ENDLESS, Pipeline, position_skips, require_zero
+from mla_jax.data.pipeline import ENDLESS, Pipeline, position_skips, require_zero, shuffled
 from mla_jax.data.preference.layout import Prompt, lay_out, prompt_tokens
+from mla_jax.data.preference.mined import MinedPairs, mined_path
 from mla_jax.data.preference.needle_pairs import NeedlePairs
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.workers import Batch
@@ -17,11 +18,13 @@ from mla_jax.data.workers import Batch
 
 def make_preference_pipeline(
     data: PreferenceDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
-    rows_of: Callable[[int], np.ndarray] = np.arange, validation: bool = False,
+    rows_of: Callable[[int], np.ndarray] = np.arange, validation: bool = False, run_dir: str | None = None,
 ) -> Pipeline:  # fmt: skip
     """Batches of `stages[stage]` as `lay_out` makes them, of which this process makes the rows `rows_of(batch_size)`.
 
-    Those of `validation` come from random generators that training never uses, and are the same for every seed.
+    Those of `validation` come from random generators that training never uses, and are the same for every seed; with
+    data=mined, they are needle pairs about the same questions. Mined pairs are read from `run_dir` at the first batch:
+    `mla_jax.evals.mining` must have put them there by then.
 
     Raises:
         InputError: a data file or folder that cannot be used.
@@ -30,7 +33,7 @@ def make_preference_pipeline(
     this = stages[stage]
     if validation:
         this, seed = dataclasses.replace(this, position_skip_fraction=0), 0
-    rows = _source(data, tokenizer, this, stage, seed, Purpose.VALIDATION if validation else Purpose.PAIRS)
+    rows = _source(data, tokenizer, this, stage, seed, validation, run_dir)
     batches = PreferenceBatches(data, rows, this, stage, seed, rows_of(this.batch_size), tokenizer.pad_id)
     return Pipeline(batches, data.workers)
 
@@ -44,11 +47,16 @@ class RowSource(Protocol):
 
 
 def _source(
-    data: PreferenceDataConfig, tokenizer: Tokenizer, stage: StageConfig, number: int, seed: int, purpose: Purpose
-) -> RowSource:
-    if isinstance(data, NeedlePairsConfig):
-        return NeedleRows(NeedlePairs(data, tokenizer, stage.seq_len), number, seed, purpose)
-    raise TypeError(type(data))
+    data: PreferenceDataConfig, tokenizer: Tokenizer, stage: StageConfig, number: int, seed: int, validation: bool,
+    run_dir: str | None,
+) -> RowSource:  # fmt: skip
+    if not isinstance(data, NeedlePairsConfig):
+        raise TypeError(type(data))
+    pairs = NeedlePairs(data, tokenizer, stage.seq_len)
+    if isinstance(data, MinedPairsConfig) and not validation:
+        assert run_dir is not None
+        return EpochRows(MinedPairs(pairs, mined_path(run_dir, number), seed, number), stage.batch_size, number, seed)
+    return NeedleRows(pairs, number, seed, Purpose.VALIDATION if validation else Purpose.PAIRS)
 
 
 class NeedleRows:
@@ -60,6 +68,18 @@ class NeedleRows:
     def row(self, batch: int, row: int) -> list[Prompt]:
         """One prompt."""
         return [self._pairs.prompt(make_rng(self._seed, self._purpose, self._number, batch, row))]
+
+
+class EpochRows:
+    """Rows of a list, each epoch in an order of its own."""
+
+    def __init__(self, rows: MinedPairs, batch_size: int, number: int, seed: int):
+        self._rows, self._batch_size, self._number, self._seed = rows, batch_size, number, seed
+
+    def row(self, batch: int, row: int) -> list[Prompt]:
+        """The prompts of the row that follows the one before it."""
+        number = batch * self._batch_size + row
+        return self._rows[shuffled(number, len(self._rows), self._seed, self._number)]
 
 
 class PreferenceBatches:
