@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,11 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def user_cache_folder() -> Path:
+    """Where this user keeps what can be made again: infinitecontext in $XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "infinitecontext"
 
 
 def _beside(path: Path, suffix: str) -> Path:

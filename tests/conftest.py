@@ -20,6 +20,8 @@ if shutil.which("nvidia-smi") is None:  # what runs on a GPU is tested as it run
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _compiled = tempfile.TemporaryDirectory(prefix="compiled-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+_cache = tempfile.TemporaryDirectory(prefix="cache-")  # the user's own is not for tests, nor for processes they start
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ class DataConfig:
     """`bytes`, `needle-bpe` (built in, see `mla_jax.data.tokenizer`), or the path of a tokenizer.json / HF folder."""
     workers: int = 0
     """Processes that make batches; 0 makes them in a thread of the training process."""
+    cache_dir: Optional[str] = None
+    """Folder of encoded files for all runs; by default infinitecontext/tokens in $XDG_CACHE_HOME or ~/.cache."""
 
     def __post_init__(self):
         require_at_least(0, **{"data.workers": self.workers})
@@ -92,10 +94,11 @@ class ValidationConfig:
 
 @schema
 class JsonlDataConfig(DataConfig):
-    """A JSONL file of chats ({"messages": [...]}) or completions ({"prompt": ..., "completion": ...})."""
+    """Chats ({"messages": [...]}) or completions ({"prompt": ..., "completion": ...}), as JSONL or Parquet."""
 
     kind: str = "jsonl"
     path: str = MISSING
+    """A file, or a folder of them: .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
     on_bad_line: str = "error"
     """`error` ends the run at a line that is no chat or completion; `skip` leaves such lines out and counts them."""
     ignore_fields: list[str] = field(default_factory=list)

@@ -1,126 +1,149 @@
-"""JSONL data: one record a line (records.py), encoded at once; and documents packed into rows."""
+"""JSONL and Parquet data: records (records.py) of files (record_files.py), encoded once (token_cache.py)."""
 
-import bisect
 import functools
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla_jax.data.records import EXPECTED, encode_line
+from mla_jax.data.record_files import Chunk, read_chunks, record_files
+from mla_jax.data.records import EXPECTED, encode_record
+from mla_jax.data.token_cache import Entry, Writer, cached
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.data.workers import on_all_cores
+from mla_jax.distributed.join import is_main
 from mla_jax.errors import InputError
 
+Document = tuple[np.ndarray, np.ndarray]
+"""Token ids int32 and loss mask."""
 
-@dataclass(frozen=True)
+Encode = Callable[[Any, Tokenizer, tuple[str, ...]], list[Document]]
+"""The documents of a record less the fields to ignore, as many for each record; a function of a module."""
+
+
 class Documents:
-    """Encoded documents one after the other: `ids` int32, `loss_mask` bool; number i is bounds[i] to bounds[i+1]."""
+    """Encoded documents one after the other, memory-mapped: number i is bounds[i] to bounds[i+1]."""
 
-    ids: np.ndarray
-    loss_mask: np.ndarray
-    bounds: np.ndarray
+    def __init__(self, entry: Entry):
+        self._entry = entry
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Where documents begin, and the end of the last."""
+        return self._entry["bounds"]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document."""
         return np.diff(self.bounds)
 
-    def __getitem__(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, document: int) -> Document:
         """Token ids and loss mask of a document."""
         here = slice(self.bounds[document], self.bounds[document + 1])
-        return self.ids[here], self.loss_mask[here]
+        return self._entry["ids"][here].astype(np.int32), self._entry["loss_mask"][here]
+
+
+def encode_alone(record: Any, tokenizer: Tokenizer, ignore_fields: tuple[str, ...] = ()) -> list[Document]:
+    """The one document of a chat or completion. Raises InputError as `encode_record` does."""
+    return [encode_record(record, tokenizer, ignore_fields)]
 
 
 def load_documents(
-    path: str, tokenizer: Tokenizer, on_bad_line: str = "error", ignore_fields: tuple[str, ...] = ()
-) -> Documents:
-    """Reads and encodes a JSONL file; empty lines are skipped.
+    path: str, tokenizer: Tokenizer, on_bad_line: str = "error", ignore_fields: tuple[str, ...] = (),
+    cache_dir: str | None = None, encode: Encode = encode_alone,
+) -> Documents:  # fmt: skip
+    """The encoded records of a file or folder, from the cache if they are there; empty lines are skipped.
 
     Args:
-        path: of the file.
+        path: of a file, or of a folder of files, as `record_files` takes it.
         tokenizer: encodes, and writes chats by its template.
-        on_bad_line: `error`, or `skip` for a warning that counts the lines that cannot be used and names the first.
+        on_bad_line: `error`, or `skip` for a warning of the main process that counts the lines that cannot be used and
+            names the first.
         ignore_fields: keys of records and messages to leave out.
+        cache_dir: the folder of the cache; None for the user's.
+        encode: makes the documents of a record; those of several records follow each other.
 
     Raises:
-        InputError: no such file, nothing in it, or a line that is no chat or completion or has no token to train on,
-            named by its number.
+        InputError: no such file, nothing in it, or a line that is no record or has no token to train on, named by its
+            number; or the cache cannot be written.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"data.path={path} is not a file")
-    return _load(file.resolve(), file.stat().st_mtime_ns, tokenizer, on_bad_line, ignore_fields)
-
-
-@functools.lru_cache(maxsize=2)  # every stage of a run reads the same files
-def _load(
-    path: Path, changed: int, tokenizer: Tokenizer, on_bad_line: str, ignore_fields: tuple[str, ...]
-) -> Documents:
-    documents, bad = [], []
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    if text.strip():
-                        documents.append(encode_line(text, tokenizer, ignore_fields))
-                except (InputError, UnicodeDecodeError) as e:
-                    if on_bad_line == "error":
-                        raise
-                    bad.append(f"line {number}: {e}")
-    except InputError as e:
-        raise InputError(f"{path}, line {number}: {e}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} cannot be read as UTF-8 text (line {number}: {e})") from e
-    except OSError as e:
-        raise InputError(f"{path} cannot be read ({e})") from e
-    if not documents and not bad:
-        raise InputError(f"{path} is empty; {EXPECTED} on each line")
-    if not documents:
-        raise InputError(f"{path}: none of the {len(bad)} lines can be used; the first is {bad[0]}")
-    if bad:
+    files = record_files(path)
+    work = functools.partial(_encode_chunk, tokenizer, encode, ignore_fields)
+    build = functools.partial(_build, path, files, tokenizer, on_bad_line, work)
+    how = f"{encode.__module__}.{encode.__qualname__} without {sorted(ignore_fields)}"
+    entry = cached("records", files, tokenizer, how, build, cache_dir)
+    records, bad, first_bad = (entry.note[key] for key in ("records", "bad", "first_bad"))
+    if bad and on_bad_line == "error":
+        raise InputError(_named(first_bad, files))
+    if bad and is_main():
         logging.getLogger(__name__).warning(
             "%s: skipped %d of %d lines that cannot be used; the first is %s",
-            path, len(bad), len(bad) + len(documents), bad[0],
+            path, bad, bad + records, _named(first_bad, files, beside=path),
         )  # fmt: skip
-    ids, loss_mask = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
-    return Documents(ids, loss_mask, np.cumsum([0, *(len(document[0]) for document in documents)]))
+    return Documents(entry)
 
 
-def pack(lengths: np.ndarray, seq_len: int, path: str) -> list[list[int]]:
-    """Rows of at most `seq_len` tokens that hold each document that fits once, by best-fit decreasing bin packing.
+def _named(bad: tuple[int, str], files: list[Path], beside: str | None = None) -> str:
+    """What is wrong with a line, and the file's name unless that is `beside` it."""
+    file, problem = bad
+    return problem if str(files[file]) == beside else f"{files[file]}, {problem}"
 
-    Documents that are too long are left out, and one line says how many: cut off, they would teach to stop anywhere.
 
-    Raises:
-        InputError: no document fits.
-    """
-    too_long = int((lengths > seq_len).sum())
-    longest = f"the longest has {lengths.max()} tokens and seq_len is {seq_len}"
-    if too_long == len(lengths):
-        raise InputError(f"{path}: none of the {len(lengths)} documents fits; {longest}")
-    if too_long:
-        logging.getLogger(__name__).warning(
-            "%s: left out %d of %d documents that are too long; %s", path, too_long, len(lengths), longest
-        )
-    rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # rows by the tokens they still hold
-    rooms: list[int] = []  # the keys of by_room, ascending
-    for document in np.argsort(-lengths, kind="stable")[too_long:].tolist():
-        length = int(lengths[document])
-        fullest = bisect.bisect_left(rooms, length)
-        if fullest < len(rooms):
-            room = rooms[fullest]
-            row = by_room[room].pop()
-            if not by_room[room]:
-                del by_room[room], rooms[fullest]
-        else:
-            room, row = seq_len, len(rows)
-            rows.append([])
-        rows[row].append(document)
-        if room - length not in by_room:
-            by_room[room - length] = []
-            bisect.insort(rooms, room - length)
-        by_room[room - length].append(row)
-    return rows
+def _build(
+    path: str, files: list[Path], tokenizer: Tokenizer, on_bad_line: str, work: Callable[[Chunk], "_EncodedChunk"],
+    writer: Writer,
+) -> dict[str, Any]:  # fmt: skip
+    small = np.min_scalar_type(tokenizer.vocab_size - 1)
+    records, bad, first_bad, end = 0, 0, (0, ""), 0
+    writer.append("bounds", np.array([0]))
+    for chunk in on_all_cores(work, read_chunks(files), sum(file.stat().st_size for file in files)):
+        if chunk.bad and not bad:
+            first_bad = files.index(chunk.file), chunk.first_bad
+            if on_bad_line == "error":
+                raise InputError(_named(first_bad, files))
+        records, bad = records + chunk.records, bad + chunk.bad
+        writer.append("ids", chunk.ids.astype(small))
+        writer.append("loss_mask", chunk.loss_mask)
+        writer.append("bounds", end + np.cumsum(chunk.lengths))
+        end += len(chunk.ids)
+    if not records and not bad:
+        raise InputError(f"{path} is empty; {EXPECTED} on each line")
+    if not records:
+        first = _named(first_bad, files, beside=path)
+        raise InputError(f"{path}: none of the {bad} lines can be used; the first is {first}")
+    return {"records": records, "bad": bad, "first_bad": first_bad}
+
+
+class _EncodedChunk(NamedTuple):
+    file: Path
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    lengths: np.ndarray
+    records: int
+    bad: int
+    first_bad: str
+
+
+def _encode_chunk(tokenizer: Tokenizer, encode: Encode, ignore_fields: tuple[str, ...], chunk: Chunk) -> _EncodedChunk:
+    ids, loss_masks = [np.empty(0, np.int32)], [np.empty(0, bool)]
+    records, bad, first_bad = 0, 0, ""
+    for place, record in chunk.parsed():
+        try:
+            if isinstance(record, InputError):
+                raise record
+            documents = encode(record, tokenizer, ignore_fields)
+        except InputError as e:
+            bad, first_bad = bad + 1, first_bad or f"{place}: {e}"
+            continue
+        records += 1
+        for document, loss_mask in documents:
+            ids.append(document)
+            loss_masks.append(loss_mask)
+    lengths = np.array([len(document) for document in ids[1:]], np.int64)
+    arrays = np.concatenate(ids), np.concatenate(loss_masks), lengths
+    return _EncodedChunk(chunk.file, *arrays, records, bad, first_bad)

@@ -12,8 +12,9 @@ import grain
 import numpy as np
 
 from mla_jax.config import DataConfig, JsonlDataConfig, NeedleDataConfig, PreferenceDataConfig, StageConfig
-from mla_jax.data.jsonl import load_documents, pack
+from mla_jax.data.jsonl import load_documents
 from mla_jax.data.needle.generator import NeedleGenerator, Purpose, make_rng
+from mla_jax.data.packing import pack
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.turns import stop_ids
 from mla_jax.data.workers import Batch, BatchSource, WorkerProcesses
@@ -51,12 +52,13 @@ class Pipeline:
         return batch
 
     def _start(self) -> grain.DatasetIterator:
-        source = self._source
+        make = self._source.__getitem__
         if self._workers:
-            source = self._processes = WorkerProcesses(source, self._workers)
+            self._processes = WorkerProcesses(self._source, self._workers)
+            make = self._processes.__getitem__
         threads = max(self._workers, 1)  # with workers, they read what those have made
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        return iter(grain.MapDataset.source(source).slice(slice(self._next, None)).to_iter_dataset(ahead))
+        return iter(grain.MapDataset.range(self._next, len(self._source)).map(make).to_iter_dataset(ahead))
 
     def get_state(self) -> dict[str, int]:
         """Position in the data, to save as JSON."""
@@ -171,7 +173,7 @@ class NeedleBatches:
 
 
 class JsonlBatches:
-    """Packed rows of a JSONL file. Packing is done once; each epoch takes the rows in an order of its own.
+    """Packed rows of records. Packing is done once; each epoch takes the rows in an order of its own.
 
     The rows of `validation` come once, in the same order for every seed.
     """
@@ -191,7 +193,7 @@ class JsonlBatches:
                 "train.validate_every needs data to validate on: set data.validation.path=FILE or "
                 "data.validation.fraction=0.05, the share of the lines of data.path that are not trained on"
             )
-        self._documents = load_documents(path, tokenizer, data.on_bad_line, tuple(data.ignore_fields))
+        self._documents = load_documents(path, tokenizer, data.on_bad_line, tuple(data.ignore_fields), data.cache_dir)
         lengths = self._documents.lengths
         chosen = np.arange(len(lengths))
         if fraction:
@@ -199,14 +201,17 @@ class JsonlBatches:
             if not len(chosen):
                 raise InputError(f"{path}: data.validation.fraction={fraction} of {len(lengths)} lines leaves none")
         self._wanted = rows[self._stage.batch_size]
-        self._packed = [chosen[row].tolist() for row in pack(lengths[chosen], self._stage.seq_len, path)]
+        packed = pack(lengths[chosen], self._stage.seq_len, path)
+        self._packed = dataclasses.replace(packed, documents=chosen[packed.documents])
         self._seed, self._number, self._once = 0 if validation else seed, stage, validation
         self._pad_id = tokenizer.pad_id
         self._is_text = ~tokenizer.blank
         self._is_text[list(stop_ids(tokenizer))] = False
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return make_rng(self._seed, Purpose.EPOCH, self._number, epoch).permutation(len(self._packed))
+    def _order(self, epoch: int) -> grain.MapDataset:
+        """The rows in the order of an epoch, by a keyed permutation: a place costs the same however many there are."""
+        seed = make_rng(self._seed, Purpose.EPOCH, self._number, epoch).integers(2**32)
+        return grain.MapDataset.range(len(self._packed)).shuffle(seed=int(seed))
 
     def __len__(self) -> int:
         return -(-len(self._packed) // self._stage.batch_size) if self._once else ENDLESS
@@ -221,24 +226,24 @@ class JsonlBatches:
             "segments": np.zeros(shape, np.int32),
             "positions": np.zeros(shape, np.int32),
         }
-        first, last = index * size, (index + 1) * size - 1
-        epochs = range(first // len(self._packed), last // len(self._packed) + 1)
-        orders = {epoch: self._order(epoch) for epoch in epochs}
+        first, count = index * size, len(self._packed)
+        orders = {epoch: self._order(epoch) for epoch in range(first // count, (first + size - 1) // count + 1)}
         for i, row in enumerate(self._wanted):
-            epoch, place = divmod(first + int(row), len(self._packed))
+            epoch, place = divmod(first + int(row), count)
             if epoch and self._once:
                 break
-            start = 0
-            for segment, document in enumerate(self._packed[orders[epoch][place]], 1):
-                ids, loss_mask = self._documents[document]
-                here, end = slice(start, start + len(ids)), start + len(ids)
-                batch["tokens"][i, here] = ids
-                batch["targets"][i, start : end - 1] = ids[1:]
-                batch["weights"][i, start : end - 1] = loss_mask[1:]
-                batch["answers"][i, start : end - 1] = loss_mask[1:] & self._is_text[ids[1:]]
-                batch["segments"][i, here] = segment
-                batch["positions"][i, here] = np.arange(len(ids))
-                start = end
+            documents = [self._documents[document] for document in self._packed[orders[epoch][place]]]
+            lengths = [len(ids) for ids, _ in documents]
+            ids, loss_mask = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
+            ends, used = np.cumsum(lengths), len(ids)
+            targets, learned = np.append(ids[1:], self._pad_id), np.append(loss_mask[1:], False)
+            targets[ends - 1], learned[ends - 1] = self._pad_id, False  # never the next document's first token
+            batch["tokens"][i, :used] = ids
+            batch["targets"][i, :used] = targets
+            batch["weights"][i, :used] = learned
+            batch["answers"][i, :used] = learned & self._is_text[targets]
+            batch["segments"][i, :used] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+            batch["positions"][i, :used] = np.arange(used) - np.repeat(ends - lengths, lengths)
         return batch
 
 

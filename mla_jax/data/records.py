@@ -27,19 +27,6 @@ _COMPLETION = ("prompt", "completion")
 _TAKE_OUT = "take it out or name it in data.ignore_fields"
 
 
-def encode_line(line: str, tokenizer: Tokenizer, ignore_fields: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 and loss mask of the record that a line of JSON holds.
-
-    Raises:
-        InputError: it is not JSON, or as `encode_record` does.
-    """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"not JSON ({e})") from e
-    return encode_record(record, tokenizer, ignore_fields)
-
-
 def encode_record(
     record: Any, tokenizer: Tokenizer, ignore_fields: Collection[str] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
