@@ -24,13 +24,16 @@ import numpy as np
 from filelock import SoftFileLease, Timeout
 
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.distributed.join import is_main
 from mla_jax.errors import InputError
 from mla_jax.files import atomic_folder, user_cache_folder
 
 ENTRY = "entry.json"
 LEASE_S, HEARTBEAT_S = 60.0, 3.0
 PATIENCE_S = 5.0
-"""Seconds after which a process says for whom it waits."""
+"""Seconds after which the main process says for whom it waits."""
+ANNOUNCED_MB = 20.0
+"""Size of files from which it is said that they are encoded."""
 
 
 class Entry:
@@ -145,6 +148,9 @@ def _code() -> str:
 
 
 def _make(partial: Path, folder: Path, made_from: dict[str, Any], build: Callable[[Writer], dict[str, Any]]) -> None:
+    megabytes = sum(size for _, size, _ in made_from["files"]) / 1e6
+    if megabytes > ANNOUNCED_MB:  # by the only process that makes it, whichever that is
+        print(f"Encoding {megabytes:,.0f} MB, once, into {folder}", file=sys.stderr, flush=True)
     try:
         with contextlib.ExitStack() as files:
             writer = Writer(partial, files)
@@ -170,7 +176,8 @@ def _is_whole(folder: Path, found: tuple) -> bool:
             while data := file.read(1 << 20):
                 size, crc32 = size + len(data), zlib.crc32(data, crc32)
         if (size, crc32) != (array["bytes"], array["crc32"]):
-            print(f"{folder} is damaged ({name}.bin), so it is made again", file=sys.stderr, flush=True)
+            if is_main():
+                print(f"{folder} is damaged ({name}.bin), so it is made again", file=sys.stderr, flush=True)
             return False
     return True
 
@@ -198,7 +205,8 @@ def _only_one(folder: Path) -> Iterator[Callable[[], None]]:
         except Timeout:
             owner = lease.owner
             holder = f"process {owner.pid} on {owner.hostname}" if owner else "another process"
-            print(f"Waiting for {holder}, which makes {folder}", file=sys.stderr, flush=True)
+            if is_main():
+                print(f"Waiting for {holder}, which makes {folder}", file=sys.stderr, flush=True)
             lease.acquire(poll_interval=0.2)
     except OSError as e:
         raise _cannot_write(folder, e) from e

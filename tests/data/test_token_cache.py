@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,20 @@ def test_memory_does_not_grow_with_the_file(tmp_path, cache):
             assert process.returncode == 0, error
             peaks.append(int(printed) / 1024)  # MiB
     assert max(peaks) - min(peaks) < 60, peaks
+
+
+def test_a_long_wait_is_explained(chats, cache, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(token_cache, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(token_cache, "ANNOUNCED_MB", 0.01)
+    log = tmp_path / "log"
+    first = _start(chats, cache, ENCODED_LOG=str(log), SECONDS_A_RECORD="0.01")
+    while not log.exists():
+        assert first.poll() is None, first.communicate()
+    _load(chats, cache, encode=count_and_encode)
+    assert f"Waiting for process {first.pid} on " in capfd.readouterr().err
+    assert first.wait(60) == 0 and len(log.read_text()) == 300
+    _load(chats, cache / "another")
+    assert re.search(r"Encoding 0 MB, once, into .*/another/records-", capfd.readouterr().err)
 
 
 def _write_as(path: Path, records: list[dict]) -> None:
