@@ -164,7 +164,7 @@ class Tokenizer:
     @property
     def definition(self) -> str:
         """Everything that decides what a text or a conversation becomes, as one text; no name or path is in it."""
-        return json.dumps([self._backend.to_str(), self.chat_template, self.special_tokens])
+        return json.dumps([self._backend.to_str(), self.chat_template, self.tool_use_template, self.special_tokens])
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, both or neither, creating the folder if needed.

@@ -279,3 +279,14 @@ def test_fields_are_ignored_on_request(tmp_path):
     assert (
         load_documents(str(tmp_path / "a.jsonl"), ours("chatml"), "error", tuple(data.ignore_fields)).lengths.size == 1
     )
+
+
+def test_a_changed_template_for_tools_is_another_definition():
+    """So that what was encoded by the one before is not taken from the cache."""
+    templates = [
+        [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": t}] for t in (HERMES, CHATML)
+    ]
+    one, other = (
+        Tokenizer(ours("chatml")._backend, ours("chatml")._config | {"chat_template": t}, "x") for t in templates
+    )
+    assert one.definition != other.definition and one.chat_template == other.chat_template
