@@ -7,6 +7,7 @@ in transformers' AutoTokenizer with the same ids, chat template included.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -137,7 +138,7 @@ class Tokenizer:
     def encode_with_words(self, text: str) -> Encoded:
         """`encode` with the word and the characters of each token."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        starts, ends = np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2).T
         words = np.array([-1 if word is None else word for word in encoding.word_ids], np.int64)
         return Encoded(np.array(encoding.ids, np.int32), words, starts, ends)
 

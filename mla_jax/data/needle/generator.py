@@ -18,8 +18,9 @@ import numpy as np
 from mla_jax.config import NeedleMixtureConfig
 from mla_jax.data.needle import tasks
 from mla_jax.data.needle import vocabulary as v
-from mla_jax.data.needle.haystack import Filler, Haystack, NeedlesHaystack, NoiseHaystack, TextHaystack, WordsHaystack
+from mla_jax.data.needle.haystack import Haystack, NeedlesHaystack, NoiseHaystack, TextHaystack, WordsHaystack
 from mla_jax.data.needle.lexicon import Lexicon, make_lexicon
+from mla_jax.data.needle.ring import Filler
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import UsageError
 
@@ -80,7 +81,7 @@ class NeedleGenerator:
                 return NeedlesHaystack(self._tokenizer, self._lexicon)
             case _:
                 assert self._config.text_folder is not None
-                return TextHaystack(self._tokenizer, self._config.text_folder)
+                return TextHaystack(self._tokenizer, self._config.text_folder, self._config.cache_dir)
 
     def draw_haystack(self, rng: np.random.Generator, task: str) -> Haystack:
         """A haystack of the mixture for a task."""
