@@ -1,5 +1,9 @@
 """Oracle of the gradients of attention in float64 NumPy, as `kernels_oracle` is of the outputs."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -29,3 +33,33 @@ def attention_gradients_oracle(
         np.einsum("bhts,bthk->bshk", d_scores, q),
         np.einsum("bhts,bthv->bshv", p, d_out),
     )
+
+
+def gradients_by_parts(
+    op, border, arrays, *, q_offset=0, kv_lengths=None, q_segments=None, kv_segments=None, **options
+):
+    """(dq, dk, dv) by two calls of `attention_gradients`, for the keys before `border` and those from there on.
+
+    Args:
+        op: `attention_gradients` of an implementation.
+        border: where the keys are parted.
+        arrays: q, k, v, then out and lse over all keys, and the gradient by out.
+        q_offset: the rest is as for attention over all keys.
+    """
+
+    @jax.jit
+    def run(q, k, v, *rest):
+        d_q, of_parts = 0, []
+        for start, stop in ((0, border), (border, k.shape[1])):
+            mask = {
+                "q_offset": q_offset - start,
+                "kv_lengths": None if kv_lengths is None else np.clip(kv_lengths - start, 0, stop - start),
+                "q_segments": None if q_segments is None else jnp.asarray(q_segments),
+                "kv_segments": None if kv_segments is None else jnp.asarray(kv_segments[:, start:stop]),
+            }
+            part = functools.partial(op, q, k[:, start:stop], v[:, start:stop], *rest)
+            d_q_part, *d_kv = part(**mask, **options)
+            d_q, of_parts = d_q + d_q_part, [*of_parts, d_kv]
+        return d_q, *(jnp.concatenate(x, axis=1) for x in zip(*of_parts, strict=True))
+
+    return run(*arrays)

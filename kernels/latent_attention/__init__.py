@@ -1,9 +1,9 @@
 """Attention ops for Multi-Head Latent Attention (MLA), usable without the rest of the project.
 
 `attention` is the expanded form (training, prefill), `decode` the absorbed form over a latent cache, `merge` and
-`merge_over` combine partial results, `quantize` and `quantize_cache` make the 8-bit cache. Letters in names: B batch,
-T queries, S keys (or tokens of a page), P pages of the cache, N pages of a row, H heads, K query/key width, V value
-width, C latent width, R rotary width, W = C + R.
+`merge_over` combine partial results, `attention_gradients` is the backward pass of merged ones, `quantize` and
+`quantize_cache` make the 8-bit cache. Letters in names: B batch, T queries, S keys (or tokens of a page), P pages of
+the cache, N pages of a row, H heads, K query/key width, V value width, C latent width, R rotary width, W = C + R.
 
 Where to find what: `dispatch` documents both ops, lists their implementations and says how to add one;
 `attention/NAME.py` and `decode/NAME.py` are the implementations; `decode_layer/` has the fused decoder layer of a
@@ -16,7 +16,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from latent_attention.dispatch import IMPLEMENTATIONS, UnavailableError, attention, decode, resolve
+    from latent_attention.dispatch import (
+        IMPLEMENTATIONS,
+        UnavailableError,
+        attention,
+        attention_gradients,
+        decode,
+        resolve,
+    )
     from latent_attention.int8 import dequantize, quantize, quantize_cache
     from latent_attention.merging import merge, merge_over
 
@@ -30,6 +37,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "UnavailableError",
     "attention",
+    "attention_gradients",
     "decode",
     "dequantize",
     "merge",

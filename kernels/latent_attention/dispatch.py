@@ -1,9 +1,10 @@
-"""The public ops `attention` and `decode`, and the choice of the implementation that runs a call.
+"""The public ops, `attention` and `decode`, and the choice of the implementation that runs a call.
 
 An implementation of OP called NAME is the module `latent_attention/OP/NAME.py` (`reference.py` beside this file serves
 both ops). It defines
 
     OP(...)                        the arrays of the public op below, positional, and its options as keywords
+    attention_gradients(...)       likewise, if OP is `attention`
     why_not_OP(shape, gpu)         None if it can run such a call on this GPU, else the reason, for the error message
 
 and is listed in IMPLEMENTATIONS, fastest first. `resolve` asks each for its reason, in that order, when a call is
@@ -13,6 +14,7 @@ traced; the first that has none runs. To add one, write the module and list it h
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,37 +120,93 @@ def attention(
         UnavailableError: see `resolve`.
         ValueError: shapes do not fit together.
     """
+    out_BTHV, lse_BTH = _run_attention(
+        "attention", {"q": q_BTHK, "k": k_BSHK, "v": v_BSHV}, ("B.H.", "B.H"), scale, implementation,
+        q_offset=q_offset, kv_lengths=kv_lengths, q_segments=q_segments, kv_segments=kv_segments,
+    )  # fmt: skip
+    return (out_BTHV, lse_BTH) if return_lse else out_BTHV
+
+
+def attention_gradients(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHV: jax.Array,
+    out_BTHV: jax.Array,
+    lse_BTH: jax.Array,
+    d_out_BTHV: jax.Array,
+    *,
+    scale: float,
+    implementation: str = "auto",
+    **mask: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of attention to many keys, of which these are some: what these contribute to dq, and their dk and dv.
+
+    For attention whose keys are visited part by part, the results merged: given the output and the log-sum-exp over
+    all keys, a part needs nothing of the others, since probabilities are exp(score - log-sum-exp). dq is the sum.
+
+    Args:
+        q_BTHK: queries.
+        k_BSHK: keys of this part.
+        v_BSHV: values of this part.
+        out_BTHV: output over all keys.
+        lse_BTH: log-sum-exp over all keys, float32.
+        d_out_BTHV: gradient by `out_BTHV`. Nothing may depend on `lse_BTH`.
+        scale: as for `attention`.
+        implementation: as for `attention`.
+        **mask: `q_offset`, `kv_lengths`, `q_segments` and `kv_segments` of this part, as for `attention`.
+
+    Returns:
+        dq_BTHK, dk_BSHK and dv_BSHV, in the type of q.
+
+    Raises:
+        UnavailableError: see `resolve`.
+        ValueError: shapes do not fit together.
+    """
+    arrays = {"q": q_BTHK, "k": k_BSHK, "v": v_BSHV, "out": out_BTHV, "lse": lse_BTH, "d_out": d_out_BTHV}
+    return _run_attention("attention_gradients", arrays, ("B.H.",) * 3, scale, implementation, **mask)
+
+
+def _run_attention(
+    function: str, arrays: dict[str, jax.Array], out_axes: tuple[str, ...], scale: float, implementation: str, *,
+    q_offset: int | jax.Array = 0, kv_lengths=None, q_segments=None, kv_segments=None,
+):  # fmt: skip
+    """Runs this function of an implementation of `attention` on each device's shard of the batch and the heads."""
+    q_BTHK, k_BSHK, v_BSHV = (arrays[name] for name in "qkv")
     _check_ranks({"q": (q_BTHK, 4), "k": (k_BSHK, 4), "v": (v_BSHV, 4)})
     (b, t, h, k), (_, s, _, v) = q_BTHK.shape, v_BSHV.shape
     if k_BSHK.shape != (b, s, h, k) or v_BSHV.shape != (b, s, h, v):
         raise ValueError(f"shapes q {q_BTHK.shape}, k {k_BSHK.shape}, v {v_BSHV.shape} are not BTHK, BSHK, BSHV")
-    if not q_BTHK.dtype == k_BSHK.dtype == v_BSHV.dtype:
-        raise ValueError(f"q is {q_BTHK.dtype}, k {k_BSHK.dtype}, v {v_BSHV.dtype}: they must have one type")
+    for name, expected in {"out": (b, t, h, v), "lse": (b, t, h), "d_out": (b, t, h, v)}.items():
+        if name in arrays and arrays[name].shape != expected:
+            raise ValueError(f"{name} has the shape {arrays[name].shape}, expected {expected}")
+    types = {name: x.dtype.name for name, x in arrays.items() if name != "lse"}
+    if len(set(types.values())) > 1:
+        raise ValueError(f"{', '.join(f'{x} is {dtype}' for x, dtype in types.items())}: they must have one type")
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("q_segments and kv_segments must be given together")
-    kv_lengths = _int32("kv_lengths", kv_lengths, (b,))
-    q_segments, kv_segments = _int32("q_segments", q_segments, (b, t)), _int32("kv_segments", kv_segments, (b, s))
+    static_offset = q_offset if isinstance(q_offset, int) else None
+    mask = {
+        "q_offset": None if isinstance(q_offset, int) else _int32("q_offset", jnp.broadcast_to(q_offset, b), (b,)),
+        "kv_lengths": _int32("kv_lengths", kv_lengths, (b,)),
+        "q_segments": _int32("q_segments", q_segments, (b, t)),
+        "kv_segments": _int32("kv_segments", kv_segments, (b, s)),
+    }
 
-    def run(q, k, v, offset, lengths, q_segments, kv_segments):
+    def run(q, k, v, *rest):
         (batch, queries, heads, qk_width), (_, keys, _, v_width) = q.shape, v.shape
-        offset_if_known = q_offset if isinstance(q_offset, int) else None
         shape = AttentionShape(
-            batch, queries, keys, heads, qk_width, v_width, q.dtype.name, q_segments is not None, lengths is not None,
-            offset_if_known,
+            batch, queries, keys, heads, qk_width, v_width, q.dtype.name, q_segments is not None,
+            kv_lengths is not None, static_offset,
         )  # fmt: skip
         module = _module("attention", resolve("attention", implementation, shape))
-        return module.attention(
-            q, k, v, scale=scale, q_offset=q_offset if isinstance(q_offset, int) else offset, kv_lengths=lengths,
-            q_segments=q_segments, kv_segments=kv_segments,
-        )  # fmt: skip
+        rest, local_mask = rest[: -len(mask)], dict(zip(mask, rest[-len(mask) :], strict=True))
+        if static_offset is not None:
+            local_mask["q_offset"] = static_offset
+        return getattr(module, function)(q, k, v, *rest, scale=scale, **local_mask)
 
-    offset = None if isinstance(q_offset, int) else _int32("q_offset", jnp.broadcast_to(q_offset, b), (b,))
-    arrays = {
-        "q": (q_BTHK, "B.H."), "k": (k_BSHK, "B.H."), "v": (v_BSHV, "B.H."), "q_offset": (offset, "B"),
-        "kv_lengths": (kv_lengths, "B"), "q_segments": (q_segments, "B."), "kv_segments": (kv_segments, "B."),
-    }  # fmt: skip
-    out_BTHV, lse_BTH = per_shard(run, arrays, out_axes=("B.H.", "B.H"))
-    return (out_BTHV, lse_BTH) if return_lse else out_BTHV
+    axes: dict[str, tuple[jax.Array | None, str]] = {name: (x, "B.H."[: x.ndim]) for name, x in arrays.items()}
+    axes |= {name: (x, "B." if "segments" in name else "B") for name, x in mask.items()}
+    return per_shard(run, axes, out_axes=out_axes)
 
 
 def decode(

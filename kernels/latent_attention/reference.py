@@ -1,5 +1,7 @@
 """Reference implementation in float32: both ops written out, all scores in memory; for tests and for reading."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -26,23 +28,47 @@ def _too_large(scores: int) -> str | None:
     return f"it would hold {scores / 2**28:.1f} GiB of scores at once (at most {MAX_SCORE_BYTES >> 30}); use 'xla'"
 
 
-def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments):
-    """Softmax attention; see `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
+def _masked_scores(q_BTHK, k_BSHK, v_BSHV, scale, q_offset, kv_lengths, q_segments, kv_segments):
+    """Scores [B, H, T, S], -inf where masked, q, and k and v without what lies beyond the lengths; float32."""
     q, k, v = (x.astype(jnp.float32) for x in (q_BTHK, k_BSHK, v_BSHV))
     t, s = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None, :]
     offset_B11 = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), q.shape[:1])[:, None, None]
     visible_BTS = s - t <= offset_B11
     if kv_lengths is not None:
         visible_BTS &= s < kv_lengths[:, None, None]
-        v = jnp.where((s < kv_lengths[:, None])[:, :, None, None], v, 0)  # entries beyond the length may be NaN
+        # Entries beyond the length may be NaN, and 0 x NaN is NaN.
+        k, v = (jnp.where((s < kv_lengths[:, None])[:, :, None, None], x, 0) for x in (k, v))
     if q_segments is not None:
         visible_BTS &= q_segments[:, :, None] == kv_segments[:, None, :]
     scores_BHTS = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
-    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, -jnp.inf)
+    return jnp.where(visible_BTS[:, None], scores_BHTS, -jnp.inf), q, k, v
+
+
+def _probs(scores_BHTS, lse_BHT):
+    """exp(scores - lse); 0 in rows that see nothing."""
+    return jnp.exp(scores_BHTS - jnp.where(lse_BHT == -jnp.inf, 0, lse_BHT)[..., None])
+
+
+def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, **mask):
+    """Softmax attention; see `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
+    scores_BHTS, _, _, v = _masked_scores(q_BTHK, k_BSHK, v_BSHV, scale, **mask)
     lse_BHT = jax.nn.logsumexp(scores_BHTS, axis=-1)
-    probs_BHTS = jnp.exp(scores_BHTS - jnp.where(lse_BHT == -jnp.inf, 0, lse_BHT)[..., None])
-    out_BTHV = jnp.einsum("bhts,bshv->bthv", probs_BHTS, v, precision="highest")
+    out_BTHV = jnp.einsum("bhts,bshv->bthv", _probs(scores_BHTS, lse_BHT), v, precision="highest")
     return out_BTHV.astype(q_BTHK.dtype), lse_BHT.swapaxes(1, 2)
+
+
+def attention_gradients(q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BTH, d_out_BTHV, *, scale, **mask):
+    """Derivative of the softmax, written out; see `latent_attention.attention_gradients`. Returns (dq, dk, dv)."""
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    scores_BHTS, q, k, v = _masked_scores(q_BTHK, k_BSHK, v_BSHV, scale, **mask)
+    out, d_out = (x.astype(jnp.float32) for x in (out_BTHV, d_out_BTHV))
+    probs_BHTS = _probs(scores_BHTS, lse_BTH.swapaxes(1, 2))
+    delta_BHT1 = jnp.sum(out * d_out, axis=-1).swapaxes(1, 2)[..., None]
+    d_scores_BHTS = scale * probs_BHTS * (einsum("bthv,bshv->bhts", d_out, v) - delta_BHT1)
+    d_q = einsum("bhts,bshk->bthk", d_scores_BHTS, k)
+    d_k = einsum("bhts,bthk->bshk", d_scores_BHTS, q)
+    d_v = einsum("bhts,bthv->bshv", probs_BHTS, d_out)
+    return tuple(x.astype(q_BTHK.dtype) for x in (d_q, d_k, d_v))
 
 
 def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scales_P2S):

@@ -104,9 +104,10 @@ def _backward(scale: float, mask: str, residuals, cotangents):
         other = xla if triton.why_not_attention(shape, local_gpu()) else triton
         if isinstance(d_out, SymbolicZero):
             d_out = jnp.zeros(out.shape, out.dtype)
-        offset = 0 if "CAUSAL" in mask else keys
-        return *other.gradients(
-            q, k, v, out, lse, d_out, d_lse, scale=scale, q_offset=offset, kv_lengths=lengths_B
+        lse, d_lse, offset = lse.swapaxes(1, 2), d_lse.swapaxes(1, 2), 0 if "CAUSAL" in mask else keys
+        return *other.attention_gradients(
+            q, k, v, out, lse, d_out, d_lse, scale=scale, q_offset=offset, kv_lengths=lengths_B, q_segments=None,
+            kv_segments=None,
         ), None  # fmt: skip
     if isinstance(d_out, SymbolicZero):
         return *(jnp.zeros(x.shape, x.dtype) for x in (q, k, v)), None
@@ -116,29 +117,58 @@ def _backward(scale: float, mask: str, residuals, cotangents):
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments):
-    """See `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
-    queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
+def _mask(q_BTHK, k_BSHK, q_offset: int, kv_lengths) -> tuple[int, jax.Array | None, str]:
+    """How many keys some query sees, the lengths that cuDNN is given, and the name of its mask."""
+    (batch, queries), keys = q_BTHK.shape[:2], k_BSHK.shape[1]
     causal = q_offset < keys - 1
-    if causal and keys > queries:  # no query sees the rest
-        k_BSHK, v_BSHV, keys = k_BSHK[:, :queries], v_BSHV[:, :queries], queries
+    keys = min(keys, queries) if causal else keys
     lengths_B = None
     if kv_lengths is not None:
-        valid_BS = jnp.arange(keys) < kv_lengths[:, None]
-        # A mask is not enough: entries beyond the length may be NaN, and 0 x NaN is NaN. XLA fuses this with the
-        # producer. It also zeroes the gradients there, which cuDNN may leave unwritten.
-        k_BSHK, v_BSHV = (jnp.where(valid_BS[:, :, None, None], x, 0) for x in (k_BSHK, v_BSHV))
         lengths_B = jnp.clip(kv_lengths, 1, keys).astype(jnp.int32)  # before 9.25 cuDNN gives NaN for length 0
     elif not causal and keys % _KEY_TILE:
         # Without a mask, cuDNN's backward pass takes the padding of its last tile for keys (NVIDIA/cudnn-frontend#160).
-        lengths_B = jnp.full(q_BTHK.shape[0], keys, jnp.int32)
+        lengths_B = jnp.full(batch, keys, jnp.int32)
     words = (["PADDING"] if lengths_B is not None else []) + (["CAUSAL"] if causal else [])
-    out_BTHV, lse_BHT = _attention(q_BTHK, k_BSHK, v_BSHV, lengths_B, float(scale), "_".join(words) or "NO_MASK")
+    return keys, lengths_B, "_".join(words) or "NO_MASK"
+
+
+def _visible(keys: int, kv_lengths, *of_keys: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays [B, S, ...] without what no query sees.
+
+    A mask is not enough: entries beyond the length may be NaN, and 0 x NaN is NaN. XLA fuses this with the producer.
+    Its transpose zeroes the gradients there, which cuDNN may leave unwritten.
+    """
+    of_keys = tuple(x[:, :keys] for x in of_keys)
+    if kv_lengths is None:
+        return of_keys
+    valid_BS11 = (jnp.arange(keys) < kv_lengths[:, None])[..., None, None]
+    return tuple(jnp.where(valid_BS11, x, 0) for x in of_keys)
+
+
+def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments):
+    """See `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
+    keys, lengths_B, mask = _mask(q_BTHK, k_BSHK, q_offset, kv_lengths)
+    k, v = _visible(keys, kv_lengths, k_BSHK, v_BSHV)
+    out_BTHV, lse_BHT = _attention(q_BTHK, k, v, lengths_B, float(scale), mask)
     lse_BTH = lse_BHT.swapaxes(1, 2)
     if kv_lengths is not None:
         empty_B11 = (kv_lengths <= 0)[:, None, None]
         out_BTHV, lse_BTH = jnp.where(empty_B11[..., None], 0, out_BTHV), jnp.where(empty_B11, -jnp.inf, lse_BTH)
     return out_BTHV, lse_BTH
+
+
+def attention_gradients(
+    q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BTH, d_out_BTHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments
+):
+    """See `latent_attention.attention_gradients`. cuDNN makes probabilities of the log-sum-exp that it is given."""
+    keys, lengths_B, mask = _mask(q_BTHK, k_BSHK, q_offset, kv_lengths)
+    (k, v), to_all_keys = jax.vjp(functools.partial(_visible, keys, kv_lengths), k_BSHK, v_BSHV)
+    if kv_lengths is not None:  # cuDNN is told that rows without keys have one, which must get nothing
+        empty_B11 = (kv_lengths <= 0)[:, None, None]
+        d_out_BTHV, lse_BTH = jnp.where(empty_B11[..., None], 0, d_out_BTHV), jnp.where(empty_B11, 0, lse_BTH)
+    residuals = lse_BTH.swapaxes(1, 2), out_BTHV, d_out_BTHV
+    d_q, d_k, d_v = _bind("bwd", mask, float(scale), q_BTHK, k, v, lengths_B, *residuals)
+    return d_q, *to_all_keys((d_k, d_v))
 
 
 def why_not_attention(shape: AttentionShape, gpu: Gpu | None) -> str | None:

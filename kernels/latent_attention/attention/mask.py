@@ -15,7 +15,7 @@ class Mask(NamedTuple):
     kv_segments_BS: jax.Array | None
 
 
-def make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments=None, kv_segments=None) -> Mask:
+def make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments, kv_segments) -> Mask:
     """The mask of a call of `attention`, all int32."""
     batch, queries, keys = *q_BTHK.shape[:2], k_BSHK.shape[1]
     # Clipping changes no mask, and keeps offset + t within int32.

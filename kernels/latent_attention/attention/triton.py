@@ -194,20 +194,20 @@ def _attention_backward(scale: float, residuals, cotangents):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments):
+def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, **mask):
     """See `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
-    mask = make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments, kv_segments)
-    if scale < 0:  # the kernels take the row maximum before they scale
+    visible = make_mask(q_BTHK, k_BSHK, **mask)
+    if scale < 0:  # the forward kernel takes the row maximum before it scales
         q_BTHK, scale = -q_BTHK, -scale
-    out_BTHV, lse_BHT = _attention(q_BTHK, k_BSHK, v_BSHV, mask, float(scale))
+    out_BTHV, lse_BHT = _attention(q_BTHK, k_BSHK, v_BSHV, visible, float(scale))
     return out_BTHV, lse_BHT.swapaxes(1, 2)
 
 
-def gradients(q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BHT, d_out_BTHV, d_lse_BHT, *, scale, q_offset, kv_lengths):
-    """Backward pass for another implementation's forward pass: (dq, dk, dv)."""
-    mask = make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths)
-    residuals = q_BTHK, k_BSHK, v_BSHV, mask, out_BTHV, lse_BHT
-    d_q, d_k, d_v, _ = _attention_backward(float(scale), residuals, (d_out_BTHV, d_lse_BHT))
+def attention_gradients(q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BTH, d_out_BTHV, d_lse_BTH=0.0, *, scale, **mask):
+    """See `latent_attention.attention_gradients`; `d_lse_BTH` is the gradient by `lse_BTH`."""
+    lse, d_lse = (x.swapaxes(1, 2) for x in (lse_BTH, jnp.broadcast_to(d_lse_BTH, lse_BTH.shape)))
+    residuals = q_BTHK, k_BSHK, v_BSHV, make_mask(q_BTHK, k_BSHK, **mask), out_BTHV, lse
+    d_q, d_k, d_v, _ = _attention_backward(float(scale), residuals, (d_out_BTHV, d_lse))
     return d_q, d_k, d_v
 
 

@@ -204,22 +204,27 @@ def _attention_backward(scale: float, residuals, cotangents):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, q_offset, kv_lengths, q_segments, kv_segments):
-    """See `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
+def _heads_first(q_BTHK, k_BSHK, v_BSHV, q_offset, kv_lengths, q_segments, kv_segments):
+    """q, k, v, heads-first and without what lies beyond the lengths, and the mask."""
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV))
-    mask = make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments, kv_segments)
     if kv_lengths is not None:
         valid_B1S1 = (jnp.arange(k.shape[2]) < kv_lengths[:, None])[:, None, :, None]
         k, v = (jnp.where(valid_B1S1, x, 0) for x in (k, v))  # entries beyond the length may be NaN, and 0 x NaN is NaN
-    out, lse = _attention(q, k, v, mask, scale)
+    return q, k, v, make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths, q_segments, kv_segments)
+
+
+def attention(q_BTHK, k_BSHK, v_BSHV, *, scale, **mask):
+    """See `latent_attention.attention`. Returns (out_BTHV, lse_BTH)."""
+    out, lse = _attention(*_heads_first(q_BTHK, k_BSHK, v_BSHV, **mask), scale)
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
-def gradients(q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BHT, d_out_BTHV, d_lse_BHT, *, scale, q_offset, kv_lengths):
-    """Backward pass of another implementation: (dq, dk, dv). Keys and values beyond the lengths must be finite."""
-    q, k, v, out, d_out = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV, out_BTHV, d_out_BTHV))
-    residuals = q, k, v, make_mask(q_BTHK, k_BSHK, q_offset, kv_lengths), out, lse_BHT
-    d_q, d_k, d_v, _ = _attention_backward(scale, residuals, (d_out, d_lse_BHT))
+def attention_gradients(q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BTH, d_out_BTHV, d_lse_BTH=0.0, *, scale, **mask):
+    """See `latent_attention.attention_gradients`; `d_lse_BTH` is the gradient by `lse_BTH`."""
+    out, lse, d_out = (x.swapaxes(1, 2) for x in (out_BTHV, lse_BTH, d_out_BTHV))
+    d_lse = jnp.broadcast_to(d_lse_BTH, lse_BTH.shape).swapaxes(1, 2)
+    residuals = *_heads_first(q_BTHK, k_BSHK, v_BSHV, **mask), out, lse
+    d_q, d_k, d_v, _ = _attention_backward(scale, residuals, (d_out, d_lse))
     return tuple(x.swapaxes(1, 2) for x in (d_q, d_k, d_v))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import latent_attention
-from kernels_gradients import attention_gradients_oracle
+from kernels_gradients import attention_gradients_oracle, gradients_by_parts
 from kernels_oracle import attention_oracle
 from latent_attention import merge
 
@@ -115,6 +115,29 @@ def test_a_query_that_sees_nothing_gives_zero():
         assert np.all(out[0] == 0) and np.all(out[:, :20] == 0)
         assert np.all(np.isneginf(lse[0])) and np.all(np.isneginf(lse[:, :20]))
     assert np.all(np.isfinite(lse[1, 20:])) and np.all(out[1, 20:] != 0)
+
+
+PARTED = "ragged blocks", "lengths of a chunk", "offsets below zero: rows that see nothing", "segments over blocks"
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("name", PARTED)
+def test_gradients_of_parts_of_the_keys_add_up(name, implementation):
+    queries, keys, options = CASES[name]
+    q, k, v = draw(queries, keys)
+    for_oracle, for_op = arguments(queries, keys, options)
+    for_op["q_offset"] = np.asarray(for_op["q_offset"], np.int64).clip(-(2**30))  # so that 77 can be taken off
+    out, lse = oracle(q, k, v, **for_oracle)
+    d_out = np.random.default_rng(1).normal(size=out.shape)
+    expected = attention_gradients_oracle(q, k, v, d_out, np.zeros(lse.shape), scale=SCALE, **for_oracle)
+    if for_op["kv_lengths"] is not None:  # entries beyond the length must not matter
+        valid = np.arange(keys)[None, :, None, None] < for_op["kv_lengths"][:, None, None, None]
+        k, v = jnp.where(valid, k, jnp.nan), jnp.where(valid, v, jnp.nan)
+    op = functools.partial(latent_attention.attention_gradients, implementation=implementation)
+    arrays = q, k, v, *(jnp.asarray(x, jnp.float32) for x in (out, lse, d_out))
+    ours = gradients_by_parts(op, 77, arrays, scale=SCALE, **for_op)
+    for gradient, x, right in zip(("dq", "dk", "dv"), ours, expected, strict=True):
+        np.testing.assert_allclose(x, right, atol=1e-5, err_msg=gradient)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 3e-3)])

@@ -3,6 +3,7 @@
 import collections
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import latent_attention
+from kernels_gradients import attention_gradients_oracle, gradients_by_parts
 from kernels_oracle import attention_oracle
 from latent_attention import dispatch, reference
 from latent_attention.attention import cudnn, xla
@@ -107,22 +109,17 @@ def stand_in(name, mask, scale, q, k, v, lengths, *residuals):
     valid = jnp.arange(keys) < (jnp.full(q.shape[0], keys) if lengths is None else lengths)[:, None]
     assert (lengths is not None) == ("PADDING" in mask)
 
-    def op(q, k, v):
-        return reference.attention(
-            q, k, v, scale=scale, q_offset=0 if "CAUSAL" in mask else keys, kv_lengths=lengths, q_segments=None,
-            kv_segments=None,
-        )  # fmt: skip
-
-    (out, lse), vjp = jax.vjp(op, q, k, v)
+    options: dict[str, Any] = {"scale": scale, "q_offset": 0 if "CAUSAL" in mask else keys, "kv_lengths": lengths}
+    options |= {"q_segments": None, "kv_segments": None}
     # It multiplies what lies beyond the lengths by zero.
     reached = jnp.where(jnp.isfinite(k).all() & jnp.isfinite(v).all(), 0, jnp.nan)
     nothing = jnp.where(valid.any(-1), 0, jnp.nan)[:, None, None] + reached
     if name == "fwd":
+        out, lse = reference.attention(q, k, v, **options)
         return out + nothing[..., None], (lse + nothing).swapaxes(1, 2)
-    lse_residual, out_residual, d_out = residuals
-    np.testing.assert_array_equal(lse_residual.shape, (*lse.shape[::2], lse.shape[1]))
-    assert out_residual.shape == out.shape
-    d_q, d_k, d_v = vjp((d_out, jnp.zeros_like(lse)))
+    lse, out, d_out = residuals
+    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    d_q, d_k, d_v = reference.attention_gradients(q, k, v, out, lse.swapaxes(1, 2), d_out, **options)
     return d_q, *(jnp.where(valid[..., None, None], x, jnp.nan) for x in (d_k, d_v))
 
 
@@ -168,6 +165,26 @@ def test_masks_and_lengths_mean_what_the_op_says(queries, keys, q_offset, length
     grads, results = weighted(cudnn.attention)(q, k, v)
     for ours, theirs in zip((*results, *grads), (*expected, *right), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [None, (7, 45)])
+def test_gradients_of_parts_of_the_keys_add_up(lengths, monkeypatch):
+    """20 queries see 40 keys before them and, causally, 20 more; a row has no keys in the second part."""
+    monkeypatch.setattr(cudnn, "_bind", stand_in)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in (20, 60, 60))
+    lengths = None if lengths is None else np.array(lengths, np.int32)
+    out, lse = attention_oracle(q, k, v, scale=SCALE, offset=40, lengths=lengths)
+    d_out = rng.normal(size=out.shape)
+    expected = attention_gradients_oracle(
+        q, k, v, d_out, np.zeros(lse.shape), scale=SCALE, offset=40, lengths=lengths
+    )  # fmt: skip
+    arrays = q, k, v, *(jnp.asarray(x, jnp.float32) for x in (out, lse, d_out))
+    ours = gradients_by_parts(
+        cudnn.attention_gradients, 40, arrays, scale=SCALE, q_offset=40, kv_lengths=lengths
+    )  # fmt: skip
+    for x, right in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(x, right, atol=1e-5)
 
 
 @pytest.mark.parametrize(

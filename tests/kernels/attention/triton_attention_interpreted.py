@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kernels_gradients import attention_gradients_oracle
+from kernels_gradients import attention_gradients_oracle, gradients_by_parts
 from kernels_oracle import attention_oracle
 from latent_attention.attention import triton, triton_kernels
 from latent_attention.attention.triton import Tiling
@@ -140,6 +140,26 @@ def test_any_shape_and_mask(data):
         ids = i32(*data.draw(numbers)).reshape(2, -1)
         options |= {"q_segments": ids[:, :queries], "kv_segments": ids[:, queries:]}
     check(queries, keys, data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)), **options)
+
+
+@pytest.mark.parametrize("scale", [SCALE, -SCALE])
+def test_gradients_of_parts_of_the_keys_add_up(scale):
+    """Rows of the second part see nothing of it; the first row ends within the first part."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 16)), jnp.float32) for n in (50, 90, 90))
+    ids = {"q_segments": segments(50, (20,), ()), "kv_segments": segments(90, (60,), ())}
+    lengths = i32(33, 90)
+    out, lse = attention_oracle(q, k, v, scale=scale, offset=40, lengths=lengths, **ids)
+    d_out = rng.normal(size=out.shape)
+    expected = attention_gradients_oracle(
+        q, k, v, d_out, np.zeros(lse.shape), scale=scale, offset=40, lengths=lengths, **ids
+    )  # fmt: skip
+    arrays = q, k, v, *(jnp.asarray(x, jnp.float32) for x in (out, lse, d_out))
+    ours = gradients_by_parts(
+        triton.attention_gradients, 45, arrays, scale=scale, q_offset=40, kv_lengths=lengths, **ids
+    )  # fmt: skip
+    for name, x, right in zip("qkv", ours, expected, strict=True):
+        np.testing.assert_allclose(x, right, atol=2e-5, err_msg=f"d{name}")
 
 
 def test_a_gradient_into_rows_that_see_nothing_goes_nowhere():
