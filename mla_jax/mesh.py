@@ -125,35 +125,17 @@ def num_sequence_shards(x_BTX: jax.Array) -> int:
     return jax.sharding.get_abstract_mesh().shape["context"] if len(spec) > 1 and spec[1] == "context" else 1
 
 
-def local_sequence_chunks(arrays: Any, shards: int) -> list[tuple[jax.Array | int, Any]]:
-    """The contiguous chunks of a sequence that this device holds, inside `per_device`.
-
-    Returns:
-        (position of its first token in the sequence, arrays [B, t, ...]) of each chunk.
-    """
-    if shards == 1:
-        return [(0, arrays)]
-    index, length = jax.lax.axis_index("context"), jax.tree.leaves(arrays)[0].shape[1] // 2
-    starts = index * length, (2 * shards - 1 - index) * length
-    return [(start, jax.tree.map(lambda x, i=i: jnp.split(x, 2, axis=1)[i], arrays)) for i, start in enumerate(starts)]
-
-
 def sequence_shard() -> jax.Array:
     """Index of this device among those that share its sequences, inside `per_device`."""
     return jax.lax.axis_index("context")
 
 
-def all_gather_sequence(x_BTX: jax.Array, shards: int) -> jax.Array:
-    """All-gathers the tokens of all devices, in the order of the sequence, inside `per_device`.
+def all_gather_sequence(x_BTX: jax.Array) -> jax.Array:
+    """The tokens of each device that shares these sequences, [devices, B, T, ...], inside `per_device`.
 
     The backward pass is a reduce-scatter: gradients end on the device that holds the token.
     """
-    if shards == 1:
-        return x_BTX
-    by_device = jax.lax.all_gather(x_BTX, "context", axis=1, tiled=True)
-    chunks = by_device.reshape(x_BTX.shape[0], shards, 2, -1, *x_BTX.shape[2:])
-    in_order = jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1)
-    return in_order.reshape(by_device.shape)
+    return jax.lax.all_gather(x_BTX, "context")
 
 
 def all_gather_tokens(x_BTX: jax.Array) -> jax.Array:

@@ -35,9 +35,7 @@ def attention_gradients_oracle(
     )
 
 
-def gradients_by_parts(
-    op, border, arrays, *, q_offset=0, kv_lengths=None, q_segments=None, kv_segments=None, **options
-):
+def gradients_by_parts(op, border, arrays, *, q_offset, kv_lengths=None, q_segments=None, kv_segments=None, **options):
     """(dq, dk, dv) by two calls of `attention_gradients`, for the keys before `border` and those from there on.
 
     Args:

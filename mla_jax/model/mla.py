@@ -20,6 +20,7 @@ from mla_jax import mesh
 from mla_jax.config import ModelConfig
 from mla_jax.errors import UsageError
 from mla_jax.model import cache as latent_cache
+from mla_jax.model import context_parallel
 from mla_jax.model.branches import Branches
 from mla_jax.model.branches import attend as attend_to_branches
 from mla_jax.model.cache import LayerCache
@@ -69,27 +70,25 @@ class MLA(nnx.Module):
 
     def _causal(self, kv_b_CX, shards: int, q_BTHK, latents, segments_BT) -> jax.Array:
         """Output of the tokens on this device, which see their segment up to themselves."""
-        # Devices that share a sequence send each other latents: 1/26 of the keys and values of `infinite_1b`.
-        c_BSC, k_rope_BSR, segments_BS = jax.tree.map(
-            lambda x: mesh.all_gather_sequence(x, shards), (*latents, segments_BT)
-        )
-        k_BSHK, v_BSHV = self.expand(matmul(c_BSC, kv_b_CX), k_rope_BSR)
-        out = []
-        for start, (q, segments) in mesh.local_sequence_chunks((q_BTHK, segments_BT), shards):
-            out.append(self._op(
-                latent_attention.attention, q, k_BSHK, v_BSHV, q_offset=start, q_segments=segments,
-                kv_segments=segments_BS,
-            ))  # fmt: skip
-        return jnp.concatenate(out, axis=1)
+        if shards == 1:
+            return self._part(kv_b_CX, q_BTHK, latents, 0, segments_BT, segments_BT)[0]
+        ops = context_parallel.Ops(
+            self._keys_and_values, functools.partial(self._op, latent_attention.attention),
+            functools.partial(self._op, latent_attention.attention_gradients),
+        )  # fmt: skip
+        return context_parallel.attention(ops, q_BTHK, latents, kv_b_CX, segments_BT)
 
     def _part(self, kv_b_CX, q_BTHK, latents, q_offset, q_segments, kv_segments) -> tuple[jax.Array, jax.Array]:
         """Output and log-sum-exp of queries over the keys of these latents."""
         c_BSC, k_rope_BSR = latents
-        k_BSHK, v_BSHV = self.expand(matmul(c_BSC, kv_b_CX), k_rope_BSR)
+        k_BSHK, v_BSHV = self._keys_and_values(c_BSC, k_rope_BSR, kv_b_CX)
         return self._op(
             latent_attention.attention, q_BTHK, k_BSHK, v_BSHV, q_offset=q_offset, q_segments=q_segments,
             kv_segments=kv_segments, return_lse=True,
         )  # fmt: skip
+
+    def _keys_and_values(self, c_BSC, k_rope_BSR, kv_b_CX) -> tuple[jax.Array, jax.Array]:
+        return self.expand(matmul(c_BSC, kv_b_CX), k_rope_BSR)
 
     def append_to_cache(
         self, x_BTD: jax.Array, cos_sin: CosSin, cache: LayerCache, lengths_B: jax.Array, valid_B: jax.Array
@@ -145,7 +144,7 @@ class MLA(nnx.Module):
 
     def _op(self, op: Callable, *arrays: jax.Array, **options):
         """Calls an op of `latent_attention` with this model's softmax scale and choice of implementation."""
-        key = op.__name__  # `attention` and `decode` are keys of the config
+        key = "decode" if op is latent_attention.decode else "attention"  # of the config
         try:
             return op(*arrays, scale=softmax_scale(self.config), implementation=getattr(self.config, key), **options)
         except latent_attention.UnavailableError as e:

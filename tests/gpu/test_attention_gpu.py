@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import latent_attention
+from kernels_gradients import gradients_by_parts
 from kernels_oracle import attention_oracle
 from latent_attention import IMPLEMENTATIONS, resolve
 from latent_attention.call_shapes import AttentionShape
@@ -112,6 +113,19 @@ def test_out_lse_and_gradients(name, implementation):
     names = "dq", "dk", "dv", "dq with lse", "dk with lse", "dv with lse"
     for what, gradient, theirs in zip(names, gradients, expected_gradients, strict=True):
         close(gradient, theirs, TOLERANCE[dtype.name], what)
+
+
+@EACH
+@pytest.mark.parametrize("name", ["a chunk against itself and a cache", "segments"])
+def test_gradients_of_parts_of_the_keys_add_up(name, implementation):
+    """The merged output and log-sum-exp are rounded as the forward pass rounds them."""
+    q, k, v, d_out, _, options = arguments(name)
+    border = options.get("q_offset", 256)
+    out, lse = jax.jit(functools.partial(latent_attention.attention, scale=SCALE, return_lse=True, **options))(q, k, v)
+    op = functools.partial(latent_attention.attention_gradients, scale=SCALE, implementation=implementation)
+    ours = gradients_by_parts(op, border, (q, k, v, out, lse, d_out), **{"q_offset": 0, **options})
+    for what, gradient, theirs in zip(("dq", "dk", "dv"), ours, expected(name)[2:], strict=False):
+        close(gradient, theirs, TOLERANCE[q.dtype.name], what)
 
 
 @EACH

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import latent_attention
+from cudnn_kernels import cudnn_kernels
 from kernels_gradients import attention_gradients_oracle, gradients_by_parts
 from kernels_oracle import attention_oracle
 from latent_attention import dispatch, reference
@@ -40,10 +41,7 @@ def loss(q, k, v, lengths=None, *, q_offset=0, with_lse=False):
 
 def calls(function, *inputs) -> collections.Counter[str]:
     """Counts cuDNN's kernels in the program for a GPU, by name and mask."""
-    text = jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
-    found = re.findall(r"@__cudnn\$fmha(\w+)\(.*?mask_type[^A-Z]*([A-Z_]+)", text)
-    assert len(found) == text.count("@__cudnn$fmha")
-    return collections.Counter(f"{name} {mask}" for name, mask in found)
+    return cudnn_kernels(jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text())
 
 
 @pytest.mark.parametrize(
