@@ -10,6 +10,7 @@ class MeanSquare:
     """Mean square of the model's output, which the last norm's scale decides; `small` is the share below 0.9."""
 
     accuracy_metric = "small"
+    branch_tokens = 0
     totals = ("seen",)
 
     def sums(self, transformer, rows):

@@ -25,6 +25,7 @@ class CrossEntropy:
     chunk: int
     """Tokens of a sequence whose logits exist at one time."""
     accuracy_metric: ClassVar[str] = "answer_accuracy"
+    branch_tokens: ClassVar[int] = 0
     totals: ClassVar[tuple[str, ...]] = ()
 
     def sums(self, transformer: Transformer, rows: Arrays) -> dict[str, jax.Array]:

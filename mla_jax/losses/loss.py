@@ -36,6 +36,11 @@ class Loss(Protocol):
     accuracy_metric: ClassVar[str]
     """The mean, between 0 and 1, at which `train.stages.accuracy` ends a stage."""
 
+    @property
+    def branch_tokens(self) -> int:
+        """Tokens at the end of each row that are its branch region (see `model.branches`); 0 for ordinary rows."""
+        ...
+
     totals: ClassVar[tuple[str, ...]]
     """Sums that go on from one window of steps to the next, over the whole run."""
 

@@ -28,13 +28,14 @@ class Telemetry:
         config: the run's configuration.
         run_dir: the run folder, which must exist.
         step: finished steps that this process starts from.
+        logits: tokens of a row that get logits, for the count of FLOPs; None for all.
 
     Raises:
         InputError: a tracker cannot start.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, step: int):
-        self._config = config
+    def __init__(self, config: RunConfig, run_dir: Path, step: int, logits: int | None = None):
+        self._config, self._logits = config, logits
         first = is_main()
         device = jax.devices()[0]
         peaks = {"mfu": nominal_peak(device.device_kind)}
@@ -62,7 +63,7 @@ class Telemetry:
         """
         accumulation, rows, seq_len = shape
         self._tokens += accumulation * rows * seq_len
-        self._flops += train_flops(self._config.model, accumulation * rows, seq_len)
+        self._flops += train_flops(self._config.model, accumulation * rows, seq_len, self._logits)
         self._steps += 1
         compiles = self.clock.spend("compile") if shape not in self._shapes else contextlib.nullcontext()
         self._shapes.add(shape)

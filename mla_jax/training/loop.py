@@ -93,7 +93,7 @@ class _Trainer:
         optimizer = make_optimizer(config.optim)
         self.train_step = make_train_step(config.model, optimizer, loss, config.train.nonfinite == "skip")
         for stage in config.train.stages:
-            check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation)
+            check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation, loss.branch_tokens)
         self.loop = LoopState()
         self.data = on_all(lambda: self._pipeline(0))  # bad data ends here, before anything is in the run folder
         self.validation: Validation | None = None
@@ -108,7 +108,7 @@ class _Trainer:
         self.last_metrics: dict[str, float] | None = None
         self.warned = False
         self.pending: list[dict] = []  # metrics of steps that have not been read from the device
-        self.telemetry = Telemetry(config, self.run_dir, self.loop.step)
+        self.telemetry = Telemetry(config, self.run_dir, self.loop.step, loss.branch_tokens or None)
         record_run(config, tokenizer)  # last, so that a command that is refused leaves the run as it was
 
     def _pipeline(self, stage: int, validation: bool = False) -> Pipeline:
@@ -181,7 +181,7 @@ class _Trainer:
         loop, c = self.loop, self.config
         with self.telemetry.clock.wait_for_data(self.pending):
             rows = next(self.data)
-        batch = place_batch(rows, c.train.grad_accumulation)
+        batch = place_batch(rows, c.train.grad_accumulation, self.loss.branch_tokens)
         rate = learning_rate(c.optim, c.train.stages, loop.stage, loop.stage_step)
         with self.telemetry.dispatch(batch["tokens"].shape, self.pending):
             self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate))

@@ -42,7 +42,8 @@ class Validation:
         window = Window()
         with self._batches() as batches:
             for rows in batches:
-                sums = jax.device_get(self._sums(params, place_batch(rows, self._train.grad_accumulation)))
+                batch = place_batch(rows, self._train.grad_accumulation, self._loss.branch_tokens)
+                sums = jax.device_get(self._sums(params, batch))
                 window.add({name: float(value) for name, value in sums.items()})
         return self._loss.means(window.sums)
 

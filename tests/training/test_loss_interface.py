@@ -1,16 +1,19 @@
 """The training loop with another loss and another pipeline, and the loop state that earlier versions saved."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mla_jax.checkpoint.manifest import write_manifest
 from mla_jax.checkpoint.run_folder import load_run
-from mla_jax.config import OptimConfig
+from mla_jax.config import MeshConfig, OptimConfig
 from mla_jax.errors import UsageError
 from mla_jax.losses.cross_entropy import CrossEntropy
+from mla_jax.model.branches import branch_region
 from mla_jax.observability.metrics import Window
 from mla_jax.training import loop
 from other_loss import MeanSquare, sevens
@@ -34,6 +37,30 @@ def test_a_run_may_have_a_loss_and_a_pipeline_of_its_own(tmp_path, capsys):
     # A total goes on over windows and stages; a warning is printed once, until a window gives no reason for it.
     assert one.metrics["seen"] == 16 * one.step
     assert out.count("it falls") == 2 and "warning: step 6: it falls" in out  # in two runs
+
+
+class LastPositions(MeanSquare):
+    """`seen` is the sum of the positions in the branch region."""
+
+    branch_tokens = 8
+
+    def sums(self, transformer, rows):
+        last = branch_region(rows["positions"], self.branch_tokens)
+        return super().sums(transformer, rows) | {"seen": jnp.sum(last, dtype=jnp.float32)}
+
+
+def test_the_branch_region_of_a_loss_is_the_end_of_each_row_on_every_mesh(tmp_path):
+    """Eight rows of the positions 0 to 95, of which the last 8 belong to branches."""
+    on_mesh = MeshConfig(data=1, fsdp=4, context=2)
+    options = {"best_metric": "loss", "checkpoint_every": 10, "log_every": 1}
+    config = make_config(tmp_path / "run", [{"seq_len": 96, "steps": 1}], **options)
+    result = loop.train(dataclasses.replace(config, mesh=on_mesh), LastPositions(), sevens)
+    assert result.metrics is not None and result.metrics["seen"] == 8 * sum(range(88, 96))
+    config = make_config(tmp_path / "odd", [{"seq_len": 95, "steps": 1}], **options)
+    loss = LastPositions()
+    loss.branch_tokens = 7
+    with pytest.raises(UsageError, match=r"data\.branch_tokens 7 is no multiple of mesh\.context=2"):
+        loop.train(dataclasses.replace(config, mesh=on_mesh), loss, sevens)
 
 
 def test_the_best_metric_must_be_one_of_the_loss(tmp_path):

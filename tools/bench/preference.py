@@ -11,7 +11,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,19 +160,21 @@ def difference(grads: Any, others: Any) -> dict[str, float]:
     return {"cosine": xy / math.sqrt(xx * yy), "difference": math.sqrt(dd / yy)}
 
 
-def bench(model: ModelConfig, shape: Shape, answer: int, chunk: int, kept: str) -> list[dict[str, Any]]:
-    """The rows of one shape: each way, its time, and how far its gradients are from those of one pass."""
+def bench(
+    model: ModelConfig, shape: Shape, answer: int, chunk: int, kept: str, ways: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The rows of one shape: each of the ways, its time, and how far its gradients are from those of one pass."""
     rows: list[dict[str, Any]] = []
     params, batch = init_params(model, 0), random_pairs(model, shape, answer)
     twice = 2 * train_flops(model, shape.batch, shape.tokens - answer, answer)
     work = {ONE: train_flops(model, shape.batch, shape.tokens, 2 * answer), AT_ONCE: twice, IN_TURN: twice}
     nominal = nominal_peak(jax.devices()[0].device_kind)
     grads_of_one, derivatives = None, jnp.zeros((2, shape.batch))
-    for name, step in steps(model, answer, chunk).items():
+    for name in ways:
         row = {"shape": str(shape), "way": name, "kept": kept, "implementation": f"{shape}, {name}, {kept}"}
         row |= {"answer": answer, "peer": False, "seconds": None, "reason": None}
         try:
-            grads, log_probs, found = measure(step, params, batch, derivatives)
+            grads, log_probs, found = measure(steps(model, answer, chunk)[name], params, batch, derivatives)
         except jax.errors.JaxRuntimeError as e:
             rows.append(row | {"reason": f"failed: {' '.join(str(e).split())[:200]}"})
             continue
@@ -228,6 +230,11 @@ def main() -> None:
         help="what the backward pass does not recompute: config (as the experiment says), full, dots, none, or names "
         "as of tools.bench.train",
     )  # fmt: skip
+    two = {"at-once": AT_ONCE, "in-turn": IN_TURN}
+    parser.add_argument(
+        "--two", nargs="+", default=list(two), choices=two, help="which two passes (default: both); at once they take "
+        "the memory of twice the rows",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="file for the results, rewritten after each shape")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
@@ -239,7 +246,9 @@ def main() -> None:
             results: dict[str, Any] = {"provenance": report.origin(), "note": NOTE, "rows": []}
             for shape in shapes:
                 for kept, model in models.items():
-                    results["rows"] += bench(model, shape, args.answer, config.train.loss_chunk, kept)
+                    results["rows"] += bench(
+                        model, shape, args.answer, config.train.loss_chunk, kept, [ONE, *(two[way] for way in args.two)]
+                    )
                     if args.out:
                         write_json(args.out, results)
         print("\n" + report.table(f"A step on pairs, answers of {args.answer} tokens", COLUMNS, results["rows"]) + NOTE)
