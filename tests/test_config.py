@@ -13,6 +13,7 @@ from mla_jax.config import (
     MinedPairsConfig,
     NeedleDataConfig,
     NeedlePairsConfig,
+    PreferenceJsonlConfig,
     SftConfig,
     register_schemas,
 )
@@ -44,6 +45,11 @@ def test_pairs_about_needles_are_one_override_away_and_their_mixture_adds_up(nam
     data = _compose(f"data={name}", "train=needle").data
     assert type(data) is kind and not data.packed
     assert sum(data.rejected.values()) == pytest.approx(1) == pytest.approx(sum(data.tasks.values()))
+
+
+def test_preference_jsonl_is_one_override_away():
+    data = _compose("data=preference_jsonl", "data.path=pairs.jsonl", "train=needle").data
+    assert isinstance(data, PreferenceJsonlConfig) and data.packed
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda p: p.stem)

@@ -48,14 +48,17 @@ class NeedlePairsConfig(NeedleMixtureConfig, PreferenceDataConfig):
 
 @schema
 class PreferenceJsonlConfig(PreferenceDataConfig):
-    """A JSONL file of pairs in TRL's formats: `chosen`, `rejected` and, unless both begin with it, `prompt`."""
+    """Pairs in TRL's formats, as JSONL or Parquet: `chosen`, `rejected` and, unless both begin with it, `prompt`."""
 
     packed: ClassVar[bool] = True
 
     kind: str = "preference_jsonl"
     path: str = MISSING
+    """See `JsonlDataConfig`."""
     on_bad_line: str = "error"
-    """`error` ends the run at a line that cannot be used; `skip` leaves such lines out and counts them."""
+    """`error` ends the run at a pair that is none or is too long; `skip` counts such pairs and leaves them out."""
+    ignore_fields: list[str] = field(default_factory=list)
+    """Keys of records and of their messages to leave out."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -55,7 +55,7 @@ def encode_alone(record: Any, tokenizer: Tokenizer, ignore_fields: tuple[str, ..
 
 def load_documents(
     path: str, tokenizer: Tokenizer, on_bad_line: str = "error", ignore_fields: tuple[str, ...] = (),
-    cache_dir: str | None = None, encode: Encode = encode_alone,
+    cache_dir: str | None = None, encode: Encode = encode_alone, expected: str = EXPECTED,
 ) -> Documents:  # fmt: skip
     """The encoded records of a file or folder, from the cache if they are there; empty lines are skipped.
 
@@ -67,6 +67,7 @@ def load_documents(
         ignore_fields: keys of records and messages to leave out.
         cache_dir: the folder of the cache; None for the user's.
         encode: makes the documents of a record; those of several records follow each other.
+        expected: says what a record is, for the error of an empty file.
 
     Raises:
         InputError: no such file, nothing in it, or a line that is no record or has no token to train on, named by its
@@ -74,7 +75,7 @@ def load_documents(
     """
     files = record_files(path)
     work = functools.partial(_encode_chunk, tokenizer, encode, ignore_fields)
-    build = functools.partial(_build, path, files, tokenizer, on_bad_line, work)
+    build = functools.partial(_build, path, files, tokenizer, on_bad_line, work, expected)
     how = f"{encode.__module__}.{encode.__qualname__} without {sorted(ignore_fields)}"
     entry = cached("records", files, tokenizer, how, build, cache_dir)
     records, bad, first_bad = (entry.note[key] for key in ("records", "bad", "first_bad"))
@@ -96,7 +97,7 @@ def _named(bad: tuple[int, str], files: list[Path], beside: str | None = None) -
 
 def _build(
     path: str, files: list[Path], tokenizer: Tokenizer, on_bad_line: str, work: Callable[[Chunk], "_EncodedChunk"],
-    writer: Writer,
+    expected: str, writer: Writer,
 ) -> dict[str, Any]:  # fmt: skip
     small = np.min_scalar_type(tokenizer.vocab_size - 1)
     records, bad, first_bad, end = 0, 0, (0, ""), 0
@@ -112,7 +113,7 @@ def _build(
         writer.append("bounds", end + np.cumsum(chunk.lengths))
         end += len(chunk.ids)
     if not records and not bad:
-        raise InputError(f"{path} is empty; {EXPECTED} on each line")
+        raise InputError(f"{path} is empty; {expected} on each line")
     if not records:
         first = _named(first_bad, files, beside=path)
         raise InputError(f"{path}: none of the {bad} lines can be used; the first is {first}")

@@ -208,11 +208,6 @@ class JsonlBatches:
         self._is_text = ~tokenizer.blank
         self._is_text[list(stop_ids(tokenizer))] = False
 
-    def _order(self, epoch: int) -> grain.MapDataset:
-        """The rows in the order of an epoch, by a keyed permutation: a place costs the same however many there are."""
-        seed = make_rng(self._seed, Purpose.EPOCH, self._number, epoch).integers(2**32)
-        return grain.MapDataset.range(len(self._packed)).shuffle(seed=int(seed))
-
     def __len__(self) -> int:
         return -(-len(self._packed) // self._stage.batch_size) if self._once else ENDLESS
 
@@ -226,13 +221,12 @@ class JsonlBatches:
             "segments": np.zeros(shape, np.int32),
             "positions": np.zeros(shape, np.int32),
         }
-        first, count = index * size, len(self._packed)
-        orders = {epoch: self._order(epoch) for epoch in range(first // count, (first + size - 1) // count + 1)}
         for i, row in enumerate(self._wanted):
-            epoch, place = divmod(first + int(row), count)
-            if epoch and self._once:
+            number = index * size + int(row)
+            if self._once and number >= len(self._packed):
                 break
-            documents = [self._documents[document] for document in self._packed[orders[epoch][place]]]
+            packed = self._packed[shuffled(number, len(self._packed), self._seed, self._number)]
+            documents = [self._documents[document] for document in packed]
             lengths = [len(ids) for ids, _ in documents]
             ids, loss_mask = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
             ends, used = np.cumsum(lengths), len(ids)

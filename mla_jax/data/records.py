@@ -11,7 +11,7 @@ stands; the loss is on completion and <eos>. A field that would change nothing i
 
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -24,7 +24,7 @@ EXPECTED = 'expected {"messages": [{"role": ..., "content": ...}, ...]} or {"pro
 
 _CHAT = ("messages", "tools", "documents", "chat_template_kwargs")
 _COMPLETION = ("prompt", "completion")
-_TAKE_OUT = "take it out or name it in data.ignore_fields"
+TAKE_OUT = "take it out or name it in data.ignore_fields"
 
 
 def encode_record(
@@ -42,39 +42,43 @@ def encode_record(
     """
     if not isinstance(record, dict):
         raise InputError(f"a {type(record).__name__}, {EXPECTED}")
-    record = _without(record, ignore_fields)
+    record = without(record, ignore_fields)
     for key in record.keys() - set(_CHAT if "messages" in record else _COMPLETION):
         if "messages" in record or all(wanted in record for wanted in _COMPLETION):
-            raise InputError(f"unknown field `{key}`; {_TAKE_OUT}")
+            raise InputError(f"unknown field `{key}`; {TAKE_OUT}")
     if "messages" not in record:
         return _encode_completion(record, tokenizer)
     messages = record.pop("messages")
     if not isinstance(messages, list) or not messages:
         raise InputError("`messages` must be a list of at least one message")
-    messages = [_message(i, message, ignore_fields) for i, message in enumerate(messages, 1)]
-    return _encode_chat(messages, _template_fields(record), tokenizer)
+    messages = [checked_message(i, message, ignore_fields) for i, message in enumerate(messages, 1)]
+    return _encode_chat(messages, template_fields(record), tokenizer)
 
 
-def _without(fields: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+def without(fields: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
     """The fields that have a value, as data sets export missing ones too, and are not ignored."""
     return {key: value for key, value in fields.items() if value is not None and key not in ignored}
 
 
-def _message(i: int, message: Any, ignored: Collection[str]) -> Message:
-    """Message i, checked; a call of a tool and a thought need no content beside them."""
+def checked_message(i: int, message: Any, ignored: Collection[str]) -> Message:
+    """Message i without the ignored keys; a call of a tool and a thought need no content beside them.
+
+    Raises:
+        InputError: it is no message.
+    """
     if not isinstance(message, dict):
         raise InputError(f"message {i} must have `role` and `content`, both text")
-    message = _without(message, ignored)
+    message = without(message, ignored)
     content = message.get("content", "" if any(message.get(key) for key in ("tool_calls", *REASONING)) else None)
     if isinstance(content, list):
-        content = [_without(part, ()) if isinstance(part, dict) else part for part in content]
+        content = [without(part, ()) if isinstance(part, dict) else part for part in content]
         if not content or not all(_is_part(part) for part in content):
             raise InputError(f'the parts of message {i} must be {{"type": "text", "text": ...}}, one or more')
         message["content"] = content
-    elif not _is_text(content) or not _is_text(message.get("role")):
+    elif not is_text(content) or not is_text(message.get("role")):
         raise InputError(f"message {i} must have `role` and `content`, both text")
     for key in REASONING:
-        if not _is_text(message.get(key, "")):
+        if not is_text(message.get(key, "")):
             raise InputError(f"`{key}` of message {i} must be text")
     if "weight" in message and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
         raise InputError(f"`weight` of message {i}: only what the assistant says has one, and it is 0 or 1")
@@ -83,17 +87,21 @@ def _message(i: int, message: Any, ignored: Collection[str]) -> Message:
 
 def _is_part(part: Any) -> bool:
     return (
-        isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text" and _is_text(part["text"])
+        isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text" and is_text(part["text"])
     )
 
 
-def _is_text(x: Any) -> bool:
+def is_text(x: Any) -> TypeGuard[str]:
     """True for a string that UTF-8 can encode: JSON's escapes can spell half of a surrogate pair."""
     return isinstance(x, str) and x.encode(errors="ignore").decode() == x
 
 
-def _template_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """What a record gives to the template beside its messages, checked."""
+def template_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record, of which only that is left, gives to the template beside its messages.
+
+    Raises:
+        InputError: a field is not what templates take.
+    """
     if isinstance(record.get("tools"), str):  # data sets whose rows have different tools keep them as JSON
         try:
             record["tools"] = json.loads(record["tools"])
@@ -112,21 +120,26 @@ def _template_fields(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _encode_chat(
-    messages: list[Message], fields: dict[str, Any], tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-    weights = [message.pop("weight", 1) for message in messages]
-    text, spans = assistant_spans(tokenizer, messages, **fields)
+def check_rendered(text: str, tokenizer: Tokenizer, messages: list[Message], fields: dict[str, Any]) -> None:
+    """Raises InputError if the rendered conversation lacks a part of what it was made of, or is no text."""
     if unread := unread_field(tokenizer, messages, **fields):
-        raise InputError(f"the chat template of tokenizer {tokenizer.source} does not read {unread}; {_TAKE_OUT}")
+        raise InputError(f"the chat template of tokenizer {tokenizer.source} does not read {unread}; {TAKE_OUT}")
     for i, message in enumerate(messages, 1):
         if isinstance(message.get("content"), list) and str(message["content"]) in text:
             raise InputError(
                 f"the chat template of tokenizer {tokenizer.source} knows no content in parts; make the content of "
                 f"message {i} one text"
             )
-    if not _is_text(text):
+    if not is_text(text):
         raise InputError("the conversation holds half of a surrogate pair, which no text has")
+
+
+def _encode_chat(
+    messages: list[Message], fields: dict[str, Any], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    weights = [message.pop("weight", 1) for message in messages]
+    text, spans = assistant_spans(tokenizer, messages, **fields)
+    check_rendered(text, tokenizer, messages, fields)
     weights = [weight for weight, message in zip(weights, messages, strict=True) if message["role"] == "assistant"]
     if not any(weights):
         raise InputError("every assistant message has weight 0, so there is nothing to train on")
@@ -146,7 +159,7 @@ def _encode_chat(
 
 
 def _encode_completion(record: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    if not all(_is_text(record.get(key)) for key in _COMPLETION):
+    if not all(is_text(record.get(key)) for key in _COMPLETION):
         raise InputError(EXPECTED)
     encoded = tokenizer.encode_with_words(record["prompt"] + record["completion"])
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

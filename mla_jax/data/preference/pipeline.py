@@ -6,14 +6,16 @@ from typing import Protocol
 
 import numpy as np
 
-from mla_jax.config import MinedPairsConfig, NeedlePairsConfig, PreferenceDataConfig, StageConfig
+from mla_jax.config import MinedPairsConfig, NeedlePairsConfig, PreferenceDataConfig, PreferenceJsonlConfig, StageConfig
 from mla_jax.data.needle.generator import Purpose, make_rng
 from mla_jax.data.pipeline import ENDLESS, Pipeline, position_skips, require_zero, shuffled
+from mla_jax.data.preference.jsonl import JsonlPairs
 from mla_jax.data.preference.layout import Prompt, lay_out, prompt_tokens
 from mla_jax.data.preference.mined import MinedPairs, mined_path
 from mla_jax.data.preference.needle_pairs import NeedlePairs
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.workers import Batch
+from mla_jax.errors import UsageError
 
 
 def make_preference_pipeline(
@@ -50,6 +52,10 @@ def _source(
     data: PreferenceDataConfig, tokenizer: Tokenizer, stage: StageConfig, number: int, seed: int, validation: bool,
     run_dir: str | None,
 ) -> RowSource:  # fmt: skip
+    if isinstance(data, PreferenceJsonlConfig):
+        if validation:
+            raise UsageError("train.validate_every does not work with data=preference_jsonl; leave it at 0")
+        return EpochRows(JsonlPairs(data, tokenizer, stage.seq_len), stage.batch_size, number, seed)
     if not isinstance(data, NeedlePairsConfig):
         raise TypeError(type(data))
     pairs = NeedlePairs(data, tokenizer, stage.seq_len)
@@ -73,7 +79,7 @@ class NeedleRows:
 class EpochRows:
     """Rows of a list, each epoch in an order of its own."""
 
-    def __init__(self, rows: MinedPairs, batch_size: int, number: int, seed: int):
+    def __init__(self, rows: JsonlPairs | MinedPairs, batch_size: int, number: int, seed: int):
         self._rows, self._batch_size, self._number, self._seed = rows, batch_size, number, seed
 
     def row(self, batch: int, row: int) -> list[Prompt]:
