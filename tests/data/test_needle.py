@@ -210,9 +210,9 @@ def test_elimination_answers_little_more_than_chance(folder, length):
         assert len(values) > len(answers) >= 1
         eliminated += [1 / (len(values) - before) for before in range(len(answers))]
         chance += [1 / len(values)] * len(answers)
-    assert np.mean(eliminated) < np.mean(chance) + 0.08
-    assert np.mean(eliminated) < {96: 0.43, 128: 0.36, 256: 0.24}[length]  # all asked: more than 0.5, 0.39, 0.29
-    assert len(eliminated) > 300 * {96: 1.3, 128: 1.7, 256: 3}[length]  # and still many answers a sequence
+    assert np.mean(eliminated) < np.mean(chance) + 0.13
+    assert np.mean(eliminated) < {96: 0.45, 128: 0.4, 256: 0.31}[length]  # if all are asked about 0.77, 0.65, 0.42
+    assert len(eliminated) > 300 * {96: 1.6, 128: 2.2, 256: 3.8}[length]  # and still many answers a sequence
 
 
 @pytest.mark.parametrize(("fraction", "near"), [(0.0, False), (1.0, True)])

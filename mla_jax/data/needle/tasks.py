@@ -1,6 +1,6 @@
 """The retrieval tasks, written in pieces of the lexicon: what is hidden, what is asked, what the answer is.
 
-Some needles are never asked about, where answers are found by key or value among others of their kind.
+Where answers are found by key or value among others of their kind, one question's needles are never asked about.
 
 passkey            The pass key is 123. Remember it. 123 is the pass key.     (landmark-attention, arXiv 2305.16300)
 single, multi_key  One of the special magic numbers for red fox is: 12345.    (RULER, arXiv 2404.06654, as the rest)
@@ -34,13 +34,6 @@ SIZES = {
     "absent_key": (1, 1),
 }
 """Fewest and most needles behind one question."""
-
-NEVER_ASKED = 1 / 3
-"""Probability that a unit from the third on is never asked about. Of the first two the second never is.
-
-If all were asked about, what earlier answers leave over would be the answer: nothing to read for half of the questions
-about two needles. Asking about all that remain still gives many answers a sequence.
-"""
 
 
 @dataclass(frozen=True)
@@ -235,7 +228,9 @@ def draw_units(
         # A question whose key is there may follow one whose key is absent, so that it takes reading to tell them apart.
         kind = "multi_key" if task == "absent_key" and units and rng.random() < 0.5 else task
         size = int(rng.integers(smallest, largest + 1))
-        asked = all_asked or not units or (len(units) > 1 and rng.random() >= NEVER_ASKED)
+        # If all were asked about, what earlier answers leave over would be the last answer. Many answers a sequence are
+        # what teaches retrieval, so no more than one is left out.
+        asked = all_asked or len(units) != 1
         dropped = {} if asked else {"question": [], "answer": []}
         try:
             unit = dataclasses.replace(make_unit(kind, size, names, lexicon, near), **dropped)
