@@ -193,8 +193,13 @@ class Checkpoints:
         return find_corruption(self.folder / str(step), items)
 
     def _make_folder(self) -> None:
-        try:
+        with self._folder_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def _folder_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as e:
             raise InputError(f"{self.folder} cannot be written to ({e.strerror or e})") from e
 
@@ -226,7 +231,8 @@ class Checkpoints:
         """Renames the folder of `step` to one that no later save or reader takes for a checkpoint."""
         names = (f"{step}.corrupt" + (f".{i}" if i else "") for i in itertools.count())
         free = next(self.folder / name for name in names if not (self.folder / name).exists())
-        return (self.folder / str(step)).rename(free)
+        with self._folder_errors():
+            return (self.folder / str(step)).rename(free)
 
     def _choose(self, which: str, best_metric: str) -> int:
         steps = self.complete_steps()

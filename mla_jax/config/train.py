@@ -66,6 +66,8 @@ class TrainConfig:
     """End a stage after so many validations in a row in which `best_metric` was no better than before; 0 for never."""
     nonfinite: str = "stop"
     """At a step whose loss or gradient is not finite: `stop`, or `skip` it and leave parameters and moments alone."""
+    on_data_change: str = "stop"
+    """Resuming where the rows of a data set come in another order: `stop`, or `restart` the stage's data."""
     profile: list[int] = field(default_factory=list)
     """[FIRST, LAST]: write a trace of these steps, counted from 1 in each process, to RUN/profile; empty for none."""
     measure_peak: bool = True
@@ -73,6 +75,7 @@ class TrainConfig:
 
     def __post_init__(self):
         require_choice("train.nonfinite", self.nonfinite, ("stop", "skip"))
+        require_choice("train.on_data_change", self.on_data_change, ("stop", "restart"))
         require(
             self.profile == [] or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
             f"train.profile must be [FIRST, LAST] with 1 <= FIRST <= LAST, got {self.profile}",

@@ -1,12 +1,14 @@
 """Batches of a data config: random-access sources of whole batches, which Grain reads ahead.
 
 Batch i of a stage is a pure function of (config, seed, stage, i). So a position in the data is one number, the same
-for any number of workers, and a resumed run sees the batches it would have seen.
+for any number of workers, and a resumed run sees the batches it would have seen. Of a data set, whose rows come in an
+order, that number is the row, so that the batch size may change.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -25,6 +27,16 @@ Rows = dict[int, np.ndarray]
 
 ENDLESS = 2**48
 """Batches in a source: more than any run takes."""
+
+
+@runtime_checkable
+class DataSetBatches(BatchSource, Protocol):
+    """Batches of the rows of a data set: number i holds `batch_size` of them, from first_row + i * batch_size on."""
+
+    batch_size: int
+    first_row: int
+    order: dict[str, int]
+    """What settles which row is at which place, by the names that messages give it."""
 
 
 class Pipeline:
@@ -60,14 +72,43 @@ class Pipeline:
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return iter(grain.MapDataset.range(self._next, len(self._source)).map(make).to_iter_dataset(ahead))
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """Position in the data, to save as JSON."""
-        return {"next_batch": self._next}
+        source = self._source
+        if isinstance(source, DataSetBatches):
+            return {"next_row": source.first_row + self._next * source.batch_size, "order": source.order}
+        return {"next_batch": self._next, "order": {}}
 
-    def set_state(self, state: dict[str, int]) -> None:
-        """Goes to a position that `get_state` gave, under any number of workers."""
+    def set_state(self, state: dict[str, Any], restart: bool = False) -> None:
+        """Goes to a position that `get_state` gave, under any number of workers and any batch size.
+
+        Args:
+            state: the position. Those of earlier versions count batches, and say nothing of the order of rows.
+            restart: where that position means nothing, go to the first row.
+
+        Raises:
+            InputError: rows come in another order now, which would leave out some and repeat others.
+        """
         self.close()
-        self._next = state["next_batch"]
+        source = self._source
+        if not isinstance(source, DataSetBatches):
+            self._next = state.get("next_batch", 0)
+            return
+        if "order" not in state:
+            self._next = state["next_batch"]
+            return
+        before, row = state["order"], state.get("next_row", 0)
+        changed = [f"{key} was {before.get(key)} and is {now}" for key, now in source.order.items()
+                   if now != before.get(key)]  # fmt: skip
+        if row and changed:
+            if not restart:
+                raise InputError(
+                    f"the rows of the data come in another order than the {row} that were trained on "
+                    f"({'; '.join(changed)}); put that back, or begin this stage's data anew with "
+                    "train.on_data_change=restart"
+                )
+            row = 0
+        self._next, source.first_row = divmod(row, source.batch_size)
 
     def close(self) -> None:
         """Ends threads and worker processes; the iterator starts them again if it is used again."""
@@ -204,6 +245,13 @@ class JsonlBatches:
         packed = pack(lengths[chosen], self._stage.seq_len, path)
         self._packed = dataclasses.replace(packed, documents=chosen[packed.documents])
         self._seed, self._number, self._once = 0 if validation else seed, stage, validation
+        self.batch_size, self.first_row = self._stage.batch_size, 0
+        self.order = {
+            "seed": self._seed,
+            "seq_len": self._stage.seq_len,
+            "the number of packed rows": len(self._packed),
+            "the CRC-32 of the documents' lengths": zlib.crc32(lengths[chosen].astype(np.int64)),
+        }
         self._pad_id = tokenizer.pad_id
         self._is_text = ~tokenizer.blank
         self._is_text[list(stop_ids(tokenizer))] = False
@@ -212,7 +260,7 @@ class JsonlBatches:
         return -(-len(self._packed) // self._stage.batch_size) if self._once else ENDLESS
 
     def __getitem__(self, index: int) -> Batch:
-        size, shape = self._stage.batch_size, (len(self._wanted), self._stage.seq_len)
+        shape = len(self._wanted), self._stage.seq_len
         batch: Batch = {
             "tokens": np.full(shape, self._pad_id, np.int32),
             "targets": np.full(shape, self._pad_id, np.int32),
@@ -222,7 +270,7 @@ class JsonlBatches:
             "positions": np.zeros(shape, np.int32),
         }
         for i, row in enumerate(self._wanted):
-            number = index * size + int(row)
+            number = self.first_row + index * self.batch_size + int(row)
             if self._once and number >= len(self._packed):
                 break
             packed = self._packed[shuffled(number, len(self._packed), self._seed, self._number)]

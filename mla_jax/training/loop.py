@@ -33,6 +33,7 @@ from mla_jax.observability.trackers import check_installed
 from mla_jax.optim import learning_rate, make_optimizer
 from mla_jax.state import TrainState, abstract_state, init_state, with_params
 from mla_jax.training.loop_state import LoopState
+from mla_jax.training.resume import data_settings, describe_changes
 from mla_jax.training.step import make_train_step
 from mla_jax.training.validation import Validation
 
@@ -131,11 +132,13 @@ class _Trainer:
         self.loop = LoopState.from_json(saved)
         if self.loop.stage >= len(self.config.train.stages):
             raise InputError(f"{self.run_dir} is in stage {self.loop.stage + 1}, but train.stages has fewer")
-        self.data = self._pipeline(self.loop.stage)
-        self.data.set_state(saved["data"])
+        self.data = on_all(lambda: self._pipeline(self.loop.stage))
+        self.data.set_state(saved["data"], restart=self.config.train.on_data_change == "restart")
+        now = data_settings(self.config, self.loop.stage)
+        changes = describe_changes(saved.get("data_settings", now), now)  # which earlier versions did not keep
         if self._stage_over() and not self._finished():  # the run had ended, and a stage was added since
             self._next_stage()
-        print_on_main(f"Resuming {self.run_dir} at step {step}")
+        print_on_main(f"Resuming {self.run_dir} at step {step}{changes}")
         return state
 
     def run(self) -> TrainResult:
@@ -271,7 +274,12 @@ class _Trainer:
         self._read_pending()
         self.lock.check()
         loop = self.loop
-        saved = {**loop.to_json(), "data": self.data.get_state(), "tokenizer": self.tokenizer.fingerprint}
+        saved = {
+            **loop.to_json(),
+            "data": self.data.get_state(),
+            "data_settings": data_settings(self.config, loop.stage),
+            "tokenizer": self.tokenizer.fingerprint,
+        }
         metrics = loop.reported or {"stage": loop.stage, **loop.window.means(self.loss)}
         with self.telemetry.saving(loop.step):
             self.checkpoints.save(loop.step, self.state, saved, metrics)

@@ -125,7 +125,7 @@ def test_going_back_under_workers_that_are_ahead(start):
     pipeline = start("needle", workers=1)
     first = _take(pipeline, 3)
     pipeline.set_state({"next_batch": 1})
-    assert pipeline.get_state() == {"next_batch": 1}
+    assert pipeline.get_state()["next_batch"] == 1
     assert _same(_take(pipeline, 2), first[1:])
 
 

@@ -1,5 +1,6 @@
 """What breaks while training: nothing is lost beyond the last complete checkpoint, and the same command goes on."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
@@ -108,6 +109,24 @@ def test_a_disk_that_fills_up_during_a_save_costs_that_checkpoint_only(uninterru
     assert load_run(small_disk / "run").step == 4
     ballast.unlink()
     assert_goes_on_alike(config, uninterrupted)
+
+
+def test_resuming_on_a_disk_that_takes_nothing_is_one_line(small_disk):
+    stages = [{"seq_len": 96, "steps": 1}]
+    train(make_config(small_disk / "run", stages))
+    more, ballast = make_config(small_disk / "run", [stages[0] | {"steps": 2}]), small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(InputError, match=r"run cannot be written to \(No space left on device\)"):
+        train(more)
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(InputError, match=r"run cannot be written to \(Read-only file system\)"):
+        train(more)
+    assert load_run(small_disk / "run").step == 1
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert train(more).step == 2
 
 
 def test_a_dead_data_worker_ends_training_with_what_to_do(uninterrupted, tmp_path, monkeypatch):
