@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from experiments.entry import run
 from mla_jax.checkpoint.run_folder import load_run
+from mla_jax.compilation_cache import keep_compiled
 from mla_jax.config import EvalConfig, EvaluateConfig, HallucinationConfig, PasskeyConfig
 from mla_jax.evals.hallucination import hallucination_task
 from mla_jax.evals.passkey import passkey_task
@@ -19,6 +20,7 @@ TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
 
 def main(config: EvaluateConfig) -> None:
     """Writes RUN/eval/TASK.json and TASK.png and prints the table."""
+    keep_compiled()
     trained = load_run(config.run, config.step)
     task = TASKS[type(config.eval)](trained.model, trained.tokenizer, config.eval)
     evaluate(trained, task, trained.path / "eval")

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
-    "errors files lengths hardware config distributed mesh data model losses optim state checkpoint observability "
-    "training inference evals bridge"
+    "errors files lengths hardware compilation_cache config distributed mesh data model losses optim state checkpoint "
+    "observability training inference evals bridge"
 ).split()
 """Files and folders of mla_jax: each imports only what stands before it. CONTRIBUTING.md names most of them."""
 TOPS = ("mla_jax", "latent_attention", "experiments", "tools")

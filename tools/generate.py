@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mla_jax.bridge.hf import reader
 from mla_jax.checkpoint.run_folder import CONFIG, load_run
+from mla_jax.compilation_cache import keep_compiled
 from mla_jax.config import ModelConfig
 from mla_jax.data.chat import render
 from mla_jax.data.tokenizer import Tokenizer
@@ -209,6 +210,7 @@ def main() -> None:
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     with one_line_errors():
         text = _text(args)
+        keep_compiled()
         config, params, tokenizer = load(args.model, args.step)
         config = dataclasses.replace(config, dtype=args.dtype or config.dtype)
         generator = Generator(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         UnavailableError,
         attention,
         attention_gradients,
+        choices,
         decode,
         resolve,
     )
@@ -38,6 +39,7 @@ __all__ = [
     "UnavailableError",
     "attention",
     "attention_gradients",
+    "choices",
     "decode",
     "dequantize",
     "merge",

@@ -30,6 +30,7 @@ IMPLEMENTATIONS = {
 """Implementations of each op, fastest first; each is a module in the op's folder, see above."""
 ENVIRONMENT = {"attention": "LATENT_ATTENTION_IMPLEMENTATION", "decode": "LATENT_DECODE_IMPLEMENTATION"}
 """Environment variable that names the implementation of each op where the call says `auto`."""
+_choices: dict[str, dict[str, dict[str, str]]] = {op: {} for op in IMPLEMENTATIONS}
 _TRITON_TENSOR_CORES = (8, 0)
 """First compute capability on which Triton uses tensor cores (since its version 3.3)."""
 
@@ -49,7 +50,14 @@ def resolve(op: str, implementation: str, shape: AttentionShape | DecodeShape) -
         source, implementation = ENVIRONMENT[op], os.environ.get(ENVIRONMENT[op], "auto")
     gpu = local_gpu()
     if implementation == "auto":
-        return next(name for name in _candidates(op, gpu) if _why_not(op, name, shape, gpu) is None)
+        refused: dict[str, str] = {}
+        for name in IMPLEMENTATIONS[op]:
+            reason = _why_not_auto(op, name, gpu) or _why_not(op, name, shape, gpu)
+            if reason is None:
+                break
+            refused[name] = reason
+        _choices[op][name] = refused
+        return name
     if implementation not in IMPLEMENTATIONS[op]:
         known = ", ".join(IMPLEMENTATIONS[op])
         raise UnavailableError(f"{source}={implementation!r} is unknown for {op}; known: auto, {known}")
@@ -59,11 +67,20 @@ def resolve(op: str, implementation: str, shape: AttentionShape | DecodeShape) -
     return implementation
 
 
-def _candidates(op: str, gpu: Gpu | None) -> list[str]:
-    """Implementations that `auto` tries, fastest first. Below Ampere XLA is: its cuBLAS uses tensor cores there."""
-    if gpu is None or gpu.capability < _TRITON_TENSOR_CORES:
-        return ["xla"]
-    return list(IMPLEMENTATIONS[op])
+def choices(op: str) -> dict[str, dict[str, str]]:
+    """What `auto` chose for `op` so far in this process: of each implementation, why the faster ones could not run."""
+    return {name: dict(refused) for name, refused in _choices[op].items()}
+
+
+def _why_not_auto(op: str, name: str, gpu: Gpu | None) -> str | None:
+    """Why `auto` does not even try it. Below Ampere XLA is the fastest: its cuBLAS uses tensor cores there."""
+    if name in ("xla", "reference"):
+        return None
+    if gpu is None:
+        return "there is no GPU"
+    if gpu.capability < _TRITON_TENSOR_CORES:
+        return "XLA is faster on GPUs before Ampere"
+    return None
 
 
 def _module(op: str, name: str) -> ModuleType:

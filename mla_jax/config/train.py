@@ -68,6 +68,8 @@ class TrainConfig:
     """At a step whose loss or gradient is not finite: `stop`, or `skip` it and leave parameters and moments alone."""
     on_data_change: str = "stop"
     """Resuming where the rows of a data set come in another order: `stop`, or `restart` the stage's data."""
+    compilation_cache: Optional[str] = "auto"
+    """Folder in which compiled programs are kept for later processes; `auto` is the user's cache folder, null none."""
     profile: list[int] = field(default_factory=list)
     """[FIRST, LAST]: write a trace of these steps, counted from 1 in each process, to RUN/profile; empty for none."""
     measure_peak: bool = True

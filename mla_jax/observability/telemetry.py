@@ -1,11 +1,13 @@
 """Telemetry of a training run: metrics, timing, utilisation, goodput; docs/training.md has definitions."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+import latent_attention
 from mla_jax.config import RunConfig
 from mla_jax.distributed.join import is_main
 from mla_jax.hardware import GIB, nominal_peak, peak_memory
@@ -49,6 +51,7 @@ class Telemetry:
         self.clock = StepClock()
         self._window_start = self.clock.seconds()
         self._shapes: set[tuple[int, ...]] = set()
+        self._attention: set[str] = set()
         self._tokens, self._flops, self._steps = 0, 0.0, 0
         self.tokens_per_second = 0.0
         """Speed in the last window that was reported."""
@@ -69,6 +72,18 @@ class Telemetry:
         self._shapes.add(shape)
         with self._profiler.step(pending), compiles:
             yield
+        self._report_attention()
+
+    def _report_attention(self) -> None:
+        """Prints once which implementation of attention was chosen; warns if that leaves a GPU without its kernels."""
+        for name, refused in latent_attention.choices("attention").items():
+            if name in self._attention or not is_main():
+                continue
+            self._attention.add(name)
+            print(f"Attention runs on {name} (model.attention=auto)", flush=True)
+            if name in ("xla", "reference") and jax.default_backend() == "gpu":
+                reasons = "; ".join(f"{other}: {reason}" for other, reason in refused.items())
+                print(f"warning: attention falls back to {name}, which is slow on a GPU ({reasons})", file=sys.stderr)
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:

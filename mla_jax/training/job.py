@@ -2,6 +2,7 @@
 
 import sys
 
+from mla_jax.compilation_cache import keep_compiled
 from mla_jax.config import RunConfig
 from mla_jax.config.command_line import override
 from mla_jax.data.pipeline import MakePipeline
@@ -31,6 +32,7 @@ def train_job(config: RunConfig, loss: Loss, make_pipeline: MakePipeline, stop: 
     """
     join_job()
     check_same_config(config)
+    keep_compiled(config.train.compilation_cache)
     result = train(config, loss, make_pipeline, stop)
     if not result.finished:
         if result.terminated:

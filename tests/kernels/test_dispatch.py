@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import latent_attention
-from latent_attention import IMPLEMENTATIONS, UnavailableError, dispatch, resolve
+from latent_attention import IMPLEMENTATIONS, UnavailableError, choices, dispatch, resolve
 from latent_attention.call_shapes import AttentionShape, DecodeShape
 from latent_attention.dispatch import ENVIRONMENT
 from latent_attention.gpu import make_gpu
@@ -105,6 +105,16 @@ def test_a_gpu_gets_the_fastest_that_has_no_reason_against_it(op, monkeypatch):
     monkeypatch.setattr(dispatch, "local_gpu", lambda: make_gpu((7, 5), 40))
     assert resolve(op, "auto", SHAPES[op]) == "xla"
     assert resolve(op, "triton", SHAPES[op]) == "triton"
+
+
+def test_what_auto_chose_is_kept_with_the_reasons_against_what_is_faster(monkeypatch):
+    monkeypatch.setattr(dispatch, "_choices", {"attention": {}, "decode": {}})
+    monkeypatch.setattr(dispatch, "local_gpu", lambda: make_gpu((9, 0), 132))
+    monkeypatch.setattr(dispatch, "_why_not", lambda op, name, *_: None if name == "xla" else f"no {name} here")
+    assert resolve("attention", "xla", SHAPES["attention"]) == "xla" and choices("attention") == {}
+    resolve("attention", "auto", SHAPES["attention"])
+    assert choices("attention") == {"xla": {"cudnn": "no cudnn here", "triton": "no triton here"}}
+    assert choices("decode") == {}
 
 
 @pytest.mark.parametrize("op", OPS)
