@@ -171,6 +171,11 @@ def with_auto_sharding(function: Callable, result_like: Any) -> Callable:
     return auto_axes(function, out_sharding=shardings)
 
 
+def fetch_branches(x_BR: jax.Array) -> np.ndarray:
+    """The branch region of a micro-batch, whole on every process."""
+    return np.asarray(reshard(x_BR, P(None, None)).addressable_data(0))
+
+
 def _default_device() -> Any:
     return jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -10,11 +10,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SBATCH = ROOT / "deploy" / "slurm" / "train.sbatch"
 STEPS = 200
-TINY = [
+MODEL = [
     *"model.hidden_size=32 model.num_attention_heads=2 model.qk_nope_head_dim=8 model.qk_rope_head_dim=8".split(),
     *"model.v_head_dim=8 model.kv_lora_rank=16 model.intermediate_size=32 optim=adamw".split(),
+]
+TINY = [
+    *MODEL,
     *"train.log_every=5 train.checkpoint_every=20".split(),
     f"train.stages=[{{seq_len: 96, batch_size: 8, steps: {STEPS}, learning_rate: 0.001}}]",  # at 0.01 rounding grows
+]
+
+DPO_STEPS = 60
+TINY_DPO = [
+    *MODEL,
+    *"train.log_every=5 train.checkpoint_every=10 data.branch_tokens=128 data.pairs_per_row=2".split(),
+    f"train.stages=[{{seq_len: 256, batch_size: 8, steps: {DPO_STEPS}, learning_rate: 0.001}}]",
 ]
 
 
@@ -39,17 +49,11 @@ class Slurm:
         assert ran.returncode == 0, f"{command}: {ran.stdout}{ran.stderr}"
         return ran.stdout.strip()
 
-    def train(self, run_dir: Path, *overrides: str, flags: Sequence[str] = ()) -> subprocess.Popen:
+    def train(self, run_dir: Path, *overrides: str, flags: Sequence[str] = (), entry: str = "sft") -> subprocess.Popen:
         """Submits the tiny run by the command that a user types; it waits for the job."""
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.sft",
-            *flags,
-            *TINY,
-            "+cluster=slurm",
-            "hydra.launcher.cpus_per_task=1",
-        ]
+        tiny = {"sft": TINY, "dpo": TINY_DPO}[entry]
+        command = [sys.executable, "-m", f"experiments.{entry}", *flags, *tiny, "+cluster=slurm"]
+        command.append("hydra.launcher.cpus_per_task=1")
         process = subprocess.Popen(
             [*command, f"run_dir={run_dir}", f"name={run_dir.name}", *overrides],
             env=self.environment,

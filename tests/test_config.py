@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from mla_jax.config import (
+    DpoConfig,
     JsonlDataConfig,
     MinedPairsConfig,
     NeedleDataConfig,
@@ -22,11 +24,11 @@ from mla_jax.errors import UsageError
 ROOT = Path(__file__).parent.parent
 
 
-def _compose(*overrides: str) -> SftConfig:
+def _compose(*overrides: str, entry: str = "sft") -> Any:
     register_schemas()
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = OmegaConf.to_object(compose("sft", overrides=list(overrides)))
-    assert isinstance(config, SftConfig)
+        config = OmegaConf.to_object(compose(entry, overrides=list(overrides)))
+    assert isinstance(config, {"sft": SftConfig, "dpo": DpoConfig}[entry])
     return config
 
 
@@ -54,7 +56,15 @@ def test_preference_jsonl_is_one_override_away():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_experiment_composes(path):
-    _compose(f"experiment={path.stem}")
+    _compose(f"experiment={path.stem}", entry="dpo" if path.stem.startswith("dpo") else "sft")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "loss").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_loss_of_pairs_composes(path):
+    """The default is that of the file rpo."""
+    loss = _compose("init_from=run", f"loss={path.stem}", entry="dpo").loss
+    assert loss.name == {"rpo": "sigmoid"}.get(path.stem, path.stem)
+    assert (loss == _compose("init_from=run", entry="dpo").loss) == (path.stem == "rpo")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +127,20 @@ def test_yarn_is_a_choice_whose_factor_is_checked():
 def test_impossible_values_are_named(override, named):
     with pytest.raises(UsageError, match=named):
         _compose(*override.split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["init_from=null"], "init_from is not set: preference optimisation starts from a run"),
+        (["loss.label_smoothing=0.1"], "loss.label_smoothing is of the losses robust and cdpo"),
+        (["train.best_metric=answer_accuracy"], "train.best_metric must be one of rewards/accuracies"),
+        (["model.max_position_embeddings=60"], "beyond model.max_position_embeddings"),
+    ],
+)
+def test_impossible_values_of_preference_optimisation_are_named(overrides, named):
+    with pytest.raises(UsageError, match=named):
+        _compose("init_from=run", *overrides, entry="dpo")
 
 
 def test_a_step_to_evaluate_is_a_number_or_a_name():

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,15 +53,15 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | Non
     return LatentCache(layers, jnp.zeros(batch, jnp.int32))
 
 
-def make_config(run_dir: Path, stages: list[dict] | None = None, **changes) -> SftConfig:
-    """Two short stages, 8 sequences a step, on all fake devices."""
+def make_config(run_dir: Path, stages: list[dict] | None = None, *, make: Any = SftConfig, **changes) -> Any:
+    """Two short stages, 8 sequences a step, on all fake devices; `make` gets the values by key."""
     stages = stages or [
         {"seq_len": 96, "steps": 5},
         {"seq_len": 128, "steps": 6, "previous_fraction": 0.5, "position_skip_fraction": 0.5, "position_skip_max": 50},
     ]
     train_changes = {k: changes.pop(k) for k in list(changes) if k in {f.name for f in dataclasses.fields(TrainConfig)}}
     common = {"batch_size": 8, "learning_rate": 1e-2}
-    return SftConfig(
+    return make(
         name=run_dir.name,
         run_dir=str(run_dir),
         model=changes.pop("model", MODEL),

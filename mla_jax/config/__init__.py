@@ -4,6 +4,7 @@ Values that cannot work raise UsageError in `__post_init__`, so a bad configurat
 """
 
 from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig, NeedleMixtureConfig
+from mla_jax.config.dpo import DpoConfig
 from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, HallucinationConfig, PasskeyConfig
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
@@ -22,6 +23,7 @@ __all__ = [
     "REMAT_NAMES",
     "WEIGHT_KEYS",
     "DataConfig",
+    "DpoConfig",
     "EvalConfig",
     "EvaluateConfig",
     "HallucinationConfig",

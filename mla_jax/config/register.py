@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf, StringNode
 
 from mla_jax.config.data import JsonlDataConfig, NeedleDataConfig
+from mla_jax.config.dpo import DpoConfig
 from mla_jax.config.evaluate import EvaluateConfig, HallucinationConfig, PasskeyConfig
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
@@ -23,6 +24,7 @@ def register_schemas() -> None:
     """Registers every schema under the group and name by which the files in `conf/` extend it (idempotent)."""
     store = ConfigStore.instance()
     store.store(name="sft_schema", node=SftConfig)
+    store.store(name="dpo_schema", node=DpoConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     for group, name, node in (
         ("model", "schema", ModelConfig),

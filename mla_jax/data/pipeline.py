@@ -72,6 +72,10 @@ class Pipeline:
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return iter(grain.MapDataset.range(self._next, len(self._source)).map(make).to_iter_dataset(ahead))
 
+    def fresh(self) -> "Pipeline":
+        """Another iterator over the same batches, from the first on."""
+        return Pipeline(self._source, self._workers)
+
     def get_state(self) -> dict[str, Any]:
         """Position in the data, to save as JSON."""
         source = self._source

@@ -49,14 +49,16 @@ class Window:
         return cls(int(saved["steps"]), {name: value for name, value in saved.items() if name != "steps"})
 
 
+_SECONDS_BETWEEN_LINES = 10.0
+
+
 class ProgressDisplay:
     """A progress bar on a terminal, a line every few seconds elsewhere, nothing if not `shown`."""
 
-    def __init__(self, total_steps: int, first_step: int, shown: bool = True, seconds_between_lines: float = 10.0):
+    def __init__(self, total_steps: int, first_step: int, shown: bool = True, unit: str = "step"):
         self._total = total_steps
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if shown and sys.stderr.isatty() else None
-        self._shown = shown
-        self._between = seconds_between_lines
+        self._bar = tqdm(total=total_steps, initial=first_step, unit=unit) if shown and sys.stderr.isatty() else None
+        self._shown, self._unit = shown, unit
         self._printed = float("-inf")
 
     def show(self, step: int, text: str) -> None:
@@ -64,9 +66,9 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.n = step
             self._bar.set_postfix_str(text)
-        elif self._shown and (time.monotonic() - self._printed >= self._between or step >= self._total):
+        elif self._shown and (time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES or step >= self._total):
             self._printed = time.monotonic()
-            print(f"step {step}/{self._total}  {text}", flush=True)
+            print(f"{self._unit} {step}/{self._total}  {text}", flush=True)
 
     def close(self) -> None:
         """Ends the bar's line."""

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from mla_jax.checkpoint.run_folder import load_run
-from slurm_cluster import STEPS, has_checkpoint, log, until
+from slurm_cluster import DPO_STEPS, STEPS, has_checkpoint, log, until
 
 pytestmark = pytest.mark.slurm
 
 TWO = "hydra.launcher.nodes=2"
 
 
-def params_of(run_dir: Path) -> dict:
+def params_of(run_dir: Path, steps: int = STEPS) -> dict:
     run = load_run(run_dir)
-    assert run.step == STEPS
+    assert run.step == steps
     return jax.device_get(run.params)
 
 
@@ -28,8 +28,8 @@ def assert_equal(a: dict, b: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster, tmp_path_factory) -> dict:
-    """Parameters that two processes reach without an interruption."""
+def whole_run(cluster, tmp_path_factory) -> Path:
+    """The run of two processes without an interruption."""
     slurm = cluster
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     command = slurm.train(run_dir, TWO)
@@ -39,7 +39,13 @@ def whole(cluster, tmp_path_factory) -> dict:
     printed = log(Path(shown["StdOut"]))
     assert printed.count("Finished at step") == 1, "only the first process prints"
     assert command.wait(60) == 0  # the command that submitted it returns with it
-    return params_of(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run) -> dict:
+    """Its parameters."""
+    return params_of(whole_run)
 
 
 def interrupted(slurm, run_dir: Path, *overrides: str) -> str:
@@ -77,11 +83,37 @@ def test_a_preempted_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
     run_dir = tmp_path / "preempted"
     slurm.train_detached(run_dir)
     job = once_saved(slurm, run_dir)
-    urgent = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", f"--output={tmp_path}/urgent"]
-    urgent = slurm.run(*urgent, "--wrap=sleep 1")
-    slurm.finish(urgent)
+    preempt(slurm, tmp_path)
     assert_it_resumed(slurm, job, run_dir)
     assert_equal(params_of(run_dir), whole)
+
+
+def preempt(slurm, tmp_path: Path) -> None:
+    """Takes both nodes for a moment."""
+    urgent = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", f"--output={tmp_path}/urgent"]
+    slurm.finish(slurm.run(*urgent, "--wrap=sleep 1"))
+
+
+def test_preference_optimisation_goes_on_where_it_was_preempted(slurm, whole_run, tmp_path):
+    """While the reference reads its batches, and while it trains; two processes share one file."""
+    start = f"init_from={whole_run}"
+    slurm.train(tmp_path / "dpo-whole", TWO, start, entry="dpo")
+    slurm.finish(slurm.job("dpo-whole"))
+    (reference,) = (tmp_path / "dpo-whole" / "reference").iterdir()
+    for name, happened in (
+        ("dpo-early", lambda run_dir: any(run_dir.glob("reference/*.bin"))),
+        ("dpo-late", lambda run_dir: has_checkpoint(run_dir, 10)),
+    ):
+        run_dir = tmp_path / name
+        slurm.train(run_dir, TWO, start, entry="dpo")
+        job = slurm.job(name)
+        until(lambda run_dir=run_dir, happened=happened: happened(run_dir), "something to interrupt")
+        preempt(slurm, tmp_path)
+        shown = slurm.finish(job)
+        printed = log(Path(shown["StdOut"]))
+        assert shown["Restarts"] == "1" and "All processes stop at " in printed and f"Resuming {run_dir}" in printed
+        assert_equal(params_of(run_dir, DPO_STEPS), params_of(tmp_path / "dpo-whole", DPO_STEPS))
+        assert (run_dir / "reference" / reference.name).read_bytes() == reference.read_bytes()
 
 
 def test_a_job_at_its_time_limit_requeues_itself_and_goes_on(slurm, whole, tmp_path):
