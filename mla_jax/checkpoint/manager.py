@@ -11,7 +11,6 @@ RUN/checkpoints/STEP.corrupt/        quarantined: found corrupt when training wa
 import contextlib
 import itertools
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,18 +20,20 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mla_jax.checkpoint.manifest import MANIFEST, find_corruption, write_manifest
+from mla_jax.checkpoint.manifest import MANIFEST, entries_of, find_corruption, write_manifest
+from mla_jax.checkpoint.ranking import WORST, Rank
 from mla_jax.checkpoint.streaming import open_params, params_save
 from mla_jax.config import ModelConfig, TrainConfig
 from mla_jax.distributed.barrier import FailFastBarrier
-from mla_jax.distributed.decisions import broadcast_decision, wait_until_visible
+from mla_jax.distributed.decisions import all_gather_text, broadcast_decision, wait_until_visible
 from mla_jax.errors import InputError, first_line
-from mla_jax.losses.loss import VALIDATION, goodness
 from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.transformer import abstract_params
 from mla_jax.state import TrainState
 
 CHECKPOINTS = "checkpoints"
+SAVE_TIMEOUT_S = 3600
+"""The longest that the background part of a save may take; a process that fails ends it at once."""
 
 
 class Checkpoints:
@@ -59,10 +60,8 @@ class Checkpoints:
         broadcast_decision(self._make_folder)
         wait_until_visible(self.folder)
         if train is not None:
-            newest = broadcast_decision(self._quarantine_corrupt)
-            if newest is not None:
-                self._wait_until_visible(newest)
-            rank = _Rank(train.best_metric)
+            self._quarantine_corrupt()
+            rank = Rank(train.best_metric)
             policy = ocp.checkpoint_managers.AnyPreservationPolicy(
                 [
                     ocp.checkpoint_managers.LatestN(train.keep_last),
@@ -79,7 +78,9 @@ class Checkpoints:
                 single_host_load_and_broadcast=True,  # each listing may be another, on a network file system
                 cleanup_tmp_directories=train is not None,  # a reader may meet one that is being written
                 async_options=ocp.AsyncOptions(
-                    post_finalization_callback=self._write_manifest, barrier_sync_fn=self._barrier
+                    post_finalization_callback=self._write_manifest,
+                    barrier_sync_fn=self._synchronize,
+                    timeout_secs=SAVE_TIMEOUT_S,
                 ),
             ),
         )
@@ -185,9 +186,23 @@ class Checkpoints:
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
 
+    def _synchronize(self, *, key: str, timeout_ms: int) -> None:
+        """The barrier of Orbax's threads; each process posts the checksums of what it wrote where all have written."""
+        if "async_write_complete" in key:  # under another name, the first process would read all files
+            mine = entries_of(self._unfinished, f"*/ocdbt.process_{jax.process_index()}/**/*")
+            self._barrier.post(str(self._saving), json.dumps(mine).replace(ocp.path.step.TMP_DIR_SUFFIX, ""))
+        self._barrier(key=key, timeout_ms=timeout_ms)
+
     def _write_manifest(self) -> None:
         """Orbax calls this on the first process, in the background, when the files of all processes are written."""
-        write_manifest(self.folder / f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}")
+        known = {}
+        for text in self._barrier.collect(str(self._saving)):
+            known |= json.loads(text)
+        write_manifest(self._unfinished, known)
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}"
 
     def _find_corruption(self, step: int, items: tuple[str, ...] | None = None) -> str | None:
         return find_corruption(self.folder / str(step), items)
@@ -206,16 +221,26 @@ class Checkpoints:
     def _wait_until_visible(self, step: int) -> None:
         wait_until_visible(self.folder / str(step) / MANIFEST)
 
-    def _quarantine_corrupt(self) -> int | None:
-        steps = self.complete_steps()[::-1]
+    def _quarantine_corrupt(self) -> None:
+        """All processes divide the files of a checkpoint, to compare them with the manifest."""
+        steps: list[int] = json.loads(all_gather_text(json.dumps(self.complete_steps()))[0])[::-1]
         corrupt = {}
         for step in steps:
-            reason = self._find_corruption(step)
+            reason = self._find_corruption_together(step)
             if reason is None:
                 break
             corrupt[step] = reason
-        if not steps:
-            return None
+        if steps:
+            broadcast_decision(lambda: self._set_aside(steps, corrupt))
+
+    def _find_corruption_together(self, step: int) -> str | None:
+        if broadcast_decision(lambda: int((self.folder / str(step) / MANIFEST).exists())):
+            self._wait_until_visible(step)
+        share = jax.process_index(), jax.process_count()
+        reasons = all_gather_text(find_corruption(self.folder / str(step), share=share) or "")
+        return next(filter(None, reasons), None)
+
+    def _set_aside(self, steps: list[int], corrupt: dict[int, str]) -> None:
         if len(corrupt) == len(steps):
             raise self._none_usable(corrupt)
         newest = steps[len(corrupt)]
@@ -225,7 +250,6 @@ class Checkpoints:
         for step, reason in corrupt.items():
             name = self._quarantine(step).name
             _warn(f"checkpoint {self.folder / str(step)} is corrupt ({reason}), now {name}; using step {newest}")
-        return newest
 
     def _quarantine(self, step: int) -> Path:
         """Renames the folder of `step` to one that no later save or reader takes for a checkpoint."""
@@ -257,9 +281,9 @@ class Checkpoints:
     def _rank(self, step: int, best_metric: str) -> tuple[float, bool, float]:
         """Higher is better; a checkpoint whose metrics cannot be read, were not saved or are nan comes last."""
         try:
-            return _Rank(best_metric)(json.loads((self.folder / str(step) / "metrics" / "metrics").read_bytes()))
+            return Rank(best_metric)(json.loads((self.folder / str(step) / "metrics" / "metrics").read_bytes()))
         except (OSError, ValueError, KeyError, TypeError):
-            return _WORST
+            return WORST
 
     def _none_usable(self, corrupt: dict[int, str]) -> InputError:
         names = "; ".join(f"step {step}: {reason}" for step, reason in sorted(corrupt.items()))
@@ -303,25 +327,6 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} cannot be read ({first_line(e)}), though its files are as they "
                 "were written; use the model, the optim and the version that it was saved with"
             ) from e
-
-
-_WORST = (-1.0, False, 0.0)
-
-
-class _Rank:
-    """Orders metrics: a later stage of the curriculum, which is harder, before a better value; higher is better.
-
-    Within a stage, what was measured on held-out data goes before what was not. The mean of a window in which nothing
-    was learned is nan, and comes last.
-    """
-
-    def __init__(self, metric: str):
-        self._metric = metric
-
-    def __call__(self, metrics: dict[str, float]) -> Any:
-        held_out = metrics.get(VALIDATION + self._metric)
-        value = metrics[self._metric] if held_out is None else held_out
-        return _WORST if math.isnan(value) else (metrics["stage"], held_out is not None, goodness(self._metric, value))
 
 
 def _warn(message: str) -> None:

@@ -16,16 +16,30 @@ _CHUNK = 1 << 18
 _THREADS = 8
 
 
-def write_manifest(folder: Path) -> None:
-    """Records size and CRC-32 of every file in the subfolders of `folder`.
+Entries = dict[str, tuple[int, int]]
+"""Size and CRC-32 of files, by their path in the folder of a step."""
+
+
+def entries_of(folder: Path, pattern: str = "*/**/*", known: Entries | None = None) -> Entries:
+    """Entries of the files in `folder` that match, read for it unless they are `known`."""
+    known = known or {}
+    names = [p.relative_to(folder).as_posix() for p in folder.glob(pattern) if p.is_file()]
+    with ThreadPoolExecutor(_THREADS) as threads:  # zlib.crc32 releases the GIL
+        new = sorted(set(names) - known.keys())
+        return known | dict(zip(new, threads.map(lambda name: _entry(folder / name), new), strict=True))
+
+
+def _entry(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, _crc32(path)
+
+
+def write_manifest(folder: Path, known: Entries | None = None) -> None:
+    """Records size and CRC-32 of every file in the subfolders of `folder`; those that are `known` are not read.
 
     Files beside them are left out: Orbax still writes the time of completion there, and reads nothing that matters.
     """
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if p.is_file())
-    with ThreadPoolExecutor(_THREADS) as threads:  # zlib.crc32 releases the GIL
-        entries = threads.map(lambda name: ((folder / name).stat().st_size, _crc32(folder / name)), names)
-        text = json.dumps({"files": dict(zip(names, entries, strict=True))}, indent=0)
-    (folder / MANIFEST).write_text(text)
+    entries = dict(sorted(entries_of(folder, known=known).items()))
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=0))
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
@@ -34,12 +48,13 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(name): (int(size), int(crc)) for name, (size, crc) in recorded.items()}
 
 
-def find_corruption(folder: Path, items: tuple[str, ...] | None = None) -> str | None:
+def find_corruption(folder: Path, items: tuple[str, ...] | None = None, share: tuple[int, int] = (0, 1)) -> str | None:
     """Returns the first difference of the checkpoint in `folder` from its manifest, None if it is as it was saved.
 
     Args:
         folder: the folder of a step.
         items: subfolders whose files are read; None for all.
+        share: (i, n) to read only every n-th file from the i-th on, where n processes divide them.
     """
     try:
         files = read_manifest(folder)
@@ -47,6 +62,8 @@ def find_corruption(folder: Path, items: tuple[str, ...] | None = None) -> str |
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    index, count = share
+    files = dict(list(files.items())[index::count])
     if items is not None:
         files = {name: file for name, file in files.items() if name.split("/")[0] in items}
 

@@ -59,6 +59,20 @@ class FailFastBarrier:
             if time.monotonic() > end:
                 raise TimeoutError(f"some processes did not come to {key} within {timeout_ms / 1000:g} s")
 
+    def post(self, key: str, text: str) -> None:
+        """Leaves a text for the first process to `collect`, once the others have passed a barrier after it."""
+        if self._client is not None:
+            self._client.key_value_set(f"{self._prefix}/posts/{key}/{jax.process_index()}", text)
+
+    def collect(self, key: str) -> list[str]:
+        """The texts that processes posted, in their order; they are gone afterwards. Empty for the only process."""
+        if self._client is None:
+            return []
+        names = [f"{self._prefix}/posts/{key}/{process}" for process in range(jax.process_count())]
+        texts = [text for name in names if (text := self._get(name)) is not None]
+        self._client.key_value_delete(f"{self._prefix}/posts/{key}/")
+        return texts
+
     def fail(self, error: BaseException) -> None:
         """Ends the waits of all processes, now and later; the first of several failures counts."""
         if self._client is None or self.failure():
@@ -71,9 +85,10 @@ class FailFastBarrier:
 
     def failure(self) -> str | None:
         """The number and the error of the first process that failed; None if none has, or this is the only process."""
-        if self._client is None:
-            return None
+        return None if self._client is None else self._get(f"{self._prefix}/failure")
+
+    def _get(self, name: str) -> str | None:
         try:
-            return self._client.key_value_try_get(f"{self._prefix}/failure")
+            return self._client.key_value_try_get(name)
         except jax.errors.JaxRuntimeError:  # no such key
             return None

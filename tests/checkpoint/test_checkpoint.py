@@ -210,7 +210,7 @@ def test_a_checkpoint_of_a_window_in_which_nothing_was_learned_is_never_the_best
 
 
 def test_a_manifest_that_cannot_be_written_fails_the_save(tmp_path, monkeypatch):
-    def full(folder):
+    def full(folder, known):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save_with_metrics(tmp_path, {1: MEASURED[1]})

@@ -1,5 +1,6 @@
 """Two processes of one job save and restore together; what is said of a checkpoint is said once, for both."""
 
+import json
 import re
 import socket
 import subprocess
@@ -144,3 +145,45 @@ def test_both_resume_from_the_step_that_the_first_one_sees(tmp_path):
     codes, errors = train_together(run_dir, 6, ("", HIDDEN.format(seconds=3)))
     assert codes == [0, 0], errors
     assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"2", "4", "6"}
+
+
+SUMMED = """
+from mla_jax.checkpoint import manifest
+crc = manifest._crc32
+
+def summed(path):
+    with open(f"{run_dir}.summed.{index}", "a") as file:
+        file.write(f"{path}\\n")
+    return crc(path)
+
+manifest._crc32 = summed
+"""
+
+
+def taken(run_dir: Path) -> list[str]:
+    """The files that each process has read for their checksums since the last call, a line each."""
+    files = [Path(f"{run_dir}.summed.{process}") for process in range(2)]
+    texts = [file.read_text() for file in files]
+    for file in files:
+        file.unlink()
+    return texts
+
+
+@pytest.mark.integration
+def test_each_sums_what_it_wrote_and_both_verify(tmp_path):
+    run_dir, step = tmp_path / "run", tmp_path / "run" / "checkpoints" / "2"
+    codes, errors = train_together(run_dir, 2, (SUMMED, SUMMED))
+    assert codes == [0, 0], errors
+    first, second = taken(run_dir)
+    assert "ocdbt.process_0/" in first and "ocdbt.process_1/" not in first
+    assert "ocdbt.process_1/" in second and "ocdbt.process_0/" not in second
+    manifest = json.loads((step / "manifest.json").read_bytes())["files"]
+    folders = ("params", "optimizer", "position", "metrics")
+    on_disk = (p for name in folders for p in (step / name).rglob("*") if p.is_file())
+    assert set(manifest) == {p.relative_to(step).as_posix() for p in on_disk}
+
+    codes, errors = train_together(run_dir, 2, (SUMMED, SUMMED))
+    assert codes == [0, 0], errors
+    verified = [set(text.splitlines()) for text in taken(run_dir)]
+    assert not verified[0] & verified[1] and abs(len(verified[0]) - len(verified[1])) <= 1
+    assert len(verified[0] | verified[1]) == len(manifest)

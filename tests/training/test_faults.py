@@ -57,7 +57,7 @@ def killing(function, is_eight):
     return call
 
 if sys.argv[2] == "named":
-    at_eight = lambda folder: folder.name.startswith("8.")
+    at_eight = lambda folder, known: folder.name.startswith("8.")
     manager.write_manifest = killing(manager.write_manifest, at_eight)
 else:
     at_eight = lambda self, step, *rest: step == 8
