@@ -25,8 +25,12 @@ class CrossEntropy:
     chunk: int
     """Tokens of a sequence whose logits exist at one time."""
     accuracy_metric: ClassVar[str] = "answer_accuracy"
-    branch_tokens: ClassVar[int] = 0
     totals: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def branch_tokens(self) -> int:
+        """None: rows have no branches."""
+        return 0
 
     def sums(self, transformer: Transformer, rows: Arrays) -> dict[str, jax.Array]:
         """The fields of `LossSums`."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from mla_jax.config import TrainConfig
 from mla_jax.observability.metrics import Window
@@ -34,7 +35,7 @@ class LoopState:
     @classmethod
     def from_json(cls, saved: dict) -> "LoopState":
         """The state that `to_json` gave; what else is in `saved` is left out."""
-        fields = {f.name: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved}
+        fields: dict[str, Any] = {f.name: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved}
         return cls(**fields | {"window": Window.from_json(saved["window"])})
 
     def validated(self, value: float) -> None:
