@@ -36,7 +36,8 @@ class LoopState:
     def from_json(cls, saved: dict) -> "LoopState":
         """The state that `to_json` gave; what else is in `saved` is left out."""
         fields: dict[str, Any] = {f.name: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved}
-        return cls(**fields | {"window": Window.from_json(saved["window"])})
+        fields["window"] = Window.from_json(saved["window"])
+        return cls(**fields)
 
     def validated(self, value: float) -> None:
         """Counts a validation; of `value` higher is better."""
