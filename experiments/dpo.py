@@ -3,6 +3,7 @@
 from experiments.entry import run
 from mla_jax.config import DpoConfig
 from mla_jax.distributed.preemption import StopRequest
+from mla_jax.evals.mining import mine_pairs
 from mla_jax.losses.preference import PreferenceLoss
 from mla_jax.training.job import train_job
 from mla_jax.training.reference import ReferencePipelines
@@ -13,7 +14,7 @@ def main(config: DpoConfig) -> None:
     data = config.data
     loss = PreferenceLoss(config.loss, data.branch_tokens, data.pairs_per_row, data.packed, config.train.loss_chunk)
     stop = StopRequest()
-    train_job(config, loss, ReferencePipelines(config, loss, stop), stop)
+    train_job(config, loss, ReferencePipelines(config, loss, stop, mine_pairs), stop)
 
 
 if __name__ == "__main__":

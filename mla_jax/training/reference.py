@@ -25,6 +25,7 @@ from mla_jax.checkpoint.manifest import read_manifest
 from mla_jax.checkpoint.run_folder import load_params, newest_checkpoint
 from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, DpoConfig, PreferenceDataConfig, StageConfig
 from mla_jax.data.pipeline import Pipeline
+from mla_jax.data.preference.mined import mined_path
 from mla_jax.data.preference.pipeline import make_preference_pipeline
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.workers import Batch
@@ -38,6 +39,10 @@ from mla_jax.model.transformer import bind
 from mla_jax.observability.metrics import ProgressDisplay
 
 FOLDER = "reference"
+BeforeStage = Callable[[DpoConfig, Tokenizer, int, Callable[[], None]], None]
+"""Makes what the batches of a stage need, given config, tokenizer, number of the stage and what ends it early."""
+_DATA_KEYS = ("workers", "cache_dir")
+"""Keys of the data that its batches do not depend on."""
 _STAGE_KEYS = ("steps", "learning_rate", "accuracy")
 """Keys of a stage that its batches do not depend on."""
 
@@ -45,17 +50,20 @@ _STAGE_KEYS = ("steps", "learning_rate", "accuracy")
 class ReferencePipelines:
     """Makes the pipelines of a run: batches of pairs, with the log-probabilities of its reference."""
 
-    def __init__(self, config: DpoConfig, loss: PreferenceLoss, stop: StopRequest):
-        """`stop` is asked before each batch that the reference reads."""
-        self._config, self._loss, self._stop = config, loss, stop
+    def __init__(self, config: DpoConfig, loss: PreferenceLoss, stop: StopRequest, before_stage: BeforeStage):
+        """`stop` is asked before each batch that the reference reads; `before_stage` is called before the first."""
+        self._config, self._loss, self._stop, self._before_stage = config, loss, stop, before_stage
 
     def __call__(
         self, data: PreferenceDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
         rows_of: Callable[[int], np.ndarray], validation: bool = False,
     ) -> "ReferencePipeline":  # fmt: skip
         """See `make_preference_pipeline`; batches have `reference` besides, float32 [b, T]."""
-        batches = make_preference_pipeline(data, tokenizer, stages, stage, seed, rows_of, validation)
-        reference = Reference(self._config, self._loss, self._stop, data, tokenizer, stages[stage], stage, validation)
+        config = self._config
+        batches = make_preference_pipeline(data, tokenizer, stages, stage, seed, rows_of, validation, config.run_dir)
+        reference = Reference(
+            config, self._loss, self._stop, self._before_stage, data, tokenizer, stages[stage], stage, validation
+        )
         return ReferencePipeline(batches, reference, rows_of(stages[stage].batch_size))
 
 
@@ -95,6 +103,7 @@ class Reference:
     config: DpoConfig
     loss: PreferenceLoss
     stop: StopRequest
+    before_stage: BeforeStage
     data: PreferenceDataConfig
     tokenizer: Tokenizer
     stage: StageConfig
@@ -115,6 +124,8 @@ class Reference:
             InputError: the reference's run cannot be used, the file cannot be written, or a process cannot read it.
             Stopped: the run was told to stop; what was computed until then is kept.
         """
+        if not self.validation:
+            self.before_stage(self.config, self.tokenizer, self.number, self._check_stop)
         checkpoint = newest_checkpoint(self.run[1])
         path = Path(self.config.run_dir) / FOLDER / f"{self._key(checkpoint)}.bin"
         file = ReferenceFile(path, self.stage.batch_size, self.loss.branch_tokens)
@@ -155,8 +166,7 @@ class Reference:
 
         try:
             for index, rows in enumerate(itertools.islice(batches, wanted - done), done):
-                if self.stop.reached(f"batch {index} of the reference"):
-                    raise Stopped
+                self._check_stop(f"batch {index} of the reference")
                 batch = place_batch(rows, accumulation, self.loss.branch_tokens)
                 parts = [log_probs(params, {name: x[a] for name, x in batch.items()}) for a in range(accumulation)]
                 found = np.concatenate([fetch_branches(part) for part in parts])
@@ -172,16 +182,21 @@ class Reference:
             display.close()
         return done
 
+    def _check_stop(self, what: str = "what it prepares") -> None:
+        if self.stop.reached(what):
+            raise Stopped
+
     def _key(self, checkpoint: Path) -> str:
         files = on_all(lambda: read_manifest(checkpoint))
         stage = {key: value for key, value in dataclasses.asdict(self.stage).items() if key not in _STAGE_KEYS}
         model = dataclasses.asdict(self.config.model)
-        data = dataclasses.asdict(self.data)
+        data = {key: value for key, value in dataclasses.asdict(self.data).items() if key not in _DATA_KEYS}
+        texts = [value for value in data.values() if isinstance(value, str)]
         identity = {
             "weights": {name: file for name, file in files.items() if name.startswith("params/")},
             "model": {key: value for key, value in model.items() if key not in NUMERICALLY_NEUTRAL_KEYS},
-            "data": {key: value for key, value in data.items() if key != "workers"},
-            "files": [_content(Path(value)) for value in data.values() if isinstance(value, str)],
+            "data": data,
+            "files": [_content(path) for path in (*map(Path, texts), mined_path(self.config.run_dir, self.number))],
             "tokenizer": [self.tokenizer.fingerprint, self.tokenizer.chat_template],
             "stage": [self.number, stage, None if self.validation else self.config.seed],
         }

@@ -13,6 +13,7 @@ from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.config import DpoConfig, NeedlePairsConfig, OptimConfig, PreferenceLossConfig
 from mla_jax.distributed.preemption import StopRequest
 from mla_jax.errors import InputError, UsageError
+from mla_jax.evals.mining import mine_pairs
 from mla_jax.losses.preference import PreferenceLoss
 from mla_jax.training import loop
 from mla_jax.training.reference import ReferencePipelines
@@ -49,7 +50,7 @@ def prefer(config: DpoConfig, stop: StopRequest | None = None) -> loop.TrainResu
     """Trains as experiments.dpo does."""
     data, stop = config.data, stop or StopRequest()
     loss = PreferenceLoss(config.loss, data.branch_tokens, data.pairs_per_row, data.packed, config.train.loss_chunk)
-    return loop.train(config, loss, ReferencePipelines(config, loss, stop), stop)
+    return loop.train(config, loss, ReferencePipelines(config, loss, stop, mine_pairs), stop)
 
 
 def files(run_dir: Path) -> list[Path]:
