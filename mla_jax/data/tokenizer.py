@@ -15,27 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from mla_jax.data.byte_bpe import BOS, CHAT_TEMPLATE, EOS, PAD, byte_bpe, train_merges
 from mla_jax.data.needle import vocabulary
-from mla_jax.errors import InputError, UsageError
+from mla_jax.errors import InputError
 from mla_jax.files import atomic_file
-
-PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-SPECIAL_TOKENS = (PAD, BOS, EOS, *ROLES)
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('unknown role ' + message['role']) }}"
-    "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-"""Every turn ends with the eos token, so that generation stops where a turn does."""
 
 TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
@@ -243,7 +227,7 @@ def _read_config(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def byte_tokenizer() -> Tokenizer:
     """Byte b is token b; the special tokens follow. 262 ids."""
-    return _assemble(merges=[], source="bytes")
+    return _built_in(merges=[], source="bytes")
 
 
 @functools.lru_cache(maxsize=1)
@@ -258,38 +242,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, source: str) -> Tokenizer:
     Raises:
         UsageError: `vocab_size` does not hold the 256 bytes and the special tokens.
     """
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise UsageError(f"vocab_size must be at least {smallest} (256 bytes and special tokens), got {vocab_size}")
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = _pre_tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    merges = json.loads(backend.to_str())["model"]["merges"]
-    return _assemble([(left, right) for left, right in merges], source)
+    return _built_in(train_merges(texts, vocab_size), source)
 
 
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-def _assemble(merges: list[tuple[str, str]], source: str) -> Tokenizer:
-    """Bytes, special tokens, then one token a merge."""
-    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
-    vocab |= {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}
-    for left, right in merges:
-        vocab.setdefault(left + right, len(vocab))
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    backend.pre_tokenizer = _pre_tokenizer()
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
+def _built_in(merges: list[tuple[str, str]], source: str) -> Tokenizer:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -298,11 +254,4 @@ def _assemble(merges: list[tuple[str, str]], source: str) -> Tokenizer:
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    return Tokenizer(backend, config, source)
-
-
-def _byte_characters() -> list[str]:
-    """GPT-2's printable character for each byte, as the ByteLevel pre-tokenizer writes them."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    return Tokenizer(byte_bpe(merges), config, source)

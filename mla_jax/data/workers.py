@@ -26,6 +26,12 @@ from mla_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 """Arrays [b, T] by name, of the rows that this process makes; `make_pipeline` lists those of fine-tuning."""
 
+Rows = dict[int, np.ndarray]
+"""Rows that this process makes, ascending, by batch size."""
+
+ENDLESS = 2**48
+"""Batches in a source: more than any run takes."""
+
 BYTES_A_PROCESS = 8 * 2**20
 """Input that keeps a process busy for longer than it takes to start."""
 MOST_PROCESSES = 64
@@ -42,7 +48,7 @@ class BatchSource(Protocol):
 class Work(Protocol):
     """What processes do, such as a BatchSource: something made of what is asked for."""
 
-    def __getitem__(self, asked: Any) -> Any: ...
+    def __getitem__(self, asked: Any, /) -> Any: ...
 
 
 class WorkerProcesses:

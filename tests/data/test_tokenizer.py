@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from mla_jax.data.byte_bpe import EOS, SPECIAL_TOKENS
 from mla_jax.data.chat import render
 from mla_jax.data.needle import vocabulary
-from mla_jax.data.tokenizer import EOS, SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_bpe
+from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mla_jax.errors import InputError
 
 BUILT_IN = ["bytes", "needle-bpe"]

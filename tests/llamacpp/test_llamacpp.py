@@ -17,7 +17,8 @@ from mla_jax.bridge.gguf.export import export_gguf
 from mla_jax.bridge.gguf.tokenizer import _NAMES
 from mla_jax.bridge.hf.export import export
 from mla_jax.config import YarnConfig
-from mla_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from mla_jax.data.byte_bpe import SPECIAL_TOKENS
+from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.model.transformer import abstract_params
 from tiny import MODEL
 

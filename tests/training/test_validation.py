@@ -11,7 +11,8 @@ from mla_jax.checkpoint.manager import Checkpoints
 from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.config import JsonlDataConfig, NeedleDataConfig, OptimConfig, StageConfig, TrackerConfig, TrainConfig
 from mla_jax.config.data import ValidationConfig
-from mla_jax.data.pipeline import held_out, make_pipeline
+from mla_jax.data.jsonl_batches import held_out
+from mla_jax.data.pipeline import make_pipeline
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
 from mla_jax.losses.cross_entropy import CrossEntropy

@@ -7,14 +7,15 @@ from typing import Protocol
 import numpy as np
 
 from mla_jax.config import MinedPairsConfig, NeedlePairsConfig, PreferenceDataConfig, PreferenceJsonlConfig, StageConfig
+from mla_jax.data.jsonl_batches import require_zero, shuffled
 from mla_jax.data.needle.generator import Purpose, make_rng
-from mla_jax.data.pipeline import ENDLESS, Pipeline, position_skips, require_zero, shuffled
+from mla_jax.data.pipeline import Pipeline, position_skips
 from mla_jax.data.preference.jsonl import JsonlPairs
 from mla_jax.data.preference.layout import Prompt, lay_out, prompt_tokens
 from mla_jax.data.preference.mined import MinedPairs, mined_path
 from mla_jax.data.preference.needle_pairs import NeedlePairs
 from mla_jax.data.tokenizer import Tokenizer
-from mla_jax.data.workers import Batch
+from mla_jax.data.workers import ENDLESS, Batch
 from mla_jax.errors import UsageError
 
 
