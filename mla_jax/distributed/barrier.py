@@ -85,9 +85,11 @@ class FailFastBarrier:
 
     def failure(self) -> str | None:
         """The number and the error of the first process that failed; None if none has, or this is the only process."""
-        return None if self._client is None else self._get(f"{self._prefix}/failure")
+        return self._get(f"{self._prefix}/failure")
 
     def _get(self, name: str) -> str | None:
+        if self._client is None:
+            return None
         try:
             return self._client.key_value_try_get(name)
         except jax.errors.JaxRuntimeError:  # no such key
