@@ -64,6 +64,17 @@ def has_mesh() -> bool:
     return not mesh.empty and AxisType.Manual not in mesh.axis_types
 
 
+def replica_axis() -> int | None:
+    """Index of the mesh axis along which weights are replicated, where each process has devices of one replica only.
+
+    None for one process, for one replica, and where a process has devices of several.
+    """
+    mesh = jax.sharding.get_mesh() if has_mesh() else None
+    if mesh is None or jax.process_count() == 1 or mesh.shape["data"] == 1:
+        return None
+    return AXES.index("data") if mesh.size // mesh.shape["data"] % jax.local_device_count() == 0 else None
+
+
 def size() -> int:
     """Number of devices of the mesh; 1 without one. A sharded axis is a multiple of this."""
     return jax.sharding.get_abstract_mesh().size if has_mesh() else 1

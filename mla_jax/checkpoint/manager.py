@@ -9,10 +9,8 @@ RUN/checkpoints/STEP.corrupt/        quarantined: found corrupt when training wa
 """
 
 import contextlib
-import itertools
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mla_jax.checkpoint.manifest import MANIFEST, entries_of, find_corruption, write_manifest
-from mla_jax.checkpoint.ranking import WORST, Rank
+from mla_jax.checkpoint.intact import choose_intact, complete_steps, folder_errors, quarantine_corrupt
+from mla_jax.checkpoint.manifest import entries_of, write_manifest
+from mla_jax.checkpoint.ranking import Rank
+from mla_jax.checkpoint.restoring import restore_arrays, restore_json
 from mla_jax.checkpoint.streaming import open_params, params_save
 from mla_jax.config import ModelConfig, TrainConfig
 from mla_jax.distributed.barrier import FailFastBarrier
-from mla_jax.distributed.decisions import all_gather_text, broadcast_decision, wait_until_visible
+from mla_jax.distributed.decisions import broadcast_decision, wait_until_visible
 from mla_jax.errors import InputError, first_line
 from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.transformer import abstract_params
@@ -60,7 +60,7 @@ class Checkpoints:
         broadcast_decision(self._make_folder)
         wait_until_visible(self.folder)
         if train is not None:
-            self._quarantine_corrupt()
+            quarantine_corrupt(self.folder)
             rank = Rank(train.best_metric)
             policy = ocp.checkpoint_managers.AnyPreservationPolicy(
                 [
@@ -143,32 +143,26 @@ class Checkpoints:
         Raises:
             InputError: there is no such checkpoint, or none that can be used.
         """
-        step = broadcast_decision(lambda: self._choose(which, best_metric))
-        assert step is not None
-        self._wait_until_visible(step)
-        return step
+        return choose_intact(self.folder, which, best_metric)
 
     def restore_state(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
         """State and loop state of `step`, placed as `abstract` says. Raises InputError if they cannot be read."""
-        optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
-        items: dict[str, Any] = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            "optimizer": ocp.args.StandardRestore(optimizer),
-            "position": ocp.args.JsonRestore(),
-        }
-        restored = self._restore(step, items)
-        optimizer = restored["optimizer"]
-        return TrainState(optimizer["step"], restored["params"], optimizer["opt_state"]), restored["position"]
+        folder, optimizer = self.folder / str(step), {"step": abstract.step, "opt_state": abstract.opt_state}
+        with self._read_errors(step):
+            params = restore_arrays(folder / "params", abstract.params)
+            optimizer = restore_arrays(folder / "optimizer", optimizer)
+            return TrainState(optimizer["step"], params, optimizer["opt_state"]), restore_json(folder / "position")
 
     def restore_loop_state(self, step: int) -> dict:
         """The loop state of `step` alone. Raises InputError if it cannot be read."""
-        return self._restore(step, {"position": ocp.args.JsonRestore()})["position"]
+        with self._read_errors(step):
+            return restore_json(self.folder / str(step) / "position")
 
     def restore_params(self, step: int, model: ModelConfig) -> dict:
         """The parameters of `step` alone, on the current mesh or the first device. Raises InputError as above."""
-        return self._restore(
-            step, {"params": ocp.args.StandardRestore(with_concrete_shardings(abstract_params(model)))}
-        )["params"]
+        abstract = with_concrete_shardings(abstract_params(model))
+        with self._read_errors(step):
+            return restore_arrays(self.folder / str(step) / "params", abstract)
 
     def open_params(self, step: int, model: ModelConfig) -> dict:
         """The parameters of `step` as arrays that stay on disk, of TensorStore. Raises InputError as above."""
@@ -179,12 +173,6 @@ class Checkpoints:
         """Waits for saves and releases Orbax's threads."""
         with contextlib.suppress(Exception):  # a failed save was reported by `save` or `wait`
             self._manager.close()
-
-    def complete_steps(self) -> list[int]:
-        """Steps of the complete checkpoints on disk, ascending."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
 
     def _synchronize(self, *, key: str, timeout_ms: int) -> None:
         """The barrier of Orbax's threads; each process posts the checksums of what it wrote where all have written."""
@@ -204,93 +192,9 @@ class Checkpoints:
     def _unfinished(self) -> Path:
         return self.folder / f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}"
 
-    def _find_corruption(self, step: int, items: tuple[str, ...] | None = None) -> str | None:
-        return find_corruption(self.folder / str(step), items)
-
     def _make_folder(self) -> None:
-        with self._folder_errors():
+        with folder_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-
-    @contextlib.contextmanager
-    def _folder_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            raise InputError(f"{self.folder} cannot be written to ({e.strerror or e})") from e
-
-    def _wait_until_visible(self, step: int) -> None:
-        wait_until_visible(self.folder / str(step) / MANIFEST)
-
-    def _quarantine_corrupt(self) -> None:
-        """All processes divide the files of a checkpoint, to compare them with the manifest."""
-        steps: list[int] = json.loads(all_gather_text(json.dumps(self.complete_steps()))[0])[::-1]
-        corrupt = {}
-        for step in steps:
-            reason = self._find_corruption_together(step)
-            if reason is None:
-                break
-            corrupt[step] = reason
-        if steps:
-            broadcast_decision(lambda: self._set_aside(steps, corrupt))
-
-    def _find_corruption_together(self, step: int) -> str | None:
-        if broadcast_decision(lambda: int((self.folder / str(step) / MANIFEST).exists())):
-            self._wait_until_visible(step)
-        share = jax.process_index(), jax.process_count()
-        reasons = all_gather_text(find_corruption(self.folder / str(step), share=share) or "")
-        return next(filter(None, reasons), None)
-
-    def _set_aside(self, steps: list[int], corrupt: dict[int, str]) -> None:
-        if len(corrupt) == len(steps):
-            raise self._none_usable(corrupt)
-        newest = steps[len(corrupt)]
-        for step in steps[len(corrupt) + 1 :]:  # only what Orbax reads of them at its start
-            if reason := self._find_corruption(step, ("metrics",)):
-                corrupt[step] = reason
-        for step, reason in corrupt.items():
-            name = self._quarantine(step).name
-            _warn(f"checkpoint {self.folder / str(step)} is corrupt ({reason}), now {name}; using step {newest}")
-
-    def _quarantine(self, step: int) -> Path:
-        """Renames the folder of `step` to one that no later save or reader takes for a checkpoint."""
-        names = (f"{step}.corrupt" + (f".{i}" if i else "") for i in itertools.count())
-        free = next(self.folder / name for name in names if not (self.folder / name).exists())
-        with self._folder_errors():
-            return (self.folder / str(step)).rename(free)
-
-    def _choose(self, which: str, best_metric: str) -> int:
-        steps = self.complete_steps()
-        if not steps:
-            raise InputError(f"{self.folder} has no complete checkpoint yet")
-        if which == "best":
-            steps.sort(key=lambda step: self._rank(step, best_metric))
-        elif which != "latest":
-            if which not in map(str, steps):
-                raise InputError(f"{self.folder} has no checkpoint {which}, but {', '.join(map(str, steps))}")
-            steps = [int(which)]
-        corrupt = {}
-        for step in steps[::-1]:
-            reason = self._find_corruption(step, ("params", "position", "metrics"))
-            if reason is None:
-                for bad, why in corrupt.items():
-                    _warn(f"checkpoint {self.folder / str(bad)} is corrupt ({why}); using step {step}")
-                return step
-            corrupt[step] = reason
-        raise self._none_usable(corrupt)
-
-    def _rank(self, step: int, best_metric: str) -> tuple[float, bool, float]:
-        """Higher is better; a checkpoint whose metrics cannot be read, were not saved or are nan comes last."""
-        try:
-            return Rank(best_metric)(json.loads((self.folder / str(step) / "metrics" / "metrics").read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError):
-            return WORST
-
-    def _none_usable(self, corrupt: dict[int, str]) -> InputError:
-        names = "; ".join(f"step {step}: {reason}" for step, reason in sorted(corrupt.items()))
-        return InputError(
-            f"corrupt checkpoints in {self.folder} and none to use instead ({names}); put a copy of one back, "
-            "ask for another step, or train anew with another name="
-        )
 
     def _check_space(self, state: Any) -> None:
         """Raises InputError if the disk is too small, before anything is written to it."""
@@ -300,7 +204,7 @@ class Checkpoints:
             raise self._save_error(f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
 
     def _save_error(self, reason: str) -> InputError:
-        complete = self.complete_steps()
+        complete = complete_steps(self.folder)
         kept = f"the last complete checkpoint is step {complete[-1]}" if complete else "none was complete before"
         return InputError(
             f"could not save a checkpoint in {self.folder} ({reason}); {kept}; make room if that disk is full and run "
@@ -314,10 +218,6 @@ class Checkpoints:
         except Exception as e:
             raise self._save_error(first_line(e)) from e
 
-    def _restore(self, step: int, items: dict[str, Any]) -> Any:
-        with self._read_errors(step):
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-
     @contextlib.contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:
         try:
@@ -327,7 +227,3 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} cannot be read ({first_line(e)}), though its files are as they "
                 "were written; use the model, the optim and the version that it was saved with"
             ) from e
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)

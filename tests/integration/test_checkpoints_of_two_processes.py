@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+from mla_jax.checkpoint.run_folder import load_run
 
 ROOT = Path(__file__).parent.parent.parent
 PROCESS = """
@@ -187,3 +191,44 @@ def test_each_sums_what_it_wrote_and_both_verify(tmp_path):
     verified = [set(text.splitlines()) for text in taken(run_dir)]
     assert not verified[0] & verified[1] and abs(len(verified[0]) - len(verified[1])) <= 1
     assert len(verified[0] | verified[1]) == len(manifest)
+
+
+REPLICATED = """
+import functools, tiny
+from mla_jax.checkpoint.manager import Checkpoints
+jax.config.update("jax_enable_compilation_cache", False)  # which reads files too
+tiny.MeshConfig = functools.partial(tiny.MeshConfig, data=2, fsdp=-1)
+restore = Checkpoints.restore_state
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+def counted(self, *args):
+    before = bytes_read()
+    result = restore(self, *args)
+    Path(f"{run_dir}.restored.{index}").write_text(str(bytes_read() - before))
+    return result
+
+Checkpoints.restore_state = counted
+"""
+UNREADABLE = """
+from orbax.checkpoint import type_handlers
+async def unreadable(*_):
+    raise OSError("Input/output error")
+type_handlers.ArrayHandler.deserialize = unreadable
+"""
+
+
+@pytest.mark.integration
+def test_one_replica_reads_for_both_and_the_run_goes_on_as_if_it_had_not_ended(tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for run_dir, steps in ((once, 6), (twice, 4)):
+        codes, errors = train_together(run_dir, steps, (REPLICATED, REPLICATED))
+        assert codes == [0, 0], errors
+    codes, errors = train_together(twice, 6, (REPLICATED + UNREADABLE, REPLICATED))
+    assert codes == [1, 1] and all("Input/output error" in printed for printed in errors), errors
+    codes, errors = train_together(twice, 6, (REPLICATED, REPLICATED))
+    assert codes == [0, 0], errors
+    restored = [int(Path(f"{twice}.restored.{process}").read_text()) for process in range(2)]
+    assert restored[0] > 10 * restored[1]  # the second reads what says which arrays there are
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(load_run(run).params) for run in (once, twice)))
