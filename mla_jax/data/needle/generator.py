@@ -1,4 +1,4 @@
-r"""Synthetic retrieval data of an exact length: facts hidden in a haystack, then questions about most of them.
+r"""Synthetic retrieval data of an exact length: facts hidden in a haystack, then questions about all of them.
 
     passkey     <bos>introduction \n filler \n needle \n filler \n question answer.<eos>
     all others  <bos>filler with needles between its sentences \n question answer. \n question answer. ...<eos>
@@ -51,7 +51,10 @@ class Example(NamedTuple):
     learned: np.ndarray
     """Bool, true for each token of an answer, its full stop and <eos>."""
     answers: np.ndarray
-    """Bool, true for the learned tokens that write an answer itself: no white space, comma, full stop or <eos>."""
+    """Bool, true for the learned tokens that write the first answer itself: no white space, comma, full stop or <eos>.
+
+    The first alone shows retrieval: what is left over when all other needles were asked about is the last answer.
+    """
 
 
 class NeedleGenerator:
@@ -124,14 +127,15 @@ class NeedleGenerator:
         return Example(tokens, learned, np.concatenate([before, dialogue.answers, [False]]))
 
     def _dialogue(self, units: list[tasks.Unit]) -> Example:
-        """The questions and answers of the units that are asked about."""
-        parts = [part for unit in units if unit.question for part in (unit.question, unit.answer)]
+        """The questions and answers about units, in this order."""
+        parts = [part for unit in units for part in (unit.question, unit.answer)]
         pieces = self._lexicon.with_lines([piece for part in parts for piece in part])
         # A line break that is one token with the full stop before it is no longer in the question.
         joined = np.isin(pieces, self._lexicon.pieces(v.STOP + v.NEWLINE)).any()
         sizes = [len(part) - (joined and 0 < i and i % 2 == 0) for i, part in enumerate(parts)]
         learned = np.repeat([False, True] * (len(parts) // 2), sizes)
-        answers = learned & ~np.isin(pieces, self._lexicon.pieces(v.COMMA, v.STOP, v.STOP + v.NEWLINE))
+        first = np.arange(len(pieces)) < sum(sizes[:2])
+        answers = first & learned & ~np.isin(pieces, self._lexicon.pieces(v.COMMA, v.STOP, v.STOP + v.NEWLINE))
         tokens, lengths = self._lexicon.ids(pieces), self._lexicon.lengths[pieces]
         return Example(
             tokens, np.repeat(learned, lengths), np.repeat(answers, lengths) & ~self._tokenizer.blank[tokens]

@@ -1,7 +1,5 @@
 """The retrieval tasks, written in pieces of the lexicon: what is hidden, what is asked, what the answer is.
 
-Where answers are found by key or value among others of their kind, one question's needles are never asked about.
-
 passkey            The pass key is 123. Remember it. 123 is the pass key.     (landmark-attention, arXiv 2305.16300)
 single, multi_key  One of the special magic numbers for red fox is: 12345.    (RULER, arXiv 2404.06654, as the rest)
 multi_value        several such numbers of one key, asked together, answered in the order of the text
@@ -10,7 +8,6 @@ variable_tracking  VAR fox = 12345. VAR owl = VAR fox.     which variables have 
 absent_key         a key that is not there, next to one that differs by a word: `not found`
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +35,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Unit:
-    """Needles, each a sentence, and the one question about them, empty if none is asked; all in pieces."""
+    """Needles, each a sentence, and the one question about them; all in pieces."""
 
     needles: list[list[int]]
     question: list[int]
@@ -216,26 +213,20 @@ def draw_units(
 ) -> list[Unit]:
     """Units of a task, log-uniformly 1 to `most` needles, as many of them as fit into `room` tokens.
 
-    At least one with its question if `room` holds `make_unit` of the longest names at the task's smallest size; then,
-    unless `most` is 1, one that is not asked about if the task has such units and there is room.
+    At least one if `room` holds `make_unit` of the longest names at the task's smallest size.
     """
     smallest, largest = SIZES[task]
     wanted = 1 if task in ("passkey", "single") else int(math.exp(rng.uniform(0, math.log(most + 1))))
     near = task == "multi_key" and rng.random() < near_fraction
-    all_asked = task in ("passkey", "single", "absent_key")  # needles of absent_key are there for other questions
     units: list[Unit] = []
-    while wanted > 0 or (len(units) == 1 < most and not all_asked):
+    while wanted > 0:
         # A question whose key is there may follow one whose key is absent, so that it takes reading to tell them apart.
         kind = "multi_key" if task == "absent_key" and units and rng.random() < 0.5 else task
         size = int(rng.integers(smallest, largest + 1))
-        # If all were asked about, what earlier answers leave over would be the last answer. Many answers a sequence are
-        # what teaches retrieval, so no more than one is left out.
-        asked = all_asked or len(units) != 1
-        dropped = {} if asked else {"question": [], "answer": []}
         try:
-            unit = dataclasses.replace(make_unit(kind, size, names, lexicon, near), **dropped)
+            unit = make_unit(kind, size, names, lexicon, near)
             if unit.count(lexicon) > room and size > smallest:
-                unit = dataclasses.replace(make_unit(kind, smallest, names, lexicon, near), **dropped)
+                unit = make_unit(kind, smallest, names, lexicon, near)
         except NamesUsedUp:
             break
         room -= unit.count(lexicon)
