@@ -131,8 +131,8 @@ class NeedleGenerator:
         parts = [part for unit in units for part in (unit.question, unit.answer)]
         pieces = self._lexicon.with_lines([piece for part in parts for piece in part])
         # A line break that is one token with the full stop before it is no longer in the question.
-        joined = np.isin(pieces, self._lexicon.pieces(v.STOP + v.NEWLINE)).any()
-        sizes = [len(part) - (joined and 0 < i and i % 2 == 0) for i, part in enumerate(parts)]
+        joined = bool(np.isin(pieces, self._lexicon.pieces(v.STOP + v.NEWLINE)).any())
+        sizes = [len(part) - int(joined and 0 < i and i % 2 == 0) for i, part in enumerate(parts)]
         learned = np.repeat([False, True] * (len(parts) // 2), sizes)
         first = np.arange(len(pieces)) < sum(sizes[:2])
         answers = first & learned & ~np.isin(pieces, self._lexicon.pieces(v.COMMA, v.STOP, v.STOP + v.NEWLINE))
