@@ -191,7 +191,10 @@ def test_as_many_questions_as_wanted_and_fit(folder):
 @pytest.mark.parametrize("length", [96, 128, 256])
 def test_what_is_counted_cannot_be_answered_by_elimination(folder, length):
     """A guesser that knows the numbers of the text and, of each answer before, that it is used up."""
-    generator, tokenizer = _generator(folder, tasks=["multi_key"], haystacks=["noise", "words"]), TOKENIZERS["needle-bpe"]
+    generator, tokenizer = (
+        _generator(folder, tasks=["multi_key"], haystacks=["noise", "words"]),
+        TOKENIZERS["needle-bpe"],
+    )
     every, counted, chance = [], [], []
     for i in range(300):
         tokens, _, answers = generator.example(make_rng(0, Purpose.EXAMPLE, i), length)
