@@ -14,7 +14,7 @@ from mla_jax.errors import one_line_errors
 
 def main() -> None:
     """Prints seconds, processor seconds (of encoding processes too), MB/s of the files and peak memory."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.data", description=__doc__)
     parser.add_argument("path", help="a JSONL or Parquet file, or a folder of them; with --text a folder of texts")
     parser.add_argument("--text", action="store_true", help="haystacks of the texts in this folder")
     parser.add_argument("--tokenizer", default="needle-bpe")
