@@ -11,6 +11,8 @@ from pathlib import Path
 
 import jax
 
+from mla_jax.files import user_cache_folder
+
 KEEP_DAYS = 30
 """Programs that were not read for so long are deleted."""
 
@@ -30,7 +32,7 @@ def keep_compiled(folder: str | None = "auto") -> None:
     if folder is None:
         jax.config.update("jax_compilation_cache_dir", None)
         return
-    path = _default_folder() if folder == "auto" else Path(folder).expanduser().absolute()
+    path = user_cache_folder() / "compiled" if folder == "auto" else Path(folder).expanduser().absolute()
     if jax.default_backend() == "cpu":
         path /= f"cpu-{_cpu_kind():08x}"
     try:
@@ -46,11 +48,6 @@ def keep_compiled(folder: str | None = "auto") -> None:
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
-
-
-def _default_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "infinitecontext" / "compiled"
 
 
 def _cpu_kind() -> int:

@@ -22,14 +22,19 @@ LLAMA3 = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
-QWEN3 = """{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(last_query=-1) %}
+_LAST_QUERY = """{%- set ns = namespace(last_query=-1) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}
 {%- endfor %}
-{%- for message in messages %}
+"""
+
+QWEN3 = (
+    """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+"""
+    + _LAST_QUERY
+    + """{%- for message in messages %}
     {%- if message.role == 'assistant' %}
         {%- set content = message.content %}
         {%- set thought = '' %}
@@ -49,6 +54,7 @@ QWEN3 = """{%- if messages[0].role == 'system' %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
+)
 
 GEMMA = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
@@ -91,16 +97,15 @@ MARKED = """{% for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-HERMES = """{%- if tools %}
+HERMES = (
+    """{%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n' }}
     {%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}
     {{- '<|im_end|>\\n' }}
 {%- endif %}
-{%- set ns = namespace(last_query=-1) %}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}
-{%- endfor %}
-{%- for message in messages %}
+"""
+    + _LAST_QUERY
+    + """{%- for message in messages %}
     {%- if message.role == 'assistant' %}
         {{- '<|im_start|>assistant\\n' }}
         {%- if message.reasoning_content and loop.index0 > ns.last_query %}
@@ -120,6 +125,7 @@ HERMES = """{%- if tools %}
     {{- '<|im_start|>assistant\\n' }}
     {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}"""
+)
 
 GRANITE = """{%- for document in documents or [] %}
     {{- '<|start_of_role|>document<|end_of_role|>' + document.title + ': ' + document.text + eos_token + '\\n' }}

@@ -24,6 +24,7 @@ from mla_jax.config import (
 from mla_jax.data import pipeline
 from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.model.cache import LatentCache, init_layer
+from mla_jax.model.transformer import abstract_params
 from mla_jax.training import loop
 
 MODEL = ModelConfig(
@@ -45,6 +46,17 @@ DATA = NeedleDataConfig(
     tasks={"passkey": 1.0, "single": 1.0, "multi_key": 1.0},
     haystacks={"noise": 1.0, "words": 1.0},
 )
+
+
+def random_params(config: ModelConfig) -> dict:
+    """Random parameters; norm weights differ from 1, so that one left out shows."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        mean, spread = (1.0, 0.2) if "norm" in path[-1].key else (0.0, config.initializer_range)
+        return jnp.asarray(rng.normal(mean, spread, leaf.shape), leaf.dtype)
+
+    return jax.tree.map_with_path(draw, abstract_params(config))
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> LatentCache:

@@ -68,7 +68,7 @@ def resolve(op: str, implementation: str, shape: AttentionShape | DecodeShape) -
 
 
 def choices(op: str) -> dict[str, dict[str, str]]:
-    """What `auto` chose for `op` so far in this process: of each implementation, why the faster ones could not run."""
+    """The choices of `auto` for `op` in this process: by implementation, why the faster ones could not run."""
     return {name: dict(refused) for name, refused in _choices[op].items()}
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint in RUN/checkpoints is read: one that is as it was saved; corrupt ones are passed over or renamed."""
+"""The choice of the checkpoint that is read: one that is as it was saved; corrupt ones are passed over or renamed."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Which of two checkpoints is better."""
+"""The order of checkpoints, by which the best ones are kept and read."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ class Rank:
         self._metric = metric
 
     def __call__(self, metrics: dict[str, float]) -> Any:
-        """What a checkpoint with these metrics is compared by."""
+        """The key that orders a checkpoint with these metrics."""
         held_out = metrics.get(VALIDATION + self._metric)
         value = metrics[self._metric] if held_out is None else held_out
         return WORST if math.isnan(value) else (metrics["stage"], held_out is not None, goodness(self._metric, value))

@@ -80,7 +80,7 @@ class NeedleDataConfig(NeedleMixtureConfig):
 
 @schema
 class ValidationConfig:
-    """What is held out of training, for `train.validate_every`; one of both keys at most."""
+    """Data held out of training, for `train.validate_every`; one of both keys at most."""
 
     path: Optional[str] = None
     """A file as `data.path` is, all of it."""

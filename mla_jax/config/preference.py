@@ -14,10 +14,10 @@ REJECTED = ("near_key", "digit_edit", "random_value", "false_refusal", "wrong_or
 
 @schema
 class PreferenceDataConfig(DataConfig):
-    """What all data sets of pairs have: the shape of a row, see `mla_jax.data.preference.layout`."""
+    """Keys that all data sets of pairs have: the shape of a row, see `mla_jax.data.preference.layout`."""
 
     packed: ClassVar[bool] = False
-    """Whether a row may hold more than one prompt."""
+    """True if a row may hold more than one prompt."""
 
     kind: str = MISSING
     branch_tokens: int = 128

@@ -34,7 +34,7 @@ class Documents:
 
     @property
     def bounds(self) -> np.ndarray:
-        """Where documents begin, and the end of the last."""
+        """The beginnings of all documents, and the end of the last."""
         return self._entry["bounds"]
 
     @property
@@ -90,7 +90,7 @@ def load_documents(
 
 
 def _named(bad: tuple[int, str], files: list[Path], beside: str | None = None) -> str:
-    """What is wrong with a line, and the file's name unless that is `beside` it."""
+    """The fault of a line, after the file's name unless that is `beside` it."""
     file, problem = bad
     return problem if str(files[file]) == beside else f"{files[file]}, {problem}"
 

@@ -21,13 +21,21 @@ from mla_jax.errors import InputError, UsageError
 
 
 @runtime_checkable
-class DataSetBatches(BatchSource, Protocol):
-    """Batches of the rows of a data set: number i holds `batch_size` of them, from first_row + i * batch_size on."""
+class OrderedBatches(BatchSource, Protocol):
+    """Batches of the rows of a data set, which come in an order."""
+
+    @property
+    def order(self) -> dict[str, int]:
+        """The numbers that decide which row is at which place, by the names that messages give them."""
+        ...
+
+
+@runtime_checkable
+class DataSetBatches(OrderedBatches, Protocol):
+    """Ordered batches of any size: number i holds `batch_size` rows, from first_row + i * batch_size on."""
 
     batch_size: int
     first_row: int
-    order: dict[str, int]
-    """What settles which row is at which place, by the names that messages give it."""
 
 
 class Pipeline:
@@ -72,7 +80,7 @@ class Pipeline:
         source = self._source
         if isinstance(source, DataSetBatches):
             return {"next_row": source.first_row + self._next * source.batch_size, "order": source.order}
-        return {"next_batch": self._next, "order": {}}
+        return {"next_batch": self._next, "order": source.order if isinstance(source, OrderedBatches) else {}}
 
     def set_state(self, state: dict[str, Any], restart: bool = False) -> None:
         """Goes to a position that `get_state` gave, under any number of workers and any batch size.
@@ -85,25 +93,25 @@ class Pipeline:
             InputError: rows come in another order now, which would leave out some and repeat others.
         """
         self.close()
-        source = self._source
-        if not isinstance(source, DataSetBatches):
-            self._next = state.get("next_batch", 0)
-            return
-        if "order" not in state:
-            self._next = state["next_batch"]
-            return
-        before, row = state["order"], state.get("next_row", 0)
-        changed = [f"{key} was {before.get(key)} and is {now}" for key, now in source.order.items()
-                   if now != before.get(key)]  # fmt: skip
-        if row and changed:
+        source, before = self._source, state.get("order")
+        order = source.order if isinstance(source, OrderedBatches) else {}
+        by_row = source if isinstance(source, DataSetBatches) and before is not None else None
+        unit = "row" if by_row is not None else "batch"
+        position = state.get(f"next_{unit}", 0)
+        changed = [f"{key} was {before.get(key)} and is {now}" for key, now in order.items()
+                   if now != before.get(key)] if before is not None else []  # fmt: skip
+        if position and changed:
             if not restart:
                 raise InputError(
-                    f"the rows of the data come in another order than the {row} that were trained on "
+                    f"the data come in another order than up to {unit} {position}, which was trained on "
                     f"({'; '.join(changed)}); put that back, or begin this stage's data anew with "
                     "train.on_data_change=restart"
                 )
-            row = 0
-        self._next, source.first_row = divmod(row, source.batch_size)
+            position = 0
+        if by_row is not None:
+            self._next, by_row.first_row = divmod(position, by_row.batch_size)
+        else:
+            self._next = position
 
     def close(self) -> None:
         """Ends threads and worker processes; the iterator starts them again if it is used again."""

@@ -97,7 +97,7 @@ def is_text(x: Any) -> TypeGuard[str]:
 
 
 def template_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """What a record, of which only that is left, gives to the template beside its messages.
+    """The fields that a record, of which only they are left, gives to the template beside its messages.
 
     Raises:
         InputError: a field is not what templates take.

@@ -46,7 +46,7 @@ class BatchSource(Protocol):
 
 
 class Work(Protocol):
-    """What processes do, such as a BatchSource: something made of what is asked for."""
+    """The work of processes, a BatchSource for instance: something made of what is asked for."""
 
     def __getitem__(self, asked: Any, /) -> Any: ...
 

@@ -50,7 +50,7 @@ def are_paired(before: Results, after: Results) -> bool:
 
 
 def _asked(results: Results) -> tuple:
-    """What the prompts depend on, and the cells."""
+    """The settings that the prompts depend on, and the cells."""
     answering = ("batch_size", "cache_dtype", "max_new_tokens")
     config = {key: value for key, value in results.config.items() if key not in answering}
     return config, [(cell.params, cell.n) for cell in results.cells]

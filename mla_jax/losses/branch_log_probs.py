@@ -14,7 +14,7 @@ from mla_jax.model.transformer import Transformer
 
 
 class TokenStatistics(NamedTuple):
-    """What the model says of each target of the branch region, [B, R], in the order of `branch_region`."""
+    """The log-probability of each target of the branch region and the like, [B, R], in the order of `branch_region`."""
 
     log_probs_BR: jax.Array
     """float32, nats; the only one that has gradients."""

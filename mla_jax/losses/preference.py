@@ -32,7 +32,7 @@ class PreferenceLoss:
     pairs_per_row: int
     """Most pairs N in a row."""
     packed: bool
-    """Whether rows hold several prompts."""
+    """True if rows hold several prompts."""
     chunk: int
     """Tokens of a row whose logits exist at one time."""
     accuracy_metric: ClassVar[str] = "rewards/accuracies"
@@ -179,5 +179,6 @@ def pair_losses(config: PreferenceLossConfig, log_ratios: jax.Array, tokens: jax
             return (1 - flipped) * jax.nn.softplus(-beta * delta) + flipped * jax.nn.softplus(beta * delta)
         case "sigmoid_norm":
             return jax.nn.softplus(-beta * mean_delta)
-        case _:
+        case "dpop":
             return jax.nn.softplus(-beta * (delta - config.dpop_lambda * jax.nn.relu(-log_ratios[..., 0])))
+    raise ValueError(config.name)

@@ -23,7 +23,7 @@ OutLse = tuple[jax.Array, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Branches:
-    """Which token belongs to what, in a batch of rows with two regions."""
+    """The prompt and the branch of each token, in a batch of rows with two regions."""
 
     prompts_BT: jax.Array
     """int32, the prompt (1, 2, ...) that a token is of or continues; 0 on padding."""

@@ -23,7 +23,7 @@ from mla_jax import mesh
 
 
 class Ops(NamedTuple):
-    """What a layer computes with. None of these may close over an array."""
+    """The operations of a layer. None of these may close over an array."""
 
     expand: Callable
     """Keys k_BSHK and values v_BSHV of c_BSC, k_rope_BSR and the up-projection kv_b_CX."""
@@ -74,7 +74,7 @@ def attention(
 
 
 def _mask(q_offset: int, q_segments: jax.Array | None, kv_segments: jax.Array | None) -> dict[str, Any]:
-    """What of a block of keys a block of queries sees, as arguments of the ops."""
+    """The mask between a block of queries and a block of keys, as arguments of the ops."""
     return {"q_offset": q_offset, "q_segments": q_segments, "kv_segments": kv_segments}
 
 

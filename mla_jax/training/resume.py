@@ -1,4 +1,4 @@
-"""What may differ between a run and its resumption, and is said when it does."""
+"""Settings of the data that may differ between a run and its resumption, which says so."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ _SAME_BATCHES = ("data.workers",)
 
 
 def data_settings(config: RunConfig, stage: int) -> dict:
-    """What settles the batches of a stage, by the names of the config's keys; JSON-able, to be kept in checkpoints."""
+    """The settings that decide the batches of a stage, by the config's keys; JSON-able, kept in checkpoints."""
     now = config.train.stages[stage]
     settings = {"data": dataclasses.asdict(config.data), "seed": config.seed, "train": {}}
     settings["train"]["stages"] = {stage: {"seq_len": now.seq_len, "batch_size": now.batch_size}}

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,8 +13,8 @@ from mla_jax.bridge.hf import reader, verify
 from mla_jax.bridge.hf.export import export
 from mla_jax.config import ModelConfig, YarnConfig
 from mla_jax.data.tokenizer import load_tokenizer
-from mla_jax.model.transformer import abstract_params, bind
-from tiny import MODEL
+from mla_jax.model.transformer import bind
+from tiny import MODEL, random_params
 
 TOLERANCE = 1e-4
 TOKENIZER = load_tokenizer("bytes")
@@ -49,17 +48,6 @@ MODELS = {
     "256+64": width(256, 64, 64, 128, rope_scaling=YARNS["both equal"]),
     "256+64, q_lora": width(256, 64, 64, 128, q_lora_rank=48),
 }
-
-
-def random_params(config):
-    """Norms differ from 1, so that one left out shows."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        mean, spread = (1.0, 0.2) if "norm" in path[-1].key else (0.0, config.initializer_range)
-        return jnp.asarray(rng.normal(mean, spread, leaf.shape), leaf.dtype)
-
-    return jax.tree.map_with_path(draw, abstract_params(config))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mla_jax.config import JsonlDataConfig, NeedleDataConfig, StageConfig
+from mla_jax.config import JsonlDataConfig, NeedleDataConfig, PreferenceJsonlConfig, StageConfig
 from mla_jax.data.pipeline import Pipeline, make_pipeline
+from mla_jax.data.preference.pipeline import make_preference_pipeline
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
 
@@ -68,7 +69,7 @@ def test_another_batch_size_goes_on_at_the_next_row(path, workers):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 7}, r"the 12 that were trained on \(seed was 0 and is 7\)"),
+        ({"seed": 7}, r"up to row 12, which was trained on \(seed was 0 and is 7\)"),
         ({"seq_len": 48}, r"seq_len was 24 and is 48; the number of packed rows was \d+ and is"),
     ],
 )
@@ -119,3 +120,40 @@ def test_positions_of_earlier_versions_count_batches(path):
     resumed = start(path)
     resumed.set_state({"next_batch": 3})
     np.testing.assert_array_equal(take(resumed, 4), take(start(path), 16)[12:])
+
+
+def start_pairs(path, batch_size: int = 4, seed: int = 0, branch_tokens: int = 16) -> Pipeline:
+    data = PreferenceJsonlConfig(tokenizer="bytes", path=str(path), branch_tokens=branch_tokens)
+    stage = StageConfig(seq_len=40, batch_size=batch_size, steps=1, learning_rate=1)
+    return make_preference_pipeline(data, load_tokenizer("bytes"), [stage], 0, seed)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    records = [{"prompt": f"say {i}", "chosen": f"{i}", "rejected": f"{i + 1}"} for i in range(23)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path / "pairs.jsonl"
+
+
+def test_pairs_go_on_where_they_were(pairs):
+    whole = take(start_pairs(pairs), 40)
+    resumed = start_pairs(pairs)
+    resumed.set_state(state_after(start_pairs(pairs), 3))
+    assert take(resumed, 20) == whole[12:32]
+
+
+@pytest.mark.parametrize(("change", "named"), [({"seed": 1}, "seed was 0 and is 1"), ({"batch_size": 5}, "batch_size")])
+def test_pairs_in_another_order_are_refused_or_begun_anew(pairs, change, named):
+    state, other = state_after(start_pairs(pairs), 3), start_pairs(pairs, **change)
+    with pytest.raises(InputError, match=rf"up to batch 3, .*{named}.*train\.on_data_change=restart"):
+        other.set_state(state)
+    other.set_state(state, restart=True)
+    assert take(other, 5) == take(start_pairs(pairs, **change), 5)
+    start_pairs(pairs, **change).set_state(state_after(start_pairs(pairs), 0))  # nothing was trained on yet
+
+
+def test_pairs_of_another_file_are_refused(pairs):
+    state = state_after(start_pairs(pairs), 2)
+    pairs.write_text(pairs.read_text() + json.dumps({"prompt": "say", "chosen": "a", "rejected": "b"}) + "\n")
+    with pytest.raises(InputError, match="CRC-32 of the pairs' lengths"):
+        start_pairs(pairs).set_state(state)

@@ -5,53 +5,16 @@ import re
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mla_jax.config import NeedleDataConfig, StageConfig
-from mla_jax.data.needle import vocabulary
 from mla_jax.data.needle.generator import NeedleGenerator, Purpose, make_rng, passkey_prompt
 from mla_jax.data.pipeline import loss_weights, make_pipeline
 from mla_jax.data.text_folder import read_texts
-from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mla_jax.errors import InputError, UsageError
-from tiny_tokenizers import gpt4_like, sentencepiece_like
+from needle_tokenizers import SPACES_FIRST, TEXT, TOKENIZERS
 
 TASKS = ("passkey", "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "absent_key")
 HAYSTACKS = ("noise", "words", "needles", "text")
-
-TEXT = (
-    "It was late. Nobody spoke!  The clock — an old one, from 1871 — struck ten…\n\n\nWas it over? "
-    "Not yet: 日本語 came first.\n\n# Title\nA line without an end\n * and another; then “quotes”."
-)
-
-
-def _foreign() -> Tokenizer:
-    """Numbers are not split, words are letters, there is no bos: nothing like the built-in tokenizers."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=900,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["</s>"],
-        show_progress=False,
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator([f" {n}" for n in range(1000, 2000)] + ["The sun. The grass"], trainer)
-    return Tokenizer(backend, {"eos_token": "</s>"}, "foreign")
-
-
-TOKENIZERS = {
-    "bytes": load_tokenizer("bytes"),
-    "needle-bpe": load_tokenizer("needle-bpe"),
-    "small": train_bpe([*vocabulary.PIECES, TEXT], 400, "small"),
-    "foreign": _foreign(),
-    **{kind: sentencepiece_like(kind, [*vocabulary.PIECES, TEXT]) for kind in ("llama", "first", "always")},
-    "gpt4": gpt4_like([*vocabulary.PIECES, TEXT]),
-}
-OURS = ("bytes", "needle-bpe", "small")
-SPACES_FIRST = ("llama", "first", "always")
-"""Tokenizers that write a space before a text."""
 
 
 @pytest.fixture(scope="module")
@@ -308,58 +271,3 @@ def test_a_text_folder_without_text_is_named(tmp_path, files, named):
             (path / name).write_bytes(content)
     with pytest.raises(InputError, match=named):
         _generator(str(path), haystacks=["text"])
-
-
-def _landmark(prefix_length: int, suffix_length: int, key: str) -> str:
-    """The reference prompt, as landmark-attention's run_test.py builds it."""
-    garbage = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-    garbage_inf = " ".join([garbage] * 500)
-    lines = [
-        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-        "I will quiz you about the important information there.",
-        garbage_inf[:prefix_length],
-        f"The pass key is {key}. Remember it. {key} is the pass key.",
-        garbage_inf[:suffix_length],
-        "What is the pass key? The pass key is",
-    ]
-    return "\n".join(lines)
-
-
-@pytest.mark.parametrize("depth", [0, 0.1, 0.5, 0.93, 1])
-@pytest.mark.parametrize("length", [260, 300, 777, 2048])
-@pytest.mark.parametrize("name", [*OURS, *SPACES_FIRST])
-def test_passkey_prompts_are_landmark_attentions(name, length, depth):
-    tokenizer = TOKENIZERS[name]
-    ids, key = passkey_prompt(tokenizer, length, depth, seed=1, index=5)
-    assert len(ids) == length and ids[0] == tokenizer.bos_id and 1 <= int(key) <= 50_000
-    text = tokenizer.decode(ids)
-    assert ids[1:] == tokenizer.encode(text)
-    _, before, _, after, _ = text.split("\n")
-    if name == "bytes":
-        assert text == _landmark(len(before), len(after), key)
-    else:  # where no word fits, other words make up the length
-        assert text.startswith(_landmark(len(before), 0, key).rpartition("\n\n")[0])
-    # The needle's sentence begins behind the sentence that ends nearest to the depth.
-    noise = len(tokenizer.encode(before)) + len(tokenizer.encode(after))
-    sentence = len(tokenizer.encode(" There and back again."))
-    behind = noise - len(tokenizer.encode(before))
-    assert abs(noise - behind - depth * noise) <= sentence / 2 + 1 or behind < sentence
-    assert before == "" or before.endswith(".")
-
-
-def test_passkey_prompts_differ_by_index_and_are_held_out():
-    tokenizer = TOKENIZERS["needle-bpe"]
-    keys = [passkey_prompt(tokenizer, 128, 0.5, seed=1, index=i)[1] for i in range(50)]
-    assert len(set(keys)) > 45
-    assert keys[7] == passkey_prompt(tokenizer, 4000, 1.0, seed=1, index=7)[1]
-    generator = _generator(None)
-    trained = [generator.example(make_rng(1, Purpose.EXAMPLE, i), 128).tokens for i in range(50)]
-    assert not {tokenizer.decode(t).split()[-1].rstrip(".") for t in trained} & set(keys)
-
-
-def test_too_short_a_passkey_prompt_names_the_shortest():
-    for tokenizer in TOKENIZERS.values():
-        with pytest.raises(UsageError, match="shortest possible") as error:
-            passkey_prompt(tokenizer, 20, 0.5, seed=1, index=0)
-        shortest = int(str(error.value).split()[-1])
-        assert all(len(passkey_prompt(tokenizer, shortest, 0.5, 1, i)[0]) == shortest for i in range(20))

@@ -11,8 +11,8 @@ import pytest
 from branch_rows import Prompt, branch_rows, log_probs_of_ordinary_rows, ordinary_rows, random_prompt
 from mla_jax.losses.branch_log_probs import branch_log_probs
 from mla_jax.model.branches import Branches
-from mla_jax.model.transformer import abstract_params, bind
-from tiny import MODEL
+from mla_jax.model.transformer import bind
+from tiny import MODEL, random_params
 
 CONFIG = dataclasses.replace(MODEL, initializer_range=0.3, q_lora_rank=12, tie_word_embeddings=False, rope_theta=100.0)
 LENGTH, SIZE = 48, 24
@@ -27,17 +27,7 @@ CASES = {
 }
 
 
-def params_of(config):
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        mean, spread = (1.0, 0.2) if "norm" in path[-1].key else (0.0, config.initializer_range)
-        return jnp.asarray(rng.normal(mean, spread, leaf.shape), leaf.dtype)
-
-    return jax.tree.map_with_path(draw, abstract_params(config))
-
-
-PARAMS = params_of(CONFIG)
+PARAMS = random_params(CONFIG)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -16,7 +16,7 @@ from mla_jax.config import ModelConfig, YarnConfig, register_schemas
 from mla_jax.errors import UsageError
 from mla_jax.model import decoder
 from mla_jax.model.transformer import abstract_params, bind, init_params
-from tiny import MODEL, empty_cache
+from tiny import MODEL, empty_cache, random_params
 
 # Large weights, so that attention is far from uniform.
 PEAKY = dataclasses.replace(MODEL, initializer_range=0.3, rope_theta=100.0)
@@ -34,18 +34,7 @@ MODELS = {
 }
 
 
-def params_of(config):
-    """Random parameters; norm weights differ from 1, so that one left out shows."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        mean, spread = (1.0, 0.2) if "norm" in path[-1].key else (0.0, config.initializer_range)
-        return jnp.asarray(rng.normal(mean, spread, leaf.shape), leaf.dtype)
-
-    return jax.tree.map_with_path(draw, abstract_params(config))
-
-
-PARAMS = params_of(PEAKY)
+PARAMS = random_params(PEAKY)
 
 
 def random_tokens(batch, length, seed=0):
@@ -71,7 +60,7 @@ def assert_close(a, b, tolerance=2e-5):
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_expanded_and_absorbed_extension_equal_the_whole_forward(config):
-    tokens, params = random_tokens(2, 24), params_of(config)
+    tokens, params = random_tokens(2, 24), random_params(config)
     expected = logits(config, params, tokens)
     assert np.std(expected) > 0.1
     for absorbed in (False, True):
@@ -170,7 +159,7 @@ def test_gradients_do_not_depend_on_what_is_recomputed():
 
 def backward_pass(**change):
     config = dataclasses.replace(MODEL, **change)
-    return str(jax.make_jaxpr(jax.grad(lambda p: bind(config, p)(random_tokens(1, 8)).sum()))(params_of(config)))
+    return str(jax.make_jaxpr(jax.grad(lambda p: bind(config, p)(random_tokens(1, 8)).sum()))(random_params(config)))
 
 
 def test_remat_keeps_what_its_name_says():
@@ -215,9 +204,9 @@ def test_what_cannot_be_kept_is_a_usage_error(change, message):
 def test_bfloat16_compute_is_float32_rounded():
     config = dataclasses.replace(MODEL, dtype="bfloat16")
     tokens = random_tokens(2, 20)
-    half, full = logits(config, params_of(MODEL), tokens), logits(MODEL, params_of(MODEL), tokens)
+    half, full = logits(config, random_params(MODEL), tokens), logits(MODEL, random_params(MODEL), tokens)
     assert half.dtype == jnp.float32
-    assert bind(config, params_of(MODEL))(tokens).dtype == jnp.bfloat16
+    assert bind(config, random_params(MODEL))(tokens).dtype == jnp.bfloat16
     assert np.linalg.norm(half - full) / np.linalg.norm(full) < 0.05
 
 
@@ -267,4 +256,4 @@ def test_infinite_1b_has_the_promised_size():
 def test_an_unknown_attention_implementation_is_a_usage_error():
     config = dataclasses.replace(MODEL, attention="flash")
     with pytest.raises(UsageError, match="model.attention: implementation='flash' is unknown"):
-        bind(config, params_of(MODEL))(random_tokens(1, 4))
+        bind(config, random_params(MODEL))(random_tokens(1, 4))

@@ -118,7 +118,7 @@ _attention.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _mask(q_BTHK, k_BSHK, q_offset: int, kv_lengths) -> tuple[int, jax.Array | None, str]:
-    """How many keys some query sees, the lengths that cuDNN is given, and the name of its mask."""
+    """The number of keys that some query sees, the lengths that cuDNN is given, and the name of its mask."""
     (batch, queries), keys = q_BTHK.shape[:2], k_BSHK.shape[1]
     causal = q_offset < keys - 1
     keys = min(keys, queries) if causal else keys

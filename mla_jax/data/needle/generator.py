@@ -174,7 +174,7 @@ def passkey_noise(tokenizer: Tokenizer) -> NoiseHaystack:
 
 @functools.lru_cache(maxsize=16)
 def head(tokenizer: Tokenizer, task: str) -> np.ndarray:
-    """What an example begins with: bos if there is one, and the introduction of passkey."""
+    """The beginning of an example: bos if there is one, and the introduction of passkey."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return np.array(bos + (tokenizer.encode(v.PASSKEY_INTRO + v.NEWLINE) if task == "passkey" else []), np.int32)
 

@@ -19,7 +19,7 @@ from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import UsageError
 
 REFUSAL = v.NOT_FOUND.strip()
-"""What training teaches to answer about a key that is not there."""
+"""The answer that training teaches about a key that is not there."""
 
 
 @dataclass(frozen=True)

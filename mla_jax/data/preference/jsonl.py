@@ -1,6 +1,7 @@
 """Pairs of a user's files, several in a row where they are short."""
 
 import logging
+import zlib
 
 import numpy as np
 
@@ -39,6 +40,11 @@ class JsonlPairs:
         pairs = np.flatnonzero(fits)
         self._packing = pack_pairs(prompts[pairs], answers[pairs], region, data.branch_tokens, data.pairs_per_row)
         self._pairs = pairs
+        self.order = {
+            "seq_len": seq_len,
+            "the number of packed rows": len(self._packing),
+            "the CRC-32 of the pairs' lengths": zlib.crc32(np.stack([prompts, answers]).astype(np.int64).tobytes()),
+        }
 
     def __len__(self) -> int:
         return len(self._packing)

@@ -8,6 +8,7 @@ Prompts, questions and right answers are made again from their numbers, so the f
 
 import functools
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def asked_prompt(pairs: NeedlePairs, seed: int, stage: int, number: int) -> Prom
 
 
 def read_mined(path: Path) -> dict[str, Any] | None:
-    """What is in the file; None if there is none.
+    """The content of the file; None if there is none.
 
     Keys: `made_from`, what decides the answers; `asked`, how many prompts were; `answers`, `wrong` and `empty`, numbers
     of answers; `rows`, [prompt, [[question, [token id, ...]], ...]] each.
@@ -61,6 +62,12 @@ class MinedPairs:
         if content is None or not content["rows"]:
             raise InputError(f"{self._path} has no pairs; they are mined before training starts")
         return content["rows"]
+
+    @property
+    def order(self) -> dict[str, int]:
+        """See `OrderedBatches`; empty before the file is there."""
+        rows = self._rows if self._path.exists() else None
+        return {} if rows is None else {"the CRC-32 of the mined rows": zlib.crc32(json.dumps(rows).encode())}
 
     def __len__(self) -> int:
         return len(self._rows)

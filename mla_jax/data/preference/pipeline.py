@@ -42,7 +42,12 @@ def make_preference_pipeline(
 
 
 class RowSource(Protocol):
-    """What gives the prompts of a row."""
+    """A source of the prompts of a row."""
+
+    @property
+    def order(self) -> dict[str, int]:
+        """See `OrderedBatches`; empty where rows are made by their number and never repeat."""
+        ...
 
     def row(self, batch: int, row: int) -> list[Prompt]:
         """The prompts, with their pairs, of a row of a batch of the stage."""
@@ -71,6 +76,7 @@ class NeedleRows:
 
     def __init__(self, pairs: NeedlePairs, number: int, seed: int, purpose: Purpose):
         self._pairs, self._number, self._seed, self._purpose = pairs, number, seed, purpose
+        self.order: dict[str, int] = {}
 
     def row(self, batch: int, row: int) -> list[Prompt]:
         """One prompt."""
@@ -82,6 +88,11 @@ class EpochRows:
 
     def __init__(self, rows: JsonlPairs | MinedPairs, batch_size: int, number: int, seed: int):
         self._rows, self._batch_size, self._number, self._seed = rows, batch_size, number, seed
+
+    @property
+    def order(self) -> dict[str, int]:
+        """See `OrderedBatches`. The reference's log-probabilities are kept batch by batch, hence the batch size."""
+        return {"seed": self._seed, "batch_size": self._batch_size, **self._rows.order}
 
     def row(self, batch: int, row: int) -> list[Prompt]:
         """The prompts of the row that follows the one before it."""
@@ -101,6 +112,11 @@ class PreferenceBatches:
             require_zero(stage, "position_skip_fraction", data.kind)
         self._data, self._rows, self._stage, self._wanted = data, rows, stage, wanted
         self._number, self._seed, self._pad_id = number, seed, pad_id
+
+    @property
+    def order(self) -> dict[str, int]:
+        """See `OrderedBatches`."""
+        return self._rows.order
 
     def __len__(self) -> int:
         return ENDLESS

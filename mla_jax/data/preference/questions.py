@@ -95,7 +95,7 @@ def _key_question(
 
 
 def _other_than(value: int, draw: Callable[[], int]) -> int:
-    """What `draw` gives that is not `value`."""
+    """A draw that is not `value`."""
     while (other := draw()) == value:
         pass
     return other
