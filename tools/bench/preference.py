@@ -30,8 +30,8 @@ from mla_jax.model.branches import branch_region
 from mla_jax.model.transformer import Transformer, bind, init_params
 from mla_jax.observability.flops import train_flops
 from tools.bench import report
-from tools.bench.steps import Shape
-from tools.bench.train import LEAST_STEPS, SECONDS, STEPS, keeping
+from tools.bench.steps import Shape, time_steps
+from tools.bench.train import keeping
 
 ONE, AT_ONCE, IN_TURN = "one pass", "two passes at once", "two passes in turn"
 BETA = 0.1
@@ -132,19 +132,15 @@ def measure(step: Callable, *arguments: Any) -> tuple[Any, np.ndarray, dict[str,
         "compile_seconds": time.perf_counter() - start,
         "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes,
     }
-    jax.block_until_ready(compiled(*arguments))
-    seconds: list[float] = []
-    results = None
-    while len(seconds) < LEAST_STEPS or (len(seconds) < STEPS and sum(seconds) < SECONDS):
-        results = None  # lest two steps' gradients are there at a time
-        start = time.perf_counter()
-        results = jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - start)
-    median = sorted(seconds)[len(seconds) // 2]
-    assert results is not None
-    return results[0], np.asarray(results[1]), takes | {
-        "seconds": median, "spread": (max(seconds) - min(seconds)) / median,
-    }  # fmt: skip
+    results: list[Any] = []
+
+    def run() -> list[Any]:
+        results.clear()  # lest two steps' gradients are there at a time
+        results.extend(compiled(*arguments))
+        return results
+
+    takes |= time_steps(run)
+    return results[0], np.asarray(results[1]), takes
 
 
 def difference(grads: Any, others: Any) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,11 @@ from mla_jax.mesh import place_batch, rows_here
 from mla_jax.optim import make_optimizer
 from mla_jax.state import abstract_state
 from mla_jax.training.step import make_train_step
+
+STEPS, LEAST_STEPS, SECONDS = 10, 2, 12.0
+"""Steps are timed until there are so many, or at least two that have taken so long."""
+LONG_STEP = 60.0
+"""Seconds from which on a step is timed by its first run, warm-up or not, and not run again."""
 
 
 class Shape(NamedTuple):
@@ -63,3 +69,22 @@ def compile_step(config: RunConfig, shape: Shape) -> tuple[Any, tuple, dict[str,
         "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "host_bytes": memory.host_temp_size_in_bytes,
     }  # fmt: skip
+
+
+def time_steps(step: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of a compiled step (the median) and their spread, (longest - shortest) / median.
+
+    `step` returns arrays to wait for; the first of its runs warms up and is not counted, unless it is a `LONG_STEP`.
+    """
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(step())
+        return time.perf_counter() - start
+
+    first = run()
+    seconds = [first] if first > LONG_STEP else []
+    while first <= LONG_STEP and (len(seconds) < LEAST_STEPS or (len(seconds) < STEPS and sum(seconds) < SECONDS)):
+        seconds.append(run())
+    median = sorted(seconds)[len(seconds) // 2]
+    return {"seconds": median, "spread": (max(seconds) - min(seconds)) / median}

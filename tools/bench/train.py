@@ -7,7 +7,6 @@ recompute activations (`model.remat`) gets the same parameters and tokens and mu
 import argparse
 import dataclasses
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,10 @@ from mla_jax.observability.flops import train_flops
 from mla_jax.optim import make_optimizer
 from mla_jax.state import init_state
 from tools.bench import ceilings, report
-from tools.bench.steps import Shape, compile_step
+from tools.bench.steps import Shape, compile_step, time_steps
 
 DEFAULT_SHAPES = ["4x8k", "1x32k", "1x128k"]
 DEFAULT_KEEP = ["full", "latent_attention", "none"]
-STEPS, LEAST_STEPS, SECONDS = 10, 2, 12.0
-"""Steps are timed until there are so many, or at least two that have taken so long."""
 _SAME_LOSS = 1e-3
 
 
@@ -47,19 +44,21 @@ def keeping(model: ModelConfig, text: str) -> ModelConfig:
 def measure(config: RunConfig, shape: Shape, trace: Path | None) -> dict[str, Any]:
     """Seconds a step, loss and gradient norm of the first step, and the cost that `compile_step` finds."""
     compiled, (batch, rate), takes = compile_step(config, shape)
-    state, metrics = compiled(init_state(config.model, make_optimizer(config.optim), config.seed), batch, rate)
-    first = {"loss": float(metrics["loss"] / metrics["weight"]), "grad_norm": float(metrics["grad_norm"])}
-    seconds: list[float] = []
-    while len(seconds) < LEAST_STEPS or (len(seconds) < STEPS and sum(seconds) < SECONDS):
-        start = time.perf_counter()
-        state, metrics = compiled(state, batch, rate)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
+    state = init_state(config.model, make_optimizer(config.optim), config.seed)
+    metrics: list[Any] = []
+
+    def step() -> Any:
+        nonlocal state
+        state, found = compiled(state, batch, rate)
+        metrics.append(found)
+        return found
+
+    takes |= time_steps(step)
     if trace:
         with jax.profiler.trace(trace):
-            jax.block_until_ready(compiled(state, batch, rate))
-    median = sorted(seconds)[len(seconds) // 2]
-    return takes | first | {"seconds": median, "spread": (max(seconds) - min(seconds)) / median}
+            jax.block_until_ready(step())
+    first = metrics[0]
+    return takes | {"loss": float(first["loss"] / first["weight"]), "grad_norm": float(first["grad_norm"])}
 
 
 def print_memory(config: RunConfig, shape: Shape, models: dict[str, ModelConfig]) -> None:
