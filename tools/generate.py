@@ -9,13 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 from tqdm import tqdm
 
-from mla_jax.bridge.hf import reader
-from mla_jax.checkpoint.run_folder import CONFIG, load_run
+from mla_jax.bridge.run_or_hf import load_run_or_hf
 from mla_jax.compilation_cache import keep_compiled
-from mla_jax.config import ModelConfig
 from mla_jax.data.chat import render
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.turns import stop_ids
@@ -25,21 +22,6 @@ from mla_jax.inference.generator import PREFILL_CHUNK, Generator
 from mla_jax.inference.sampling import SamplingParams
 from mla_jax.inference.session import Session
 from mla_jax.inference.text_stream import TextStream
-
-
-def load(folder: Path, step: str) -> tuple[ModelConfig, dict, Tokenizer]:
-    """A run or a Hugging Face folder, with its parameters on the host.
-
-    Raises:
-        InputError: it is neither, or cannot be read.
-    """
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        if (folder / CONFIG).exists():
-            run = load_run(folder, step)
-            return run.model, run.params, run.tokenizer
-        if not (folder / "config.json").exists():
-            raise InputError(f"{folder} is neither a run (no {CONFIG}) nor a Hugging Face folder (no config.json)")
-        return reader.load(folder)
 
 
 class Conversation:
@@ -211,18 +193,18 @@ def main() -> None:
     with one_line_errors():
         text = _text(args)
         keep_compiled()
-        config, params, tokenizer = load(args.model, args.step)
-        config = dataclasses.replace(config, dtype=args.dtype or config.dtype)
+        run = load_run_or_hf(args.model, args.step)
+        config = dataclasses.replace(run.model, dtype=args.dtype or run.model.dtype)
         generator = Generator(
-            config, params, int8_weights=args.int8_weights, cache_dtype="int8" if args.int8_cache else None,
+            config, run.params, int8_weights=args.int8_weights, cache_dtype="int8" if args.int8_cache else None,
             prefill_chunk=args.prefill_chunk,
         )  # fmt: skip
-        conversation = Conversation(generator, tokenizer, args)
+        conversation = Conversation(generator, run.tokenizer, args)
         if args.chat:
             _chat(conversation)
         else:
-            bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-            conversation.write(bos + tokenizer.encode(text))
+            bos = [] if run.tokenizer.bos_id is None else [run.tokenizer.bos_id]
+            conversation.write(bos + run.tokenizer.encode(text))
 
 
 if __name__ == "__main__":
