@@ -46,7 +46,8 @@ def hallucination_task(model: ModelConfig, tokenizer: Tokenizer, config: Halluci
         questions = asked.present if cell["question"] == PRESENT else asked.absent
         question = questions[sample % config.questions]
         ids = [*asked.haystack.tolist(), *question.ids.tolist()]
-        return Prompt(ids, question.value or REFUSAL, config.seed, index, question.near)
+        text = tokenizer.decode(question.ids.tolist()).strip()
+        return Prompt(ids, question.value or REFUSAL, config.seed, index, question.near, text)
 
     longest = model.max_position_embeddings - config.max_new_tokens
     if max(config.lengths) > longest:

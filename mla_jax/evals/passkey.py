@@ -10,6 +10,7 @@ import re
 
 from mla_jax.config import ModelConfig, PasskeyConfig
 from mla_jax.data.needle.generator import passkey_prompt
+from mla_jax.data.needle.vocabulary import PASSKEY_QUESTION
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.task import Params, Prompt, Task
@@ -36,7 +37,7 @@ def passkey_task(model: ModelConfig, tokenizer: Tokenizer, grid: PasskeyConfig) 
     def prompt(cell: Params, sample: int) -> Prompt:
         index = _index(cell["length"], cell["depth"], sample)
         ids, answer = passkey_prompt(tokenizer, cell["length"], cell["depth"], grid.seed, index)
-        return Prompt(ids, answer, grid.seed, index)
+        return Prompt(ids, answer, grid.seed, index, question=PASSKEY_QUESTION)
 
     _check(model, grid)
     shortest = min(grid.lengths)  # if all prompts of this length can be made, longer ones can be too

@@ -15,7 +15,8 @@ RUN/eval may hold other JSON files; a file with `task` or `cells` is one of resu
                       interval [low, high] (95 %, see `clustered_interval`), rates (n, rate and interval of the task's
                       other scores, by name)
     cells also        scores: each prompt's, by name, in the order of samples; haystacks: the number of each prompt's,
-                      where prompts share them. Version 1 had neither
+                      where prompts share them; answers: question, expected, near and generated (texts) of each.
+                      Version 1 had none of the three, version 2 no answers
     failures          a few wrong answers of each cell: params, seed, index, expected, generated
 """
 
@@ -30,14 +31,15 @@ from typing import Any
 
 from mla_jax.errors import InputError
 from mla_jax.evals import passkey
+from mla_jax.evals.answers import Answer, Failure
 from mla_jax.evals.stats import clustered_interval
 from mla_jax.evals.task import Params
 
-VERSION = 2
+VERSION = 3
 CORRECT = "correct"
 """The score that every prompt of every task has."""
 _WITHOUT_VERSION = {"task": passkey.NAME, "title": passkey.TITLE, "description": passkey.DESCRIPTION}
-_COUNTS = ("n", "correct", "accuracy", "interval", "rates", "scores", "haystacks")
+_COUNTS = ("n", "correct", "accuracy", "interval", "rates", "scores", "haystacks", "answers")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Cell:
     """Scores between 0 and 1 by name, in the order of the prompts; `correct` has one for each prompt."""
     haystacks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """The haystack of each score, by name; without a name, each prompt has a haystack of its own."""
+    answers: tuple[Answer, ...] = ()
+    """The answer to each prompt; none in results of before they were kept, and in totals."""
 
     @classmethod
     def counted(cls, params: Params, n: int, correct: int) -> "Cell":
@@ -123,7 +127,9 @@ class Cell:
     def to_json(self) -> dict[str, Any]:
         """The summary, and what it was made of."""
         haystacks = {"haystacks": list(self.haystacks[CORRECT])} if self.haystacks else {}
-        return {**self.summary(), "scores": {name: list(each) for name, each in self.scores.items()}, **haystacks}
+        answers = {"answers": [answer.to_json() for answer in self.answers]} if self.answers else {}
+        scores = {name: list(each) for name, each in self.scores.items()}
+        return {**self.summary(), "scores": scores, **haystacks, **answers}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Cell":
@@ -137,34 +143,11 @@ class Cell:
         scores = {name: tuple(each) for name, each in content["scores"].items()}
         _require(all(len(each) == n and all(0 <= x <= 1 for x in each) for each in scores.values()), "scores")
         haystacks = tuple(content.get("haystacks", ()))
-        _require(len(haystacks) in (0, n), "haystacks")
-        cell = cls(params, scores, dict.fromkeys(scores, haystacks) if haystacks else {})
+        answers = tuple(Answer.from_json(answer) for answer in content.get("answers", ()))
+        _require(len(haystacks) in (0, n) and len(answers) in (0, n), "haystacks or answers")
+        cell = cls(params, scores, dict.fromkeys(scores, haystacks) if haystacks else {}, answers)
         _require(cell.correct == correct, f"correct {correct} of scores that add up to {cell.correct}")
         return cell
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A wrong answer."""
-
-    params: Params
-    """Parameters of its cell."""
-    seed: int
-    index: int
-    """Seed and index of the random generator from which the task makes the prompt again."""
-    expected: str
-    generated: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields, those of params among them."""
-        fields = dataclasses.asdict(self)
-        return {**fields.pop("params"), **fields}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Failure":
-        """The failure of `to_json`. Raises KeyError or TypeError for anything else."""
-        own = {key: content[key] for key in ("seed", "index", "expected", "generated")}
-        return cls({key: value for key, value in content.items() if key not in own}, **own)
 
 
 @dataclass(frozen=True)
@@ -220,7 +203,7 @@ class Results:
             AttributeError, KeyError, TypeError, ValueError: the content is not what an evaluation writes.
         """
         version = content.get("version")
-        _require(version in (None, 1, VERSION), f"version {version}, where {VERSION} is known")
+        _require(version in (None, 1, 2, VERSION), f"version {version}, where {VERSION} is known")
         content = content | (_WITHOUT_VERSION if version is None else {})
         model, provenance = content["model"], content.get("provenance", {})
         _require(isinstance(model["step"], int), f"model.step {model['step']!r}")

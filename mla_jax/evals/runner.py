@@ -17,9 +17,10 @@ from mla_jax.checkpoint.manifest import MANIFEST
 from mla_jax.checkpoint.run_folder import Run
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
+from mla_jax.evals.answers import Answer, Failure
 from mla_jax.evals.provenance import provenance
 from mla_jax.evals.report import format_rates, format_table, plot_heatmap
-from mla_jax.evals.results import CORRECT, Cell, Failure, Results, read_results, require_grid
+from mla_jax.evals.results import CORRECT, Cell, Results, read_results, require_grid
 from mla_jax.evals.task import Params, Prompt, Task
 from mla_jax.files import write_json
 from mla_jax.inference.generator import Generator
@@ -66,12 +67,14 @@ def _of_one_length(
     Cells come in the order in which they are finished, which is theirs where prompts share no haystack.
     """
     scores: list[dict[int, dict[str, float]]] = [{} for _ in cells]
+    texts: list[dict[int, Answer]] = [{} for _ in cells]
     failures: list[dict[int, Failure]] = [{} for _ in cells]
     places = list(itertools.product(range(len(cells)), range(task.samples)))
     ask = _ask_in_batches if task.haystack is None else _ask_by_haystack
     for answers in ask(task, cells, places, generator, tokenizer.eos_id):
         for (cell, sample), (prompt, ids) in answers.items():
             text = tokenizer.decode(ids)
+            texts[cell][sample] = Answer.of(prompt, text)
             scores[cell][sample] = task.score(prompt, text)
             if scores[cell][sample][CORRECT] < 1:
                 failures[cell][sample] = Failure(cells[cell], prompt.seed, prompt.index, prompt.answer, text)
@@ -79,16 +82,18 @@ def _of_one_length(
         for cell in dict.fromkeys(cell for cell, _ in answers):
             if len(scores[cell]) == task.samples:
                 wrong = [failures[cell][sample] for sample in sorted(failures[cell])]
-                yield _cell(task, cells[cell], scores[cell]), wrong[:FAILURES_KEPT]
+                yield _cell(task, cells[cell], scores[cell], texts[cell]), wrong[:FAILURES_KEPT]
 
 
-def _cell(task: Task, params: Params, scores: dict[int, dict[str, float]]) -> Cell:
+def _cell(task: Task, params: Params, scores: dict[int, dict[str, float]], texts: dict[int, Answer]) -> Cell:
     """The cell of the scores of all its samples."""
     samples = range(task.samples)
+    answers = tuple(texts[sample] for sample in samples)
     by_name = {name: tuple(float(scores[sample][name]) for sample in samples) for name in scores[0]}
     if task.haystack is None:
-        return Cell(params, by_name)
-    return Cell(params, by_name, dict.fromkeys(by_name, tuple(task.haystack(params, sample) for sample in samples)))
+        return Cell(params, by_name, answers=answers)
+    haystacks = tuple(task.haystack(params, sample) for sample in samples)
+    return Cell(params, by_name, dict.fromkeys(by_name, haystacks), answers)
 
 
 def _ask_in_batches(

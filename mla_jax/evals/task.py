@@ -20,6 +20,8 @@ class Prompt:
     index: int
     near: tuple[str, ...] = ()
     """Answers to questions that this one is easily mistaken for."""
+    question: str = ""
+    """What is asked, in words, for who judges the answer without the haystack."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,18 @@ def test_a_model_that_reads_makes_nothing_up():
     assert found == {"correct": 1, "retrieval": 1, "hallucination": 0, "false_refusal": 0, "near_miss": 0}
 
 
+def test_results_keep_question_and_answer_of_each_prompt():
+    task = hallucination_task(MODEL, TOKENIZER, CONFIG)
+    for cell, _ in measure(task, Generator(lambda key, numbers: f" {numbers.get(key, key)}."), TOKENIZER):
+        for sample, kept in enumerate(cell.answers):
+            prompt = task.prompt(cell.params, sample)
+            assert (kept.expected, kept.near) == (prompt.answer, prompt.near)
+            key = ASKED.search("\n" + kept.question).group(1)
+            assert TOKENIZER.decode(prompt.ids).endswith(f"\n{kept.question}")
+            assert kept.generated == f" {key if prompt.answer == 'not found' else prompt.answer}."
+        assert len(cell.answers) == cell.n == CONFIG.samples
+
+
 def test_a_model_that_always_answers_and_one_that_never_does():
     found = rates(lambda key, numbers: f" {numbers.get(key) or near_number(key, numbers)}.")
     assert found == {"correct": 0.5, "retrieval": 1, "hallucination": 1, "false_refusal": 0, "near_miss": 0.5}

@@ -72,6 +72,8 @@ def test_a_model_that_reads_the_key_scores_one():
     ]
     assert [(c.length, c.n, c.correct) for c in totals_by_length(cells)] == [(128, 15, 15), (192, 15, 15)]
     assert failures == []
+    assert {answer.question for cell in cells for answer in cell.answers} == {"What is the pass key? The pass key is"}
+    assert all(a.generated == f" {a.expected}. 999" and a.near == () for cell in cells for a in cell.answers)
     assert all(o == {"max_new_tokens": 10, "eos_id": TOKENIZER.eos_id} for o in generator.options)
 
 

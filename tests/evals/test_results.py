@@ -7,7 +7,8 @@ import json
 import pytest
 
 from mla_jax.errors import InputError
-from mla_jax.evals.results import Cell, Failure, Results, read_results, results_of_run
+from mla_jax.evals.answers import Answer, Failure
+from mla_jax.evals.results import Cell, Results, read_results, results_of_run
 
 RESULTS = Results(
     task="hops",
@@ -148,16 +149,18 @@ SHARED = Cell(
     {"length": 64, "question": "absent"},
     {"correct": (1.0, 0.0, 0.5), "made_up": (0.0, 1.0, 0.0)},
     dict.fromkeys(("correct", "made_up"), (7, 7, 9)),
+    (Answer("Where?", "12", ("21",), " 12."), Answer("Who?", "not found", (), ""), Answer("", "5", ("6", "7"), "5 6")),
 )
 
 
-def test_scores_and_haystacks_are_read_as_they_were_written(tmp_path):
+def test_scores_haystacks_and_answers_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "hops.json"
     results = dataclasses.replace(RESULTS, cells=(SHARED,))
     path.write_text(json.dumps(results.to_json()))
     assert read_results(path) == results
     cell = json.loads(path.read_text())["cells"][0]
     assert (cell["n"], cell["correct"], cell["accuracy"], cell["haystacks"]) == (3, 1.5, 0.5, [7, 7, 9])
+    assert cell["answers"][0] == {"question": "Where?", "expected": "12", "near": ["21"], "generated": " 12."}
     assert cell["rates"]["made_up"]["n"] == 3 and cell["rates"]["made_up"]["rate"] == pytest.approx(1 / 3, abs=1e-6)
 
 
@@ -169,7 +172,7 @@ def test_totals_keep_haystacks_apart_and_count_a_score_where_there_is_one():
     results = dataclasses.replace(RESULTS, cells=(SHARED, present, longer))
     total = results.total
     assert (total.n, total.correct, total.rate("made_up").n) == (6, 3.5, 4)
-    assert len(set(total.haystacks["correct"])) == 3, "7 and 9 of 64 tokens, 7 of 128"
+    assert total.answers == () and len(set(total.haystacks["correct"])) == 3, "7 and 9 of 64 tokens, 7 of 128"
     assert total.haystacks["correct"][:3] == (total.haystacks["correct"][3],) * 2 + (total.haystacks["correct"][4],)
 
 
@@ -180,6 +183,16 @@ def test_a_run_has_the_results_of_all_its_tasks(tmp_path):
     (tmp_path / "eval" / "hops.json").write_text(json.dumps(RESULTS.to_json()))
     (tmp_path / "eval" / "other.json.unfinished").write_text("{")
     assert [results.task for results in results_of_run(tmp_path)] == ["hops", "passkey"]
+
+
+ANSWER = SHARED.answers[0].to_json()
+
+
+def test_version_2_had_no_answers(tmp_path):
+    path = tmp_path / "hops.json"
+    results = dataclasses.replace(RESULTS, cells=(dataclasses.replace(SHARED, answers=()),))
+    path.write_text(json.dumps(results.to_json() | {"version": 2}))
+    assert read_results(path) == results
 
 
 def changed(path: list, value) -> str:
@@ -197,7 +210,7 @@ def changed(path: list, value) -> str:
         "",
         "{",
         WITHOUT_VERSION[:500],
-        changed(["version"], 3),
+        changed(["version"], 4),
         changed(["model"], {}),
         changed(["model", "step"], "7"),
         changed(["model", "trained_lengths"], ["64"]),
@@ -216,6 +229,11 @@ def changed(path: list, value) -> str:
         changed(["cells", 0, "scores", "correct"], [1, 1, 0, 0]),
         changed(["cells", 0, "scores", "correct"], [2, -1, 0, 0]),
         changed(["cells", 0, "haystacks"], [1]),
+        changed(["cells", 0, "answers"], [ANSWER]),
+        changed(["cells", 0, "answers"], [ANSWER, ANSWER, ANSWER, ANSWER | {"near": 5}]),
+        changed(["cells", 0, "answers"], [ANSWER, ANSWER, ANSWER, ANSWER | {"expected": 5}]),
+        changed(["cells", 0, "answers"], [ANSWER, ANSWER, ANSWER, ANSWER | {"other": ""}]),
+        changed(["cells", 0, "answers"], [ANSWER, ANSWER, ANSWER, []]),
         changed(["failures", 0], {}),
         changed(["provenance"], None),
     ],
