@@ -5,15 +5,17 @@ from collections.abc import Callable
 from experiments.entry import run
 from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.compilation_cache import keep_compiled
-from mla_jax.config import EvalConfig, EvaluateConfig, HallucinationConfig, PasskeyConfig
+from mla_jax.config import EvalConfig, EvaluateConfig, HallucinationConfig, PasskeyConfig, RulerConfig
 from mla_jax.evals.hallucination import hallucination_task
 from mla_jax.evals.passkey import passkey_task
+from mla_jax.evals.ruler import ruler_task
 from mla_jax.evals.runner import evaluate
 from mla_jax.evals.task import Task
 
 TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
     PasskeyConfig: passkey_task,
     HallucinationConfig: hallucination_task,
+    RulerConfig: ruler_task,
 }
 """The function that makes a task of model, tokenizer and config, by the type of the config."""
 

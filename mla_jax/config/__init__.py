@@ -5,7 +5,7 @@ Values that cannot work raise UsageError in `__post_init__`, so a bad configurat
 
 from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig, NeedleMixtureConfig
 from mla_jax.config.dpo import DpoConfig
-from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, HallucinationConfig, PasskeyConfig
+from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, HallucinationConfig, PasskeyConfig, RulerConfig
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, WEIGHT_KEYS, ModelConfig, YarnConfig
@@ -39,6 +39,7 @@ __all__ = [
     "PreferenceDataConfig",
     "PreferenceJsonlConfig",
     "PreferenceLossConfig",
+    "RulerConfig",
     "RunConfig",
     "SftConfig",
     "StageConfig",

@@ -16,7 +16,6 @@ class EvalConfig:
     samples: int = MISSING
     """Prompts in each cell."""
     batch_size: int = 8
-    max_new_tokens: int = 10
     cache_dtype: Optional[str] = None
     """`int8` for the 8-bit cache; None for the model's compute type."""
     seed: int = 1_000_003
@@ -24,14 +23,25 @@ class EvalConfig:
 
     def __post_init__(self):
         require(len(self.lengths) > 0, "eval.lengths needs at least one length")
-        for name in ("samples", "batch_size", "max_new_tokens"):
-            require_at_least(1, **{f"eval.{name}": getattr(self, name)})
+        require(len(set(self.lengths)) == len(self.lengths), f"eval.lengths must not repeat, got {self.lengths}")
+        require_at_least(1, **{"eval.samples": self.samples, "eval.batch_size": self.batch_size})
         if self.cache_dtype is not None:
             require_choice("eval.cache_dtype", self.cache_dtype, ("int8", "bfloat16", "float16", "float32"))
 
 
 @schema
-class PasskeyConfig(EvalConfig):
+class AnswerConfig(EvalConfig):
+    """Keys of evaluations in which all answers have the same limit."""
+
+    max_new_tokens: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(1, **{"eval.max_new_tokens": self.max_new_tokens})
+
+
+@schema
+class PasskeyConfig(AnswerConfig):
     """The passkey grid: the key at each depth of prompts of each length."""
 
     depths: list[float] = MISSING
@@ -40,11 +50,12 @@ class PasskeyConfig(EvalConfig):
     def __post_init__(self):
         super().__post_init__()
         require(len(self.depths) > 0, "eval.depths needs at least one depth")
+        require(len(set(self.depths)) == len(self.depths), f"eval.depths must not repeat, got {self.depths}")
         require(all(0 <= d <= 1 for d in self.depths), f"eval.depths must be in [0, 1], got {self.depths}")
 
 
 @schema
-class HallucinationConfig(EvalConfig):
+class HallucinationConfig(AnswerConfig):
     """Questions about keys that are in a haystack and about keys that are not."""
 
     questions: int = MISSING
@@ -59,7 +70,32 @@ class HallucinationConfig(EvalConfig):
         require_at_least(1, **{"eval.questions": self.questions, "eval.pairs": self.pairs})
         require(self.questions <= self.pairs, f"eval.questions={self.questions} is more than eval.pairs={self.pairs}")
         require_choice("eval.haystack", self.haystack, ("noise", "words"))
-        require(len(set(self.lengths)) == len(self.lengths), f"eval.lengths must not repeat, got {self.lengths}")
+
+
+RULER_WITH_TEXT = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
+"""The tasks of RULER whose haystack is a text."""
+RULER_TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", *RULER_WITH_TEXT, "vt", "cwe", "fwe")
+
+
+@schema
+class RulerConfig(EvalConfig):
+    """The synthetic tasks of RULER; `lengths` are those of prompt and answer together, as RULER counts."""
+
+    tasks: list[str] = MISSING
+    """Names of RULER_TASKS."""
+    text_folder: Optional[str] = None
+    """Folder of .txt and .md files, the haystack of RULER_WITH_TEXT."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(len(self.tasks) > 0, f"eval.tasks needs at least one of {', '.join(RULER_TASKS)}")
+        require(len(set(self.tasks)) == len(self.tasks), f"eval.tasks must not repeat, got {self.tasks}")
+        for task in self.tasks:
+            require_choice("eval.tasks", task, RULER_TASKS)
+            require(
+                self.text_folder is not None or task not in RULER_WITH_TEXT,
+                f"eval.tasks has {task}, whose haystack is a text: set eval.text_folder=FOLDER of .txt or .md files",
+            )
 
 
 @schema

@@ -9,9 +9,8 @@ import dataclasses
 from mla_jax.config import HallucinationConfig, ModelConfig
 from mla_jax.data.needle.questions import REFUSAL, key_questions
 from mla_jax.data.tokenizer import Tokenizer
-from mla_jax.errors import InputError
 from mla_jax.evals.passkey import first_integer
-from mla_jax.evals.task import Params, Prompt, Task
+from mla_jax.evals.task import Params, Prompt, Task, require_room
 
 NAME = "hallucination"
 TITLE = "Hallucination"
@@ -49,12 +48,7 @@ def hallucination_task(model: ModelConfig, tokenizer: Tokenizer, config: Halluci
         text = tokenizer.decode(question.ids.tolist()).strip()
         return Prompt(ids, question.value or REFUSAL, config.seed, index, question.near, text)
 
-    longest = model.max_position_embeddings - config.max_new_tokens
-    if max(config.lengths) > longest:
-        raise InputError(
-            f"eval.lengths has {max(config.lengths)}, but with max_position_embeddings "
-            f"{model.max_position_embeddings} and {config.max_new_tokens} new tokens the longest prompt is {longest}"
-        )
+    require_room(model, config.lengths, config.max_new_tokens)
     prompt({"length": min(config.lengths), "question": PRESENT}, 0)  # if it can be made, longer ones can be too
     return Task(
         name=NAME,
@@ -65,7 +59,7 @@ def hallucination_task(model: ModelConfig, tokenizer: Tokenizer, config: Halluci
         samples=config.samples,
         prompt=prompt,
         score=score,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=lambda _: config.max_new_tokens,
         batch_size=config.batch_size,
         cache_dtype=config.cache_dtype,
         haystack=haystack,

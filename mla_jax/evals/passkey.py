@@ -12,8 +12,7 @@ from mla_jax.config import ModelConfig, PasskeyConfig
 from mla_jax.data.needle.generator import passkey_prompt
 from mla_jax.data.needle.vocabulary import PASSKEY_QUESTION
 from mla_jax.data.tokenizer import Tokenizer
-from mla_jax.errors import InputError
-from mla_jax.evals.task import Params, Prompt, Task
+from mla_jax.evals.task import Params, Prompt, Task, require_room
 
 NAME = "passkey"
 TITLE = "Passkey retrieval"
@@ -39,7 +38,7 @@ def passkey_task(model: ModelConfig, tokenizer: Tokenizer, grid: PasskeyConfig) 
         ids, answer = passkey_prompt(tokenizer, cell["length"], cell["depth"], grid.seed, index)
         return Prompt(ids, answer, grid.seed, index, question=PASSKEY_QUESTION)
 
-    _check(model, grid)
+    require_room(model, grid.lengths, grid.max_new_tokens)
     shortest = min(grid.lengths)  # if all prompts of this length can be made, longer ones can be too
     for depth in grid.depths:
         for sample in range(grid.samples):
@@ -53,7 +52,7 @@ def passkey_task(model: ModelConfig, tokenizer: Tokenizer, grid: PasskeyConfig) 
         samples=grid.samples,
         prompt=prompt,
         score=lambda prompt, text: {"correct": first_integer(text) == int(prompt.answer)},
-        max_new_tokens=grid.max_new_tokens,
+        max_new_tokens=lambda _: grid.max_new_tokens,
         batch_size=grid.batch_size,
         cache_dtype=grid.cache_dtype,
     )
@@ -63,20 +62,6 @@ def first_integer(text: str) -> int | None:
     """The first run of digits as a number, None without any."""
     found = re.search(r"[0-9]+", text)
     return None if found is None else int(found.group())
-
-
-def _check(model: ModelConfig, grid: PasskeyConfig) -> None:
-    """Raises InputError unless the cells differ and prompt and answer fit the model."""
-    for name, values in (("lengths", grid.lengths), ("depths", grid.depths)):
-        if len(set(values)) < len(values):
-            raise InputError(f"eval.{name} must not repeat, got {values}")
-    longest = model.max_position_embeddings - grid.max_new_tokens
-    for length in grid.lengths:
-        if length > longest:
-            raise InputError(
-                f"eval.lengths has {length}, but with max_position_embeddings {model.max_position_embeddings} and "
-                f"{grid.max_new_tokens} new tokens the longest prompt is {longest} tokens"
-            )
 
 
 def _index(length: int, depth: float, sample: int) -> int:

@@ -41,6 +41,8 @@ def measure(
 ) -> Iterator[tuple[Cell, list[Failure]]]:
     """Generates and scores the answers to all prompts of a task, one length after another.
 
+    Cells of one length whose answers may be equally long share batches or haystacks.
+
     Args:
         task: prompts and scoring.
         generator: the model.
@@ -54,7 +56,7 @@ def measure(
     left = [cell for cell in task.cells if cell not in finished]
     pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
     with tqdm(total=len(left) * task.samples, unit=" prompts", disable=not progress, mininterval=pause) as bar:
-        for length, cells in itertools.groupby(left, key=lambda cell: cell["length"]):
+        for (length, _), cells in itertools.groupby(left, key=lambda cell: (cell["length"], task.max_new_tokens(cell))):
             bar.set_description(f"{task.name} at {length} tokens")
             yield from _of_one_length(task, list(cells), generator, tokenizer, bar)
 
@@ -109,7 +111,9 @@ def _ask_in_batches(
         batch = places[start : start + size]
         batch += batch[-1:] * (size - len(batch))
         prompts = [task.prompt(cells[cell], sample) for cell, sample in batch]
-        new = generator.generate([prompt.ids for prompt in prompts], max_new_tokens=task.max_new_tokens, eos_id=eos_id)
+        new = generator.generate(
+            [prompt.ids for prompt in prompts], max_new_tokens=task.max_new_tokens(cells[0]), eos_id=eos_id
+        )
         yield dict(zip(batch, zip(prompts, new, strict=True), strict=True))  # what was repeated merges
 
 
@@ -125,7 +129,7 @@ def _ask_by_haystack(
         prompts = [task.prompt(cells[cell], sample) for cell, sample in group]
         new = generate_sharing_prefix(
             generator, [prompt.ids for prompt in prompts],
-            max_new_tokens=task.max_new_tokens, eos_id=eos_id, batch_size=task.batch_size,
+            max_new_tokens=task.max_new_tokens(cells[0]), eos_id=eos_id, batch_size=task.batch_size,
         )  # fmt: skip
         yield dict(zip(group, zip(prompts, new, strict=True), strict=True))
 

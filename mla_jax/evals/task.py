@@ -1,8 +1,11 @@
 """A task of an evaluation: prompts in cells, and how an answer is scored. Each task has a file that makes one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from mla_jax.config import ModelConfig
+from mla_jax.errors import InputError
 
 Params = dict[str, Any]
 """Parameters of a cell: `length`, in tokens of the prompt, and one more, for instance {"length": 256, "depth": 0.5};
@@ -14,7 +17,7 @@ class Prompt:
     """A prompt and its answer, drawn from `make_rng(seed, Purpose.EVALUATION, index)`, which training never uses."""
 
     ids: list[int]
-    """Token ids, `length` of them."""
+    """Token ids, `length` of them, or the most below that which the format allows."""
     answer: str
     seed: int
     index: int
@@ -22,6 +25,8 @@ class Prompt:
     """Answers to questions that this one is easily mistaken for."""
     question: str = ""
     """What is asked, in words, for who judges the answer without the haystack."""
+    references: tuple[str, ...] = ()
+    """All that a right answer names, where that may be several things; `answer` has them joined."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Task:
     score: Callable[[Prompt, str], dict[str, float]]
     """(a prompt, the generated text) -> scores between 0 and 1 by name, `correct` among them; all prompts of a cell
     have the same names."""
-    max_new_tokens: int
+    max_new_tokens: Callable[[Params], int]
+    """(cell) -> the most tokens of an answer."""
     batch_size: int
     """The most prompts in a batch."""
     cache_dtype: str | None
@@ -52,3 +58,14 @@ class Task:
     haystack: Callable[[Params, int], int] | None = None
     """(cell, sample) -> number of its haystack, which prompts of the same length share: they begin alike, up to the
     question, and are read once. None if each prompt has its own."""
+
+
+def require_room(model: ModelConfig, lengths: Sequence[int], max_new_tokens: int) -> None:
+    """Raises InputError unless prompts of these lengths and the new tokens fit the model."""
+    longest = model.max_position_embeddings - max_new_tokens
+    for length in lengths:
+        if length > longest:
+            raise InputError(
+                f"eval.lengths has {length}, but with max_position_embeddings {model.max_position_embeddings} and "
+                f"{max_new_tokens} new tokens the longest prompt is {longest} tokens"
+            )

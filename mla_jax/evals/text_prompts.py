@@ -1,0 +1,100 @@
+"""Prompts that are texts: whether a tokenizer can write them, and how much of a haystack fits a length."""
+
+import math
+import unicodedata
+from collections.abc import Callable
+
+import numpy as np
+
+from mla_jax.data.needle.text_prompt import TextPrompt
+from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.errors import UsageError
+
+Maker = Callable[[np.random.Generator, int], TextPrompt]
+"""(random generator, items of the haystack) -> a prompt."""
+_ATTEMPTS = 1000
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a prompt, bos first if there is one."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return bos + tokenizer.encode(text)
+
+
+def require_writable(tokenizer: Tokenizer, text: str, key: str) -> None:
+    """Raises UsageError, naming a config key, if ids of the tokenizer cannot stand for a text.
+
+    White space, case and compatibility forms of characters, which some tokenizers change, do not count.
+    """
+    if _plain(tokenizer.decode(tokenizer.encode(text))) == _plain(text):
+        return
+    lost = next((word for word in text.split() if _plain(tokenizer.decode(tokenizer.encode(word))) != _plain(word)), "")
+    raise UsageError(
+        f"{key}: tokenizer {tokenizer.source} cannot write its prompts"
+        + (f" (not {lost!r}, for instance)" if lost else "")
+        + "; evaluate a model whose tokenizer knows every character, such as needle-bpe"
+    )
+
+
+def _plain(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def largest_haystack(
+    tokenizer: Tokenizer, make: Maker, rng: Callable[[], np.random.Generator], tokens: int, least: int
+) -> int:
+    """Items of a haystack for which a prompt takes at most `tokens`, and hardly fewer than that.
+
+    At most a thousandth is left over, or one item more would be too many. Tokens grow evenly with items, so few prompts
+    need to be encoded to find out.
+
+    Args:
+        tokenizer: counts the tokens.
+        make: makes the prompt.
+        rng: gives the same random generator each time.
+        tokens: of the prompt.
+        least: the fewest items that `make` takes, returned if not even they fit.
+    """
+
+    def total(size: int) -> int:
+        return len(encode_prompt(tokenizer, make(rng(), size).text))
+
+    low, high, enough = least, 2 * least, tokens - tokens // 1000
+    at_low, at_high = total(low), total(high)
+    while at_high <= tokens:
+        aim = high + math.ceil(1.02 * (tokens - at_high) * (high - low) / max(at_high - at_low, 1))
+        low, at_low, high = high, at_high, min(aim + 1, 8 * high)
+        at_high = total(high)
+    while at_low < enough and high - low > 1:
+        aim = low + (tokens - at_low) * (high - low) // (at_high - at_low)
+        size = min(max(aim, low + 1), high - 1)
+        if (taken := total(size)) <= tokens:
+            low, at_low = size, taken
+        else:
+            high, at_high = size, taken
+    return low
+
+
+def fitting_prompt(
+    tokenizer: Tokenizer, make: Maker, rng: np.random.Generator, tokens: int, size: int, least: int
+) -> tuple[TextPrompt, list[int]]:
+    """A prompt and its ids; one that takes more than `tokens` is drawn anew with fewer items.
+
+    Args:
+        tokenizer: encodes the prompt.
+        make: makes the prompt.
+        rng: draws it.
+        tokens: the most that it may take.
+        size: items of the haystack to begin with.
+        least: the fewest items that `make` takes.
+
+    Raises:
+        UsageError: of many prompts with `least` items none fits.
+    """
+    for _ in range(_ATTEMPTS):
+        prompt = make(rng, size)
+        ids = encode_prompt(tokenizer, prompt.text)
+        if len(ids) <= tokens:
+            return prompt, ids
+        size = max(size - max(size // 100, 1), least)
+    raise UsageError(f"no prompt of at most {tokens} tokens can be made with tokenizer {tokenizer.source}")

@@ -1,0 +1,103 @@
+"""What holds for the evaluation of every task: interrupted at any moment it goes on, and it notices what changed."""
+
+import dataclasses
+
+import pytest
+
+from experiments.evaluate import TASKS
+from mla_jax.checkpoint.run_folder import Run
+from mla_jax.config import EvalConfig, HallucinationConfig, PasskeyConfig, RulerConfig
+from mla_jax.data.tokenizer import load_tokenizer
+from mla_jax.evals import runner
+from mla_jax.evals.results import read_results
+from mla_jax.evals.runner import evaluate
+from tiny import MODEL
+
+TOKENIZER = load_tokenizer("needle-bpe")
+CONFIGS: dict[str, EvalConfig] = {
+    "passkey": PasskeyConfig(lengths=[128, 192], depths=[0.0, 1.0], samples=3, batch_size=2),
+    "hallucination": HallucinationConfig(lengths=[192, 256], samples=4, questions=2, pairs=3),
+    "ruler": RulerConfig(lengths=[384, 512], tasks=["niah_single_1", "niah_multikey_2"], samples=3, batch_size=2),
+}
+
+
+def test_all_tasks_are_here():
+    assert {type(config) for config in CONFIGS.values()} == set(TASKS)
+
+
+class Generator:
+    """Stands in for `generator.Generator`: answers some prompts, and is interrupted after a number of calls."""
+
+    def __init__(self, calls: float = float("inf")):
+        self.left, self.asked = calls, []
+
+    def __call__(self, *_, **__):
+        return self
+
+    def generate(self, prompts, **_):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.asked += [tuple(prompt) for prompt in prompts]
+        return [TOKENIZER.encode(f" {sum(prompt)}") for prompt in prompts]
+
+    def read(self, session, prompts, **_):
+        session.tokens = prompts
+
+    def most_copies(self, session, wanted):
+        return wanted
+
+    def fork(self, session, rows):
+        return session
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch):
+    """Evaluates a task with a generator; returns the results, None if it was interrupted."""
+    monkeypatch.setattr(runner, "provenance", lambda: {"git_revision": "same"})
+    monkeypatch.setattr(runner, "plot_heatmap", lambda *_, **__: None)
+    run = Run(tmp_path, MODEL, {}, TOKENIZER, step=4, trained_lengths=())
+
+    def evaluated(config: EvalConfig, generator: Generator, out: str):
+        monkeypatch.setattr(runner, "Generator", generator)
+        try:
+            return evaluate(run, TASKS[type(config)](MODEL, TOKENIZER, config), tmp_path / out)
+        except KeyboardInterrupt:
+            return None
+
+    return evaluated
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_killed_at_any_moment_it_goes_on_with_the_cells_that_are_left(name, ask, tmp_path):
+    config, whole = CONFIGS[name], Generator()
+    wanted = ask(config, whole, "whole")
+    task = TASKS[type(config)](MODEL, TOKENIZER, config)
+    prompts = {
+        tuple(cell.items()): [tuple(task.prompt(cell, i).ids) for i in range(task.samples)] for cell in task.cells
+    }
+    assert set(whole.asked) == {prompt for of_cell in prompts.values() for prompt in of_cell}
+    killed = 0
+    for calls in range(1, len(whole.asked)):
+        out = f"killed at {calls}"
+        if ask(config, Generator(calls), out) is not None:
+            break
+        killed += 1
+        unfinished = tmp_path / out / f"{task.name}.json.unfinished"
+        finished = read_results(unfinished, finished=False).cells if unfinished.exists() else ()
+        again = Generator()
+        assert ask(config, again, out).cells == wanted.cells
+        answered = {prompt for cell in finished for prompt in prompts[tuple(cell.params.items())]}
+        assert set(again.asked) == {prompt for of_cell in prompts.values() for prompt in of_cell} - answered
+    assert killed >= 3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_another_seed_is_noticed(name, ask, tmp_path):
+    calls = 3 if name != "hallucination" else 2
+    assert ask(CONFIGS[name], Generator(calls), "out") is None
+    generator = Generator()
+    other = dataclasses.replace(CONFIGS[name], seed=7)
+    assert ask(other, generator, "out").config["seed"] == 7
+    task = TASKS[type(other)](MODEL, TOKENIZER, other)
+    assert len(set(generator.asked)) == len(task.cells) * task.samples
