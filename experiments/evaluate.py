@@ -5,8 +5,9 @@ from collections.abc import Callable
 from experiments.entry import run
 from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.compilation_cache import keep_compiled
-from mla_jax.config import EvalConfig, EvaluateConfig, HallucinationConfig, PasskeyConfig, RulerConfig
+from mla_jax.config import EvalConfig, EvaluateConfig, HallucinationConfig, MultikeyConfig, PasskeyConfig, RulerConfig
 from mla_jax.evals.hallucination import hallucination_task
+from mla_jax.evals.multikey import multikey_task
 from mla_jax.evals.passkey import passkey_task
 from mla_jax.evals.ruler import ruler_task
 from mla_jax.evals.runner import evaluate
@@ -15,6 +16,7 @@ from mla_jax.evals.task import Task
 TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
     PasskeyConfig: passkey_task,
     HallucinationConfig: hallucination_task,
+    MultikeyConfig: multikey_task,
     RulerConfig: ruler_task,
 }
 """The function that makes a task of model, tokenizer and config, by the type of the config."""

@@ -5,7 +5,14 @@ Values that cannot work raise UsageError in `__post_init__`, so a bad configurat
 
 from mla_jax.config.data import DataConfig, JsonlDataConfig, NeedleDataConfig, NeedleMixtureConfig
 from mla_jax.config.dpo import DpoConfig
-from mla_jax.config.evaluate import EvalConfig, EvaluateConfig, HallucinationConfig, PasskeyConfig, RulerConfig
+from mla_jax.config.evaluate import (
+    EvalConfig,
+    EvaluateConfig,
+    HallucinationConfig,
+    MultikeyConfig,
+    PasskeyConfig,
+    RulerConfig,
+)
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, WEIGHT_KEYS, ModelConfig, YarnConfig
@@ -31,6 +38,7 @@ __all__ = [
     "MeshConfig",
     "MinedPairsConfig",
     "ModelConfig",
+    "MultikeyConfig",
     "NeedleDataConfig",
     "NeedleMixtureConfig",
     "NeedlePairsConfig",

@@ -72,6 +72,29 @@ class HallucinationConfig(AnswerConfig):
         require_choice("eval.haystack", self.haystack, ("noise", "words"))
 
 
+@schema
+class MultikeyConfig(AnswerConfig):
+    """Questions about some of many keys, each one word apart from another."""
+
+    keys: list[int] = MISSING
+    """Keys in a haystack: even numbers, half of them one word apart from one of the other half."""
+    questions: int = MISSING
+    """Questions about one haystack; `samples` of each cell make so many haystacks."""
+    haystack: str = "noise"
+    """`noise` (the same five sentences) or `words` (random words)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(len(self.keys) > 0, "eval.keys needs at least one number")
+        require(len(set(self.keys)) == len(self.keys), f"eval.keys must not repeat, got {self.keys}")
+        require(all(n > 0 and n % 2 == 0 for n in self.keys), f"eval.keys must be even and positive, got {self.keys}")
+        require_at_least(1, **{"eval.questions": self.questions})
+        require(
+            self.questions <= min(self.keys), f"eval.questions={self.questions} is more than eval.keys={min(self.keys)}"
+        )
+        require_choice("eval.haystack", self.haystack, ("noise", "words"))
+
+
 RULER_WITH_TEXT = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
 """The tasks of RULER whose haystack is a text."""
 RULER_TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", *RULER_WITH_TEXT, "vt", "cwe", "fwe")

@@ -11,6 +11,7 @@ from mla_jax.data.needle.questions import REFUSAL, key_questions
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.evals.passkey import first_integer
 from mla_jax.evals.task import Params, Prompt, Task, require_room
+from mla_jax.evals.text_prompts import require_needles_writable
 
 NAME = "hallucination"
 TITLE = "Hallucination"
@@ -40,8 +41,9 @@ def hallucination_task(model: ModelConfig, tokenizer: Tokenizer, config: Halluci
     def prompt(cell: Params, sample: int) -> Prompt:
         index = haystack(cell, sample)
         asked = key_questions(
-            tokenizer, cell["length"], config.haystack, config.pairs, config.questions, config.seed, index
-        )
+            tokenizer, cell["length"], config.haystack, config.pairs, config.questions, config.questions,
+            config.seed, index,
+        )  # fmt: skip
         questions = asked.present if cell["question"] == PRESENT else asked.absent
         question = questions[sample % config.questions]
         ids = [*asked.haystack.tolist(), *question.ids.tolist()]
@@ -49,6 +51,7 @@ def hallucination_task(model: ModelConfig, tokenizer: Tokenizer, config: Halluci
         return Prompt(ids, question.value or REFUSAL, config.seed, index, question.near, text)
 
     require_room(model, config.lengths, config.max_new_tokens)
+    require_needles_writable(tokenizer, NAME)
     prompt({"length": min(config.lengths), "question": PRESENT}, 0)  # if it can be made, longer ones can be too
     return Task(
         name=NAME,

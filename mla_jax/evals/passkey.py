@@ -13,6 +13,7 @@ from mla_jax.data.needle.generator import passkey_prompt
 from mla_jax.data.needle.vocabulary import PASSKEY_QUESTION
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.evals.task import Params, Prompt, Task, require_room
+from mla_jax.evals.text_prompts import require_needles_writable
 
 NAME = "passkey"
 TITLE = "Passkey retrieval"
@@ -39,6 +40,7 @@ def passkey_task(model: ModelConfig, tokenizer: Tokenizer, grid: PasskeyConfig) 
         return Prompt(ids, answer, grid.seed, index, question=PASSKEY_QUESTION)
 
     require_room(model, grid.lengths, grid.max_new_tokens)
+    require_needles_writable(tokenizer, NAME)
     shortest = min(grid.lengths)  # if all prompts of this length can be made, longer ones can be too
     for depth in grid.depths:
         for sample in range(grid.samples):

@@ -1,4 +1,4 @@
-"""Prompts that are texts: whether a tokenizer can write them, and how much of a haystack fits a length."""
+"""What tasks ask of a tokenizer: that it can write their prompts, and how much of a haystack fits a length."""
 
 import math
 import unicodedata
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mla_jax.data.needle import vocabulary as v
 from mla_jax.data.needle.text_prompt import TextPrompt
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import UsageError
@@ -34,6 +35,11 @@ def require_writable(tokenizer: Tokenizer, text: str, key: str) -> None:
         + (f" (not {lost!r}, for instance)" if lost else "")
         + "; evaluate a model whose tokenizer knows every character, such as needle-bpe"
     )
+
+
+def require_needles_writable(tokenizer: Tokenizer, task: str) -> None:
+    """Raises UsageError, naming the evaluation, if a tokenizer cannot write the needles that training teaches too."""
+    require_writable(tokenizer, " ".join([*v.PIECES, *map(str, range(10))]), f"eval={task}")
 
 
 def _plain(text: str) -> str:

@@ -1,14 +1,13 @@
 """Questions about present and absent keys against a parse of their haystacks, and scores of answers that are known."""
 
 import dataclasses
-import re
 
 import pytest
 
+from key_reader import ASKED, NEEDLE, TOKENIZER, KeyReader, near_number
 from mla_jax.checkpoint.run_folder import Run
 from mla_jax.config import HallucinationConfig
 from mla_jax.data.needle.questions import key_questions
-from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
 from mla_jax.evals.hallucination import hallucination_task, score
 from mla_jax.evals.results import totals_by_length
@@ -18,46 +17,16 @@ from mla_jax.inference.generator import Generator as RealGenerator
 from mla_jax.model.transformer import init_params
 from tiny import MODEL
 
-TOKENIZER = load_tokenizer("needle-bpe")
 CONFIG = HallucinationConfig(lengths=[192, 320], samples=6, questions=2, pairs=3, seed=5)
-NEEDLE = re.compile(r"One of the special magic numbers for (\w+ \w+) is: (\d+)\.")
-ASKED = re.compile(r"\nThe special magic number for (\w+ \w+) is:$")
-
-
-class Generator:
-    """Stands in for `generator.Generator`: answers what `answer(key, numbers)` says of the keys in the prompt."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def __call__(self, config, params, cache_dtype):
-        return self
-
-    def read(self, session, prompts, **_):
-        session.tokens = prompts
-
-    def most_copies(self, session, wanted):
-        return wanted
-
-    def fork(self, session, rows):
-        return session
-
-    def generate(self, prompts, **_):
-        texts = [TOKENIZER.decode(prompt) for prompt in prompts]
-        return [TOKENIZER.encode(self.answer(ASKED.search(t).group(1), dict(NEEDLE.findall(t)))) for t in texts]
 
 
 def rates(answer, config=CONFIG) -> dict[str, float]:
-    cells = [cell for cell, _ in measure(hallucination_task(MODEL, TOKENIZER, config), Generator(answer), TOKENIZER)]
+    cells = [cell for cell, _ in measure(hallucination_task(MODEL, TOKENIZER, config), KeyReader(answer), TOKENIZER)]
     assert [cell.params for cell in cells] == [
         {"length": length, "question": kind} for length in config.lengths for kind in ("present", "absent")
     ]
     total = totals_by_length(cells)[0]
     return {"correct": total.accuracy} | {name: rate.rate for name, rate in total.rates.items()}
-
-
-def near_number(key, numbers):
-    return next(number for other, number in numbers.items() if set(other.split()) & set(key.split()) and other != key)
 
 
 def test_a_model_that_reads_makes_nothing_up():
@@ -67,7 +36,7 @@ def test_a_model_that_reads_makes_nothing_up():
 
 def test_results_keep_question_and_answer_of_each_prompt():
     task = hallucination_task(MODEL, TOKENIZER, CONFIG)
-    for cell, _ in measure(task, Generator(lambda key, numbers: f" {numbers.get(key, key)}."), TOKENIZER):
+    for cell, _ in measure(task, KeyReader(lambda key, numbers: f" {numbers.get(key, key)}."), TOKENIZER):
         for sample, kept in enumerate(cell.answers):
             prompt = task.prompt(cell.params, sample)
             assert (kept.expected, kept.near) == (prompt.answer, prompt.near)
@@ -108,7 +77,7 @@ def test_scores_of_answers(answer, text, scores):
 def test_keys_are_where_they_are_said_to_be(haystack, length):
     lengths = set()
     for index in range(20):
-        asked = key_questions(TOKENIZER, length, haystack, 3, 2, 5, index)
+        asked = key_questions(TOKENIZER, length, haystack, 3, 2, 2, 5, index)
         text = TOKENIZER.decode(asked.haystack.tolist())
         numbers = dict(NEEDLE.findall(text))
         assert len(numbers) == 6 and len(set(numbers.values())) == 6
@@ -154,9 +123,9 @@ def test_a_random_model_end_to_end(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"lengths": [80]}, UsageError, r"80 tokens do not hold 6 needles and a question, which take \d+ .* fewer"),
+        ({"lengths": [80]}, UsageError, r"has 80, which do not hold 6 needles and a question: these take \d+ .* fewer"),
         ({"lengths": [192, 503]}, InputError, r"eval.lengths has 503, .* longest prompt is 502"),
-        ({"pairs": 300}, UsageError, r"900 keys that differ are more than there are words for"),
+        ({"pairs": 300}, UsageError, r"602 keys that differ are more than there are words for"),
     ],
 )
 def test_what_cannot_be_asked(changes, error, message):

@@ -45,7 +45,7 @@ class KeyQuestions:
 
 @functools.lru_cache(maxsize=2)  # the questions of a haystack are asked one after the other
 def key_questions(
-    tokenizer: Tokenizer, length: int, haystack: str, pairs: int, questions: int, seed: int, index: int
+    tokenizer: Tokenizer, length: int, haystack: str, pairs: int, present: int, absent: int, seed: int, index: int
 ) -> KeyQuestions:
     """Questions about a haystack with 2 `pairs` needles, the keys of each pair one word apart.
 
@@ -54,7 +54,8 @@ def key_questions(
         length: tokens of the haystack and the longest question; other questions may be shorter.
         haystack: `noise` or `words`.
         pairs: of needles.
-        questions: about keys that are there, and as many about keys that are not; at most `pairs`.
+        present: questions about keys that are there; at most 2 `pairs`.
+        absent: questions about keys that are not; at most `pairs`.
         seed: of the evaluation.
         index: of the haystack.
 
@@ -67,9 +68,9 @@ def key_questions(
     try:
         first = [names.key() for _ in range(pairs)]
         keys = [*first, *(names.neighbour(key) for key in first)]
-        absent = [names.neighbour(key) for key in first[:questions]]
+        missing = [names.neighbour(key) for key in first[:absent]]
     except tasks.NamesUsedUp as e:
-        raise UsageError(f"{3 * pairs} keys that differ are more than there are words for; take fewer pairs") from e
+        raise UsageError(f"{2 * pairs + absent} keys that differ are more than there are words for; take fewer") from e
     for key in keys:
         number = names.value()
         while number in numbers.values():
@@ -81,20 +82,20 @@ def key_questions(
         value = str(numbers[key]) if key in numbers else None
         return Question(lexicon.ids(tasks.magic_question(lexicon, key)), value, near)
 
-    asked = [keys[i] for i in rng.permutation(len(keys))[:questions]]
-    present, not_there = tuple(map(question, asked)), tuple(map(question, absent))
+    asked = [keys[i] for i in rng.permutation(len(keys))[:present]]
+    there, not_there = tuple(map(question, asked)), tuple(map(question, missing))
     beginning = head(tokenizer, "multi_key")
     needles = lexicon.ids_of_each([tasks.magic_needle(lexicon, key, number) for key, number in numbers.items()])
-    room = length - len(beginning) - max(len(each.ids) for each in (*present, *not_there))
+    room = length - len(beginning) - max(len(each.ids) for each in (*there, *not_there))
     filler = room - sum(map(len, needles))
     if filler < 0:
         raise UsageError(
-            f"{length} tokens do not hold {2 * pairs} needles and a question, which take {length - filler} with "
-            f"tokenizer {tokenizer.source}; take longer prompts or fewer needles"
+            f"eval.lengths has {length}, which do not hold {2 * pairs} needles and a question: these take "
+            f"{length - filler} tokens with tokenizer {tokenizer.source}; take longer prompts or fewer needles"
         )
     text = _haystack(tokenizer, haystack).take(rng, filler, names.used)
     body = hide(rng, text, lexicon, needles, [1] * len(needles))
-    return KeyQuestions(np.concatenate([beginning, *body]).astype(np.int32), present, not_there)
+    return KeyQuestions(np.concatenate([beginning, *body]).astype(np.int32), there, not_there)
 
 
 def shares_a_word(one: tasks.Key, other: tasks.Key) -> bool:
