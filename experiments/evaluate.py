@@ -5,8 +5,17 @@ from collections.abc import Callable
 from experiments.entry import run
 from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.compilation_cache import keep_compiled
-from mla_jax.config import EvalConfig, EvaluateConfig, HallucinationConfig, MultikeyConfig, PasskeyConfig, RulerConfig
+from mla_jax.config import (
+    EvalConfig,
+    EvaluateConfig,
+    HallucinationConfig,
+    HashHopConfig,
+    MultikeyConfig,
+    PasskeyConfig,
+    RulerConfig,
+)
 from mla_jax.evals.hallucination import hallucination_task
+from mla_jax.evals.hashhop import hashhop_task
 from mla_jax.evals.multikey import multikey_task
 from mla_jax.evals.passkey import passkey_task
 from mla_jax.evals.ruler import ruler_task
@@ -16,6 +25,7 @@ from mla_jax.evals.task import Task
 TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
     PasskeyConfig: passkey_task,
     HallucinationConfig: hallucination_task,
+    HashHopConfig: hashhop_task,
     MultikeyConfig: multikey_task,
     RulerConfig: ruler_task,
 }

@@ -95,6 +95,28 @@ class MultikeyConfig(AnswerConfig):
         require_choice("eval.haystack", self.haystack, ("noise", "words"))
 
 
+@schema
+class HashHopConfig(EvalConfig):
+    """Chains of random hashes to be followed over some hops."""
+
+    hops: list[int] = MISSING
+    """Lines from the hash that is asked about to the one that is the answer."""
+    questions: int = MISSING
+    """Questions about one set of chains; `samples` of each cell make so many sets."""
+    hash_length: int = 16
+    """Letters of a hash."""
+    chain_of_thought: bool = False
+    """Ask for all hashes of the chain instead of the last."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(len(self.hops) > 0, "eval.hops needs at least one number")
+        require(len(set(self.hops)) == len(self.hops), f"eval.hops must not repeat, got {self.hops}")
+        require(all(1 <= n <= 255 for n in self.hops), f"eval.hops must be in [1, 255], got {self.hops}")
+        require_at_least(1, **{"eval.questions": self.questions})
+        require_at_least(4, **{"eval.hash_length": self.hash_length})
+
+
 RULER_WITH_TEXT = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
 """The tasks of RULER whose haystack is a text."""
 RULER_TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", *RULER_WITH_TEXT, "vt", "cwe", "fwe")

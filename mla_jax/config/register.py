@@ -9,7 +9,14 @@ from omegaconf import OmegaConf, StringNode
 
 from mla_jax.config.data import JsonlDataConfig, NeedleDataConfig
 from mla_jax.config.dpo import DpoConfig
-from mla_jax.config.evaluate import EvaluateConfig, HallucinationConfig, MultikeyConfig, PasskeyConfig, RulerConfig
+from mla_jax.config.evaluate import (
+    EvaluateConfig,
+    HallucinationConfig,
+    HashHopConfig,
+    MultikeyConfig,
+    PasskeyConfig,
+    RulerConfig,
+)
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import ModelConfig, YarnConfig
@@ -41,6 +48,7 @@ def register_schemas() -> None:
         ("train", "schema", TrainConfig),
         ("eval", "passkey_schema", PasskeyConfig),
         ("eval", "hallucination_schema", HallucinationConfig),
+        ("eval", "hashhop_schema", HashHopConfig),
         ("eval", "multikey_schema", MultikeyConfig),
         ("eval", "ruler_schema", RulerConfig),
     ):

@@ -154,7 +154,7 @@ class _Source:
             length - new_tokens(name), LEAST.get(name, 1),
         )  # fmt: skip
 
-    def _make_maker(self, length: int, name: str) -> Maker:
+    def _make_maker(self, length: int, name: str) -> Maker[TextPrompt]:
         match name:
             case "vt":
                 return functools.partial(variable_prompt, example_size=self._example_size())

@@ -3,16 +3,35 @@
 import math
 import unicodedata
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from mla_jax.data.needle import vocabulary as v
-from mla_jax.data.needle.text_prompt import TextPrompt
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import UsageError
 
-Maker = Callable[[np.random.Generator, int], TextPrompt]
-"""(random generator, items of the haystack) -> a prompt."""
+
+class HasText(Protocol):
+    """A prompt, or what questions are asked about."""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        ...
+
+
+T = TypeVar("T", bound=HasText, covariant=True)
+
+
+class Maker(Protocol[T]):
+    """A function that draws a prompt with so many items in its haystack."""
+
+    def __call__(self, rng: np.random.Generator, size: int, /) -> T:
+        """The prompt."""
+        ...
+
+
 _ATTEMPTS = 1000
 
 
@@ -47,7 +66,7 @@ def _plain(text: str) -> str:
 
 
 def largest_haystack(
-    tokenizer: Tokenizer, make: Maker, rng: Callable[[], np.random.Generator], tokens: int, least: int
+    tokenizer: Tokenizer, make: Maker[HasText], rng: Callable[[], np.random.Generator], tokens: int, least: int
 ) -> int:
     """Items of a haystack for which a prompt takes at most `tokens`, and hardly fewer than that.
 
@@ -82,8 +101,8 @@ def largest_haystack(
 
 
 def fitting_prompt(
-    tokenizer: Tokenizer, make: Maker, rng: np.random.Generator, tokens: int, size: int, least: int
-) -> tuple[TextPrompt, list[int]]:
+    tokenizer: Tokenizer, make: Maker[T], rng: np.random.Generator, tokens: int, size: int, least: int
+) -> tuple[T, list[int]]:
     """A prompt and its ids; one that takes more than `tokens` is drawn anew with fewer items.
 
     Args:

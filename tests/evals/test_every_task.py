@@ -6,7 +6,7 @@ import pytest
 
 from experiments.evaluate import TASKS
 from mla_jax.checkpoint.run_folder import Run
-from mla_jax.config import EvalConfig, HallucinationConfig, MultikeyConfig, PasskeyConfig, RulerConfig
+from mla_jax.config import EvalConfig, HallucinationConfig, HashHopConfig, MultikeyConfig, PasskeyConfig, RulerConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.evals import runner
 from mla_jax.evals.results import read_results
@@ -17,6 +17,7 @@ TOKENIZER = load_tokenizer("needle-bpe")
 CONFIGS: dict[str, EvalConfig] = {
     "passkey": PasskeyConfig(lengths=[128, 192], depths=[0.0, 1.0], samples=3, batch_size=2),
     "hallucination": HallucinationConfig(lengths=[192, 256], samples=4, questions=2, pairs=3),
+    "hashhop": HashHopConfig(lengths=[300, 400], hops=[1, 2], samples=4, questions=2),
     "multikey": MultikeyConfig(lengths=[192, 256], keys=[2, 6], samples=4, questions=2),
     "ruler": RulerConfig(lengths=[384, 512], tasks=["niah_single_1", "niah_multikey_2"], samples=3, batch_size=2),
 }
@@ -95,7 +96,7 @@ def test_killed_at_any_moment_it_goes_on_with_the_cells_that_are_left(name, ask,
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_another_seed_is_noticed(name, ask, tmp_path):
-    calls = 2 if name in ("hallucination", "multikey") else 3
+    calls = 3 if name in ("passkey", "ruler") else 2
     assert ask(CONFIGS[name], Generator(calls), "out") is None
     generator = Generator()
     other = dataclasses.replace(CONFIGS[name], seed=7)
