@@ -21,7 +21,7 @@ from mla_jax.hardware import GIB, peak_memory
 from mla_jax.inference.generator import PREFILL_CHUNK, Generator
 from mla_jax.inference.sampling import SamplingParams
 from mla_jax.inference.session import Session
-from mla_jax.inference.text_stream import TextStream
+from mla_jax.inference.text_stream import TextStream, special_stops
 
 
 class Conversation:
@@ -30,7 +30,7 @@ class Conversation:
     def __init__(self, generator: Generator, tokenizer: Tokenizer, args: argparse.Namespace):
         self.generator, self.tokenizer, self.args = generator, tokenizer, args
         self.session, self.turn = Session.empty(1), 0
-        self.stop_ids = (*stop_ids(tokenizer), *_special_stops(tokenizer, args.stop))
+        self.stop_ids = (*stop_ids(tokenizer), *special_stops(tokenizer, args.stop))
 
     def write(self, prompt: list[int]) -> str:
         """Streams the continuation to stdout, and statistics to stderr; returns it."""
@@ -69,22 +69,6 @@ class Conversation:
         if not args.quiet:
             print(_summary(len(prompt), reading, started, arrivals), file=sys.stderr)
         return stream.text
-
-
-def _special_stops(tokenizer: Tokenizer, stops: list[str]) -> list[int]:
-    """Ids of the stop strings that are special tokens, which are in no text.
-
-    Raises:
-        InputError: a stop string that holds a special token and something else.
-    """
-    found = []
-    for stop in stops:
-        ids = tokenizer.encode(stop)
-        if any(i in tokenizer.added_ids for i in ids):
-            if len(ids) > 1:
-                raise InputError(f"stop string {stop!r} holds a special token and more; give the special token alone")
-            found += ids
-    return found
 
 
 def _summary(prompt: int, read: int, started: float, arrivals: list[tuple[float, int]]) -> str:

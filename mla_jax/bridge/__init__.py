@@ -6,4 +6,5 @@ llama   conversion of Llama, Mistral and Qwen checkpoints to latent attention
 vllm    a plugin that serves exported models with our kernels
 
 run_or_hf  the model of a run or of a Hugging Face folder
+harness    such a model in lm-evaluation-harness
 """

@@ -6,6 +6,8 @@ from omegaconf import MISSING
 
 from mla_jax.config.schema import require, require_at_least, require_choice, schema
 
+CACHE_DTYPES = ("int8", "bfloat16", "float16", "float32")
+
 
 @schema
 class EvalConfig:
@@ -26,7 +28,7 @@ class EvalConfig:
         require(len(set(self.lengths)) == len(self.lengths), f"eval.lengths must not repeat, got {self.lengths}")
         require_at_least(1, **{"eval.samples": self.samples, "eval.batch_size": self.batch_size})
         if self.cache_dtype is not None:
-            require_choice("eval.cache_dtype", self.cache_dtype, ("int8", "bfloat16", "float16", "float32"))
+            require_choice("eval.cache_dtype", self.cache_dtype, CACHE_DTYPES)
 
 
 @schema

@@ -32,10 +32,10 @@ def check_continuations(config: ModelConfig, contexts: list[list[int]], continua
             )
         if len(continuation) == 0:
             raise InputError(f"continuation {i} is empty; it needs at least one token")
-        if len(context) + len(continuation) > limit:
+        if len(context) + len(continuation) - 1 > limit:  # the last token is predicted, but never read
             raise InputError(
                 f"context {i} of {len(context)} tokens and its continuation of {len(continuation)} exceed the model's "
-                f"max_position_embeddings {limit}; shorten one of them"
+                f"max_position_embeddings {limit} by more than the last token, which is not read; shorten one of them"
             )
         _check_vocabulary(config, f"context {i}", context)
         _check_vocabulary(config, f"continuation {i}", continuation)

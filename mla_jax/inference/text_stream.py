@@ -53,6 +53,22 @@ class TextStream:
         return new
 
 
+def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> list[int]:
+    """Ids of the stop strings that are special tokens, which are in no decoded text.
+
+    Raises:
+        InputError: a stop string that holds a special token and something else.
+    """
+    found = []
+    for stop in stops:
+        ids = tokenizer.encode(stop)
+        if any(i in tokenizer.added_ids for i in ids):
+            if len(ids) > 1:
+                raise InputError(f"stop string {stop!r} holds a special token and more; give the special token alone")
+            found += ids
+    return found
+
+
 def _overlap(text: str, stop: str) -> int:
     """Number of characters at the end of the text that could be the start of the stop string."""
     return next(n for n in range(min(len(stop), len(text)), -1, -1) if text.endswith(stop[:n]))

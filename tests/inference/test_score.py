@@ -180,8 +180,14 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
 
 def test_a_text_may_fill_the_model_to_the_last_position(generator):
     limit = CONFIG.max_position_embeddings
-    assert len(score(generator, [[3] * (limit - 2)], [[4, 5]])[0].log_probs) == 2
-    assert len(rolling_log_probs(generator, [3] * limit)) == limit - 1
+    context, answer = TEXTS[3][: limit - 1], [4, 5]  # of which the last token is predicted, but not read
+    (got,) = score(generator, [context], [answer])
+    (without,) = score(generator, [context], [answer[:1]])
+    np.testing.assert_allclose(got.log_probs[:1], without.log_probs, atol=1e-4)
+    model = bind(CONFIG, PARAMS)
+    last = jax.nn.log_softmax(jax.jit(lambda x: model.logits(model(x)))(np.array([[*context, 4]]))[0, -1])
+    np.testing.assert_allclose(got.log_probs[1], last[5], atol=2e-4)
+    assert len(rolling_log_probs(generator, [3] * (limit + 1))) == limit
 
 
 def test_nothing_to_score_gives_nothing(generator):
@@ -195,7 +201,7 @@ def test_nothing_to_score_gives_nothing(generator):
         ([[1], []], [[1], [1]], "context 1 is empty, but nothing predicts the first token of a text"),
         ([[1]], [[]], "continuation 0 is empty"),
         ([[1]], [[1], [2]], "1 contexts do not go with 2 continuations"),
-        ([[1] * 150], [[1] * 51], "context 0 of 150 tokens and its continuation of 51 exceed .* 200"),
+        ([[1] * 150], [[1] * 52], "context 0 of 150 tokens and its continuation of 52 exceed .* 200"),
         ([[1, 512]], [[1]], "context 0 has token 512, outside the vocabulary of 512"),
         ([[1]], [[1, -1]], "continuation 0 has token -1, outside the vocabulary"),
     ],
