@@ -11,12 +11,14 @@ from mla_jax.config import (
     HallucinationConfig,
     HashHopConfig,
     MultikeyConfig,
+    NiahConfig,
     PasskeyConfig,
     RulerConfig,
 )
 from mla_jax.evals.hallucination import hallucination_task
 from mla_jax.evals.hashhop import hashhop_task
 from mla_jax.evals.multikey import multikey_task
+from mla_jax.evals.niah import niah_task
 from mla_jax.evals.passkey import passkey_task
 from mla_jax.evals.ruler import ruler_task
 from mla_jax.evals.runner import evaluate
@@ -27,6 +29,7 @@ TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
     HallucinationConfig: hallucination_task,
     HashHopConfig: hashhop_task,
     MultikeyConfig: multikey_task,
+    NiahConfig: niah_task,
     RulerConfig: ruler_task,
 }
 """The function that makes a task of model, tokenizer and config, by the type of the config."""

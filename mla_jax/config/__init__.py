@@ -11,6 +11,7 @@ from mla_jax.config.evaluate import (
     HallucinationConfig,
     HashHopConfig,
     MultikeyConfig,
+    NiahConfig,
     PasskeyConfig,
     RulerConfig,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "NeedleDataConfig",
     "NeedleMixtureConfig",
     "NeedlePairsConfig",
+    "NiahConfig",
     "OptimConfig",
     "PasskeyConfig",
     "PreferenceDataConfig",

@@ -5,6 +5,7 @@ from typing import Optional
 from omegaconf import MISSING
 
 from mla_jax.config.schema import require, require_at_least, require_choice, schema
+from mla_jax.errors import UsageError
 
 CACHE_DTYPES = ("int8", "bfloat16", "float16", "float32")
 
@@ -43,17 +44,46 @@ class AnswerConfig(EvalConfig):
 
 
 @schema
-class PasskeyConfig(AnswerConfig):
-    """The passkey grid: the key at each depth of prompts of each length."""
+class DepthConfig(AnswerConfig):
+    """Keys of evaluations with a needle at each depth of prompts of each length."""
 
     depths: list[float] = MISSING
-    """Positions of the key in the prompt: 0 at the start, 1 at the end."""
+    """Positions of the needle in the prompt: 0 at the start, 1 at the end."""
 
     def __post_init__(self):
         super().__post_init__()
         require(len(self.depths) > 0, "eval.depths needs at least one depth")
         require(len(set(self.depths)) == len(self.depths), f"eval.depths must not repeat, got {self.depths}")
         require(all(0 <= d <= 1 for d in self.depths), f"eval.depths must be in [0, 1], got {self.depths}")
+
+
+@schema
+class PasskeyConfig(DepthConfig):
+    """The passkey grid: the key at each depth of prompts of each length."""
+
+
+@schema
+class NiahConfig(DepthConfig):
+    """A needle in the user's texts; `{key}` and `{number}` stand for what is drawn for each prompt."""
+
+    text_folder: str = MISSING
+    """Folder of .txt and .md files."""
+    needle: str = "One of the special magic numbers for {key} is: {number}."
+    question: str = "The special magic number for {key} is:"
+    """The last line of the prompt, up to where the answer begins."""
+    answer: str = "{number}"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("needle", "question", "answer"):
+            text = getattr(self, name)
+            try:
+                text.format(key="", number="")
+            except (KeyError, IndexError, ValueError) as e:
+                raise UsageError(
+                    f"eval.{name}={text!r} may have {{key}} and {{number}} in braces, and nothing else"
+                ) from e
+        require(bool(self.answer), "eval.answer must not be empty")
 
 
 @schema

@@ -14,6 +14,7 @@ from mla_jax.config.evaluate import (
     HallucinationConfig,
     HashHopConfig,
     MultikeyConfig,
+    NiahConfig,
     PasskeyConfig,
     RulerConfig,
 )
@@ -50,6 +51,7 @@ def register_schemas() -> None:
         ("eval", "hallucination_schema", HallucinationConfig),
         ("eval", "hashhop_schema", HashHopConfig),
         ("eval", "multikey_schema", MultikeyConfig),
+        ("eval", "niah_schema", NiahConfig),
         ("eval", "ruler_schema", RulerConfig),
     ):
         store.store(group=group, name=name, node=node)

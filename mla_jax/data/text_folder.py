@@ -1,5 +1,6 @@
 """Folders of the user's text."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,19 @@ def read_texts(folder: str | Path) -> list[str]:
     if not texts:
         raise no_text(folder)
     return texts
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 (hex) of the files' contents, in the order in which they are read.
+
+    Raises:
+        InputError: no such folder, or no file in it.
+    """
+    digest = hashlib.sha256()
+    for path in text_files(folder):
+        with path.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_windows(files: list[Path]) -> Iterator[list[Window]]:

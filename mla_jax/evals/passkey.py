@@ -12,7 +12,7 @@ from mla_jax.config import ModelConfig, PasskeyConfig
 from mla_jax.data.needle.generator import passkey_prompt
 from mla_jax.data.needle.vocabulary import PASSKEY_QUESTION
 from mla_jax.data.tokenizer import Tokenizer
-from mla_jax.evals.task import Params, Prompt, Task, require_room
+from mla_jax.evals.task import Params, Prompt, Task, grid_index, require_room
 from mla_jax.evals.text_prompts import require_needles_writable
 
 NAME = "passkey"
@@ -35,7 +35,7 @@ def passkey_task(model: ModelConfig, tokenizer: Tokenizer, grid: PasskeyConfig) 
     """
 
     def prompt(cell: Params, sample: int) -> Prompt:
-        index = _index(cell["length"], cell["depth"], sample)
+        index = grid_index(cell["length"], cell["depth"], sample)
         ids, answer = passkey_prompt(tokenizer, cell["length"], cell["depth"], grid.seed, index)
         return Prompt(ids, answer, grid.seed, index, question=PASSKEY_QUESTION)
 
@@ -64,8 +64,3 @@ def first_integer(text: str) -> int | None:
     """The first run of digits as a number, None without any."""
     found = re.search(r"[0-9]+", text)
     return None if found is None else int(found.group())
-
-
-def _index(length: int, depth: float, sample: int) -> int:
-    """Index of a prompt's random generator, whatever else is in the grid: cells are independent and repeatable."""
-    return ((length * 1001 + round(depth * 1000)) << 20) + sample

@@ -24,7 +24,7 @@ from mla_jax.data.needle.ruler.word_counts import (
 )
 from mla_jax.data.needle.ruler.words import wonderwords
 from mla_jax.data.needle.text_prompt import TextPrompt
-from mla_jax.data.text_folder import read_texts
+from mla_jax.data.text_folder import fingerprint, read_texts
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import UsageError
 from mla_jax.evals.task import Params, Prompt, Task, require_room
@@ -68,7 +68,7 @@ def ruler_task(model: ModelConfig, tokenizer: Tokenizer, config: RulerConfig) ->
         name=NAME,
         title=TITLE,
         description=DESCRIPTION,
-        config=dataclasses.asdict(config),
+        config=dataclasses.asdict(config) | source.about_text(),
         cells=tuple(
             {"length": length, "task": name}
             for length in config.lengths
@@ -114,6 +114,11 @@ class _Source:
             self._tokenizer, self._maker(length, name), self._rng(index),
             length - new_tokens(name), self._size(length, name), LEAST.get(name, 1),
         )  # fmt: skip
+
+    def about_text(self) -> dict[str, str]:
+        """What tells other texts in the same folder apart; nothing without texts."""
+        folder = self._config.text_folder
+        return {} if folder is None else {"text_fingerprint": fingerprint(folder)}
 
     def check(self) -> None:
         """Raises UsageError for what `ruler_task` says of lengths, text and tokenizer."""

@@ -69,3 +69,8 @@ def require_room(model: ModelConfig, lengths: Sequence[int], max_new_tokens: int
                 f"eval.lengths has {length}, but with max_position_embeddings {model.max_position_embeddings} and "
                 f"{max_new_tokens} new tokens the longest prompt is {longest} tokens"
             )
+
+
+def grid_index(length: int, depth: float, sample: int) -> int:
+    """Index of a prompt's random generator, whatever else is in the grid: cells are independent and repeatable."""
+    return ((length * 1001 + round(depth * 1000)) << 20) + sample

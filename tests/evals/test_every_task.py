@@ -1,12 +1,21 @@
 """What holds for the evaluation of every task: interrupted at any moment it goes on, and it notices what changed."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from experiments.evaluate import TASKS
 from mla_jax.checkpoint.run_folder import Run
-from mla_jax.config import EvalConfig, HallucinationConfig, HashHopConfig, MultikeyConfig, PasskeyConfig, RulerConfig
+from mla_jax.config import (
+    EvalConfig,
+    HallucinationConfig,
+    HashHopConfig,
+    MultikeyConfig,
+    NiahConfig,
+    PasskeyConfig,
+    RulerConfig,
+)
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.evals import runner
 from mla_jax.evals.results import read_results
@@ -14,11 +23,13 @@ from mla_jax.evals.runner import evaluate
 from tiny import MODEL
 
 TOKENIZER = load_tokenizer("needle-bpe")
+TEXTS = Path(__file__).resolve().parent.parent.parent / "docs"
 CONFIGS: dict[str, EvalConfig] = {
     "passkey": PasskeyConfig(lengths=[128, 192], depths=[0.0, 1.0], samples=3, batch_size=2),
     "hallucination": HallucinationConfig(lengths=[192, 256], samples=4, questions=2, pairs=3),
     "hashhop": HashHopConfig(lengths=[300, 400], hops=[1, 2], samples=4, questions=2),
     "multikey": MultikeyConfig(lengths=[192, 256], keys=[2, 6], samples=4, questions=2),
+    "niah": NiahConfig(text_folder=str(TEXTS), lengths=[128, 192], depths=[0.0, 1.0], samples=3, batch_size=2),
     "ruler": RulerConfig(lengths=[384, 512], tasks=["niah_single_1", "niah_multikey_2"], samples=3, batch_size=2),
 }
 
@@ -96,7 +107,7 @@ def test_killed_at_any_moment_it_goes_on_with_the_cells_that_are_left(name, ask,
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_another_seed_is_noticed(name, ask, tmp_path):
-    calls = 3 if name in ("passkey", "ruler") else 2
+    calls = 3 if name in ("passkey", "niah", "ruler") else 2
     assert ask(CONFIGS[name], Generator(calls), "out") is None
     generator = Generator()
     other = dataclasses.replace(CONFIGS[name], seed=7)

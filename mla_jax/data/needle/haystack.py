@@ -112,6 +112,11 @@ class TextHaystack:
         build = functools.partial(_build, tokenizer, folder, files)
         self._ring = Ring(tokenizer, cached("texts", files, tokenizer, "haystack", build, cache_dir))
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all files; longer filler repeats them."""
+        return self._ring.tokens
+
     def take(self, rng: np.random.Generator, length: int, taken: Collection[Key] = ()) -> Filler:
         """Filler of exactly `length` tokens; behind the last file the first one follows."""
         return self._ring.take(self._ring.random_start(rng), length)

@@ -71,6 +71,11 @@ class Ring:
         word = one_token_word(tokenizer)
         self._topping = encode_within(tokenizer, [v.STOP])[0][-1] if word is None else word
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all texts."""
+        return len(self._arrays["ids"])
+
     def random_start(self, rng: np.random.Generator) -> int:
         """A position behind a sentence."""
         starts = self._arrays[self._starts]
