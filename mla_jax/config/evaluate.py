@@ -61,6 +61,13 @@ class DepthConfig(AnswerConfig):
 class PasskeyConfig(DepthConfig):
     """The passkey grid: the key at each depth of prompts of each length."""
 
+    format: str = "landmark"
+    """`landmark` (prompts of exactly each length) or `infinitebench` (whole lines up to it)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_choice("eval.format", self.format, ("landmark", "infinitebench"))
+
 
 @schema
 class NiahConfig(DepthConfig):

@@ -32,7 +32,7 @@ class Maker(Protocol[T]):
         ...
 
 
-_ATTEMPTS = 1000
+_ATTEMPTS = 100
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -114,12 +114,15 @@ def fitting_prompt(
         least: the fewest items that `make` takes.
 
     Raises:
-        UsageError: of many prompts with `least` items none fits.
+        UsageError: of some prompts with `least` items none fits.
     """
+    ids: list[int] = []
     for _ in range(_ATTEMPTS):
         prompt = make(rng, size)
         ids = encode_prompt(tokenizer, prompt.text)
         if len(ids) <= tokens:
             return prompt, ids
         size = max(size - max(size // 100, 1), least)
-    raise UsageError(f"no prompt of at most {tokens} tokens can be made with tokenizer {tokenizer.source}")
+    raise UsageError(
+        f"eval.lengths is too short: {len(ids)} tokens are needed with tokenizer {tokenizer.source}, {tokens} are left"
+    )

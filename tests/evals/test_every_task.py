@@ -26,6 +26,9 @@ TOKENIZER = load_tokenizer("needle-bpe")
 TEXTS = Path(__file__).resolve().parent.parent.parent / "docs"
 CONFIGS: dict[str, EvalConfig] = {
     "passkey": PasskeyConfig(lengths=[128, 192], depths=[0.0, 1.0], samples=3, batch_size=2),
+    "passkey_infinitebench": PasskeyConfig(
+        format="infinitebench", lengths=[192, 256], depths=[0.0, 1.0], samples=3, batch_size=2
+    ),
     "hallucination": HallucinationConfig(lengths=[192, 256], samples=4, questions=2, pairs=3),
     "hashhop": HashHopConfig(lengths=[300, 400], hops=[1, 2], samples=4, questions=2),
     "multikey": MultikeyConfig(lengths=[192, 256], keys=[2, 6], samples=4, questions=2),
@@ -107,7 +110,7 @@ def test_killed_at_any_moment_it_goes_on_with_the_cells_that_are_left(name, ask,
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_another_seed_is_noticed(name, ask, tmp_path):
-    calls = 3 if name in ("passkey", "niah", "ruler") else 2
+    calls = 3 if name in ("passkey", "passkey_infinitebench", "niah", "ruler") else 2
     assert ask(CONFIGS[name], Generator(calls), "out") is None
     generator = Generator()
     other = dataclasses.replace(CONFIGS[name], seed=7)
