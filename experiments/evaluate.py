@@ -1,9 +1,10 @@
-"""Evaluation of a run by generation: `python -m experiments.evaluate run=RUN_DIR [eval=TASK] [KEY=VALUE ...]`."""
+"""Evaluation of a run or a Hugging Face folder: `python -m experiments.evaluate run=FOLDER [eval=TASK] [KEY=VALUE]`."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from experiments.entry import run
-from mla_jax.checkpoint.run_folder import load_run
+from mla_jax.bridge.run_or_hf import load_run_or_hf
 from mla_jax.compilation_cache import keep_compiled
 from mla_jax.config import (
     EvalConfig,
@@ -38,9 +39,9 @@ TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
 def main(config: EvaluateConfig) -> None:
     """Writes RUN/eval/TASK.json and TASK.png and prints the table."""
     keep_compiled()
-    trained = load_run(config.run, config.step)
+    trained = load_run_or_hf(config.run, config.step)
     task = TASKS[type(config.eval)](trained.model, trained.tokenizer, config.eval)
-    evaluate(trained, task, trained.path / "eval")
+    evaluate(trained, task, trained.path / "eval" if config.out is None else Path(config.out))
 
 
 if __name__ == "__main__":

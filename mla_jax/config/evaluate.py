@@ -184,11 +184,14 @@ class RulerConfig(EvalConfig):
 
 @schema
 class EvaluateConfig:
-    """Configuration of `python -m experiments.evaluate run=RUN_DIR`."""
+    """Configuration of `python -m experiments.evaluate run=FOLDER`."""
 
     run: str = MISSING
+    """Folder of a run, or of a dense DeepSeek-V2 or -V3 in Hugging Face format."""
     step: str = "latest"
-    """Which checkpoint: `latest`, `best` by the run's `train.best_metric`, or a step."""
+    """Which checkpoint of a run: `latest`, `best` by its `train.best_metric`, or a step."""
+    out: Optional[str] = None
+    """Folder of the results; None for `eval` in that of the run, where other tools look for them."""
     eval: EvalConfig = MISSING
     """Its type chooses the task."""
 

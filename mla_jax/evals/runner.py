@@ -200,13 +200,19 @@ def _empty(run: Run, task: Task) -> Results:
 
 
 def _fingerprint(run: Run) -> str:
-    """A hash of the model's config and of its checkpoint's manifest, which has the checksums of the weights.
+    """A hash of the model's config and of its weights.
 
-    Without a manifest, of the config alone: hashing the weights would read all of them.
+    For the latter stands the manifest of a run's checkpoint, which has their checksums; without one (earlier versions
+    wrote none) it is of the config alone. The files of a Hugging Face folder are read.
     """
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(run.model)).encode())
     manifest = run.path / CHECKPOINTS / str(run.step) / MANIFEST
-    files = manifest.read_bytes() if manifest.is_file() else b""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(run.model)).encode() + files).hexdigest()[:16]
+    if manifest.is_file():
+        digest.update(manifest.read_bytes())
+    for path in sorted(run.path.glob("*.safetensors")):
+        with path.open("rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _resume(empty: Results, unfinished: Path) -> Results:

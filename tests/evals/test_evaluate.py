@@ -55,10 +55,19 @@ def test_the_config_of_another_evaluation_chooses_its_task(hops, monkeypatch):
     assert config.eval == HopsConfig(lengths=[128], hops=[1, 2], samples=3)
     run = Run(Path("runs/one"), MODEL, {}, load_tokenizer("needle-bpe"), step=1, trained_lengths=())
     evaluated = []
-    monkeypatch.setattr(evaluate, "load_run", lambda *_: run)
+    monkeypatch.setattr(evaluate, "load_run_or_hf", lambda *_: run)
     monkeypatch.setattr(evaluate, "evaluate", lambda *arguments: evaluated.append(arguments))
     evaluate.main(config)
     assert evaluated == [(run, ("task of hops", MODEL, run.tokenizer, config.eval), Path("runs/one/eval"))]
+
+
+def test_results_may_go_elsewhere(monkeypatch, tmp_path):
+    run = Run(Path("runs/one"), MODEL, {}, load_tokenizer("needle-bpe"), step=1, trained_lengths=())
+    folders = []
+    monkeypatch.setattr(evaluate, "load_run_or_hf", lambda *_: run)
+    monkeypatch.setattr(evaluate, "evaluate", lambda run, task, folder: folders.append(folder))
+    evaluate.main(composed(f"out={tmp_path}"))
+    assert folders == [tmp_path]
 
 
 def test_keys_that_every_evaluation_has_are_checked(hops):
