@@ -1,16 +1,15 @@
 """Runs a task on a model: generation, scoring, counts by cell; the results are written as they grow."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from mla_jax.checkpoint.manager import CHECKPOINTS
 from mla_jax.checkpoint.manifest import MANIFEST
@@ -18,6 +17,7 @@ from mla_jax.checkpoint.run_folder import Run
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.answers import Answer, Failure
+from mla_jax.evals.progress import Progress
 from mla_jax.evals.provenance import provenance
 from mla_jax.evals.report import format_rates, format_table, plot_heatmap
 from mla_jax.evals.results import CORRECT, Cell, Results, read_results, require_grid
@@ -54,15 +54,25 @@ def measure(
         The scores of a cell as soon as all its prompts are answered, and at most FAILURES_KEPT of its wrong answers.
     """
     left = [cell for cell in task.cells if cell not in finished]
-    pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
-    with tqdm(total=len(left) * task.samples, unit=" prompts", disable=not progress, mininterval=pause) as bar:
-        for (length, _), cells in itertools.groupby(left, key=lambda cell: (cell["length"], task.max_new_tokens(cell))):
-            bar.set_description(f"{task.name} at {length} tokens")
-            yield from _of_one_length(task, list(cells), generator, tokenizer, bar)
+    by_length = itertools.groupby(left, key=lambda cell: (cell["length"], task.max_new_tokens(cell)))
+    together = [list(cells) for _, cells in by_length]
+    tokens = sum(_tokens_to_read(task, cells) for cells in together)
+    shown = Progress(task.name, len(left) * task.samples, tokens, progress)
+    with contextlib.closing(shown):
+        for cells in together:
+            shown.at(cells[0]["length"])
+            yield from _of_one_length(task, cells, generator, tokenizer, shown)
+
+
+def _tokens_to_read(task: Task, cells: list[Params]) -> int:
+    """Tokens of the prompts of cells of one length, each haystack counted once."""
+    prompts = itertools.product(cells, range(task.samples))
+    reads = len(cells) * task.samples if task.haystack is None else len({task.haystack(*prompt) for prompt in prompts})
+    return reads * cells[0]["length"]
 
 
 def _of_one_length(
-    task: Task, cells: list[Params], generator: Generator, tokenizer: Tokenizer, bar: tqdm
+    task: Task, cells: list[Params], generator: Generator, tokenizer: Tokenizer, progress: Progress
 ) -> Iterator[tuple[Cell, list[Failure]]]:
     """Scores and wrong answers of cells whose prompts have the same length, and so may share batches or haystacks.
 
@@ -72,6 +82,7 @@ def _of_one_length(
     texts: list[dict[int, Answer]] = [{} for _ in cells]
     failures: list[dict[int, Failure]] = [{} for _ in cells]
     places = list(itertools.product(range(len(cells)), range(task.samples)))
+    tokens = _tokens_to_read(task, cells)
     ask = _ask_in_batches if task.haystack is None else _ask_by_haystack
     for answers in ask(task, cells, places, generator, tokenizer.eos_id):
         for (cell, sample), (prompt, ids) in answers.items():
@@ -80,7 +91,7 @@ def _of_one_length(
             scores[cell][sample] = task.score(prompt, text)
             if scores[cell][sample][CORRECT] < 1:
                 failures[cell][sample] = Failure(cells[cell], prompt.seed, prompt.index, prompt.answer, text)
-        bar.update(len(answers))
+        progress.add(len(answers), tokens * len(answers) / len(places))
         for cell in dict.fromkeys(cell for cell, _ in answers):
             if len(scores[cell]) == task.samples:
                 wrong = [failures[cell][sample] for sample in sorted(failures[cell])]
