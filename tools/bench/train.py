@@ -143,12 +143,12 @@ def main() -> None:
             for text in args.keep
             for unroll in args.unroll
         }
+        peak = 1.0 if args.compile_only else ceilings.matmul()
         with jax.set_mesh(make_mesh(config.mesh)):
             if args.compile_only:
                 for shape in shapes:
                     print_memory(config, shape, models)
                 return
-            peak = ceilings.matmul()
             results = {"provenance": report.origin(), "matmul_ceiling": peak, "rows": []}
             print(f"ceiling: {peak / 1e12:,.1f} TFLOP/s, matmul of bfloat16\n", flush=True)
             for shape in shapes:
