@@ -17,7 +17,7 @@ VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-vers
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration slurm slurm-stop test-slurm llamacpp test-llamacpp vllm test-vllm lint format clean
+.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp vllm test-vllm lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -29,7 +29,7 @@ quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export 
 	$(BIN)/python -m tools.export_hf $(RUN) $(EXPORT) --overwrite --verify
 	@echo
 	@echo "heatmap   $(RUN)/eval/passkey.png"
-	@echo "results   $(RUN)/eval/passkey.json"
+	@echo "results   $(RUN)/eval/passkey.json, $(RUN)/eval/report.html"
 	@echo "weights   $(EXPORT) (Hugging Face format)"
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
@@ -37,6 +37,10 @@ test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts s
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration $(ARGS)
+
+chromium: ## Debian's Chromium, in which `make integration` opens the report on evaluations (as root)
+	@command -v chromium >/dev/null || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends chromium; }
 
 slurm: $(VENV)/.installed-slurm ## a real SLURM of two nodes on this machine (as root; installs it on Debian and Ubuntu)
 	@deploy/slurm/local_cluster.sh start

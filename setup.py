@@ -12,5 +12,5 @@ kernels = find_packages("kernels")
 setup(
     packages=[*ours, *kernels, "experiments.conf"],
     package_dir={"latent_attention": "kernels/latent_attention", "experiments.conf": "conf"},
-    package_data={"experiments.conf": ["**/*.yaml"]},
+    package_data={"experiments.conf": ["**/*.yaml"], "mla_jax.evals": ["*.jinja", "*.json"]},
 )

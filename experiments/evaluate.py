@@ -18,6 +18,7 @@ from mla_jax.config import (
 )
 from mla_jax.evals.hallucination import hallucination_task
 from mla_jax.evals.hashhop import hashhop_task
+from mla_jax.evals.html_report import report_on
 from mla_jax.evals.multikey import multikey_task
 from mla_jax.evals.niah import niah_task
 from mla_jax.evals.passkey import passkey_task
@@ -37,11 +38,13 @@ TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
 
 
 def main(config: EvaluateConfig) -> None:
-    """Writes RUN/eval/TASK.json and TASK.png and prints the table."""
+    """Writes RUN/eval/TASK.json, TASK.png and, about all tasks there, report.html; prints the table."""
     keep_compiled()
     trained = load_run_or_hf(config.run, config.step)
     task = TASKS[type(config.eval)](trained.model, trained.tokenizer, config.eval)
-    evaluate(trained, task, trained.path / "eval" if config.out is None else Path(config.out))
+    out = trained.path / "eval" if config.out is None else Path(config.out)
+    evaluate(trained, task, out)
+    print(f"All tasks of this run: {report_on(out)}")
 
 
 if __name__ == "__main__":

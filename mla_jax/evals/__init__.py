@@ -5,6 +5,7 @@ passkey     the task of passkey retrieval
 runner      asks a model, cell by cell, and writes the results
 results     RUN/eval/TASK.json: written, read, checked
 report      table and heatmap
+html_report RUN/eval/report.html, from report.html.jinja
 sweep       the runs of a sweep compared
 stats       intervals
 provenance  command, commit, hardware and versions of a measurement

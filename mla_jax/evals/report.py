@@ -20,7 +20,8 @@ COLORS = "YlGnBu"
 """Pale yellow (0) to dark blue (1): one hue after the other, so that lightness alone tells the order."""
 
 
-def _format_row(name: str, value: Any) -> str:
+def format_value(name: str, value: Any) -> str:
+    """A value of a cell's parameter, depths in %; None is `all`."""
     return "all" if value is None else f"{100 * value:g}%" if name == "depth" else str(value)
 
 
@@ -29,7 +30,7 @@ def _percent_range(cell: Cell) -> str:
     return f"{100 * low:.0f}-{100 * high:.0f}"
 
 
-def _grid(cells: Sequence[Cell]) -> tuple[list[int], str, list[Any], dict[tuple[int, Any], Cell]]:
+def grid(cells: Sequence[Cell]) -> tuple[list[int], str, list[Any], dict[tuple[int, Any], Cell]]:
     """Lengths, name and values of the other parameter (the last is None: all of them), and the cells by both."""
     (name,) = cells[0].params.keys() - {"length"}
     lengths = sorted({cell.length for cell in cells})
@@ -40,11 +41,11 @@ def _grid(cells: Sequence[Cell]) -> tuple[list[int], str, list[Any], dict[tuple[
 
 def format_table(cells: Sequence[Cell]) -> str:
     """The grid as text, length across, the other parameter down: correct/n [95 % interval in %] in each cell."""
-    lengths, name, values, by_place = _grid(cells)
+    lengths, name, values, by_place = grid(cells)
     rows = [[name, *(f"{format_length(length)} tokens" for length in lengths)]]
     for value in values:
         entries = [by_place[length, value] for length in lengths]
-        rows.append([_format_row(name, value), *(f"{c.correct}/{c.n} [{_percent_range(c)}]" for c in entries)])
+        rows.append([format_value(name, value), *(f"{c.correct}/{c.n} [{_percent_range(c)}]" for c in entries)])
     *above, totals = _aligned(rows).splitlines()
     return "\n".join([*above, above[1], totals])
 
@@ -87,7 +88,7 @@ def plot_heatmap(
     Raises:
         InputError: the file cannot be written.
     """
-    lengths, name, values, by_place = _grid(cells)
+    lengths, name, values, by_place = grid(cells)
     scale = ScalarMappable(Normalize(0, 1), COLORS)
     figure = Figure(figsize=(max(2.4 + 1.15 * len(lengths), 5.6), 2.1 + 0.72 * len(values)), dpi=160)
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
@@ -100,7 +101,7 @@ def plot_heatmap(
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.set_ylim(rows[-1] + 0.5, -0.5)
     axes.set_xticks(range(len(lengths)), [format_length(length) for length in lengths])
-    axes.set_yticks(rows, [_format_row(name, value).replace("%", " %") for value in values])
+    axes.set_yticks(rows, [format_value(name, value).replace("%", " %") for value in values])
     axes.set_xlabel("length of the prompt (tokens)")
     axes.set_ylabel("depth of the needle (0 % = start)" if name == "depth" else name)
     axes.tick_params(length=0)

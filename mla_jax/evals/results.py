@@ -261,14 +261,19 @@ def read_results(path: Path, *, finished: bool = True) -> Results:
 
 
 def results_of_run(run_dir: Path) -> list[Results]:
-    """All results in RUN/eval, by name of the task; none if the run was not evaluated.
+    """All results in RUN/eval; none if the run was not evaluated. Raises InputError as `read_results`."""
+    return results_in(run_dir / "eval")
+
+
+def results_in(folder: Path) -> list[Results]:
+    """All results in a folder, by name of the task.
 
     JSON files with neither `task` nor `cells` are no results and are left out.
 
     Raises:
         InputError: as `read_results`.
     """
-    return [read_results(path) for path in sorted((run_dir / "eval").glob("*.json")) if _is_results(path)]
+    return [read_results(path) for path in sorted(folder.glob("*.json")) if _is_results(path)]
 
 
 def _is_results(path: Path) -> bool:

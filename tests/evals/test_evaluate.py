@@ -57,8 +57,10 @@ def test_the_config_of_another_evaluation_chooses_its_task(hops, monkeypatch):
     evaluated = []
     monkeypatch.setattr(evaluate, "load_run_or_hf", lambda *_: run)
     monkeypatch.setattr(evaluate, "evaluate", lambda *arguments: evaluated.append(arguments))
+    monkeypatch.setattr(evaluate, "report_on", evaluated.append)
     evaluate.main(config)
-    assert evaluated == [(run, ("task of hops", MODEL, run.tokenizer, config.eval), Path("runs/one/eval"))]
+    asked = run, ("task of hops", MODEL, run.tokenizer, config.eval), Path("runs/one/eval")
+    assert evaluated == [asked, Path("runs/one/eval")]
 
 
 def test_results_may_go_elsewhere(monkeypatch, tmp_path):
@@ -66,8 +68,9 @@ def test_results_may_go_elsewhere(monkeypatch, tmp_path):
     folders = []
     monkeypatch.setattr(evaluate, "load_run_or_hf", lambda *_: run)
     monkeypatch.setattr(evaluate, "evaluate", lambda run, task, folder: folders.append(folder))
+    monkeypatch.setattr(evaluate, "report_on", folders.append)
     evaluate.main(composed(f"out={tmp_path}"))
-    assert folders == [tmp_path]
+    assert folders == [tmp_path] * 2
 
 
 def test_keys_that_every_evaluation_has_are_checked(hops):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import jsonschema
 import pytest
 
 from mla_jax.checkpoint.manifest import write_manifest
@@ -17,6 +18,7 @@ from mla_jax.evals.passkey import first_integer, passkey_task
 from mla_jax.evals.results import read_results, totals_by_length
 from mla_jax.evals.runner import FAILURES_KEPT, evaluate, measure
 from mla_jax.model.transformer import init_params
+from results_schema import SCHEMA
 from tiny import MODEL
 
 TOKENIZER = load_tokenizer("needle-bpe")
@@ -148,6 +150,7 @@ def test_a_random_model_end_to_end(tmp_path, capsys):
     assert [cell.n for cell in report.cells] == 6 * [2]
     assert sum(cell.correct for cell in report.cells) <= 1, "an untrained model does not find keys"
     written = json.loads((tmp_path / "tiny" / "eval" / "passkey.json").read_text())
+    jsonschema.validate(written, SCHEMA)
     assert written["cells"] == [cell.to_json() for cell in report.cells]
     assert written["config"] == dataclasses.asdict(grid)
     assert written["failures"] == [failure.to_json() for failure in report.failures]

@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import json
 
+import jsonschema
 import pytest
 
 from mla_jax.errors import InputError
 from mla_jax.evals.answers import Answer, Failure
-from mla_jax.evals.results import Cell, Results, read_results, results_of_run
+from mla_jax.evals.results import VERSION, Cell, Results, read_results, results_of_run
+from results_schema import SCHEMA
 
 RESULTS = Results(
     task="hops",
@@ -162,6 +164,34 @@ def test_scores_haystacks_and_answers_are_read_as_they_were_written(tmp_path):
     assert (cell["n"], cell["correct"], cell["accuracy"], cell["haystacks"]) == (3, 1.5, 0.5, [7, 7, 9])
     assert cell["answers"][0] == {"question": "Where?", "expected": "12", "near": ["21"], "generated": " 12."}
     assert cell["rates"]["made_up"]["n"] == 3 and cell["rates"]["made_up"]["rate"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_what_is_written_fits_the_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["properties"]["version"]["const"] == VERSION
+    of_one_cell = dataclasses.replace(RESULTS, cells=(SHARED,), failures=(), provenance={"git_revision": None})
+    for results in (RESULTS, of_one_cell):
+        jsonschema.validate(results.to_json(), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["other"], 1),
+        (["version"], 2),
+        (["model", "step"], "7"),
+        (["cells"], []),
+        (["cells", 0, "accuracy"], 1.5),
+        (["cells", 0, "interval"], [0.5]),
+        (["cells", 0, "scores"], {"made_up": [1]}),
+        (["cells", 0, "answers"], [{"question": "Where?"}]),
+        (["by_length", 0, "rates"], {"made_up": 0.5}),
+        (["failures", 0], {"length": 64}),
+    ],
+)
+def test_the_schema_refuses_what_is_no_results_file(path, value):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(json.loads(changed(path, value)), SCHEMA)
 
 
 def test_totals_keep_haystacks_apart_and_count_a_score_where_there_is_one():
