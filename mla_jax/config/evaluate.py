@@ -99,15 +99,17 @@ class HallucinationConfig(AnswerConfig):
 
     questions: int = MISSING
     """Questions of each kind about one haystack; `samples` of each kind at each length make so many haystacks."""
-    pairs: int = MISSING
-    """Pairs of needles in a haystack, the keys of a pair one word apart."""
+    needles: int = MISSING
+    """Needles in a haystack; their keys come in pairs one word apart, of an odd number one is alone."""
     haystack: str = "noise"
     """`noise` (the same five sentences) or `words` (random words)."""
 
     def __post_init__(self):
         super().__post_init__()
-        require_at_least(1, **{"eval.questions": self.questions, "eval.pairs": self.pairs})
-        require(self.questions <= self.pairs, f"eval.questions={self.questions} is more than eval.pairs={self.pairs}")
+        require_at_least(1, **{"eval.questions": self.questions, "eval.needles": self.needles})
+        require(
+            self.questions <= self.needles, f"eval.questions={self.questions} is more than eval.needles={self.needles}"
+        )
         require_choice("eval.haystack", self.haystack, ("noise", "words"))
 
 

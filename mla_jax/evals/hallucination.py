@@ -41,7 +41,7 @@ def hallucination_task(model: ModelConfig, tokenizer: Tokenizer, config: Halluci
     def prompt(cell: Params, sample: int) -> Prompt:
         index = haystack(cell, sample)
         asked = key_questions(
-            tokenizer, cell["length"], config.haystack, config.pairs, config.questions, config.questions,
+            tokenizer, cell["length"], config.haystack, config.needles, config.questions, config.questions,
             config.seed, index,
         )  # fmt: skip
         questions = asked.present if cell["question"] == PRESENT else asked.absent

@@ -39,7 +39,7 @@ def multikey_task(model: ModelConfig, tokenizer: Tokenizer, config: MultikeyConf
     def prompt(cell: Params, sample: int) -> Prompt:
         index = haystack(cell, sample)
         asked = key_questions(
-            tokenizer, cell["length"], config.haystack, cell["keys"] // 2, config.questions, 0, config.seed, index
+            tokenizer, cell["length"], config.haystack, cell["keys"], config.questions, 0, config.seed, index
         )
         question = asked.present[sample % config.questions]
         assert question.value is not None

@@ -29,7 +29,7 @@ CONFIGS: dict[str, EvalConfig] = {
     "passkey_infinitebench": PasskeyConfig(
         format="infinitebench", lengths=[192, 256], depths=[0.0, 1.0], samples=3, batch_size=2
     ),
-    "hallucination": HallucinationConfig(lengths=[192, 256], samples=4, questions=2, pairs=3),
+    "hallucination": HallucinationConfig(lengths=[192, 256], samples=4, questions=2, needles=3),
     "hashhop": HashHopConfig(lengths=[300, 400], hops=[1, 2], samples=4, questions=2),
     "multikey": MultikeyConfig(lengths=[192, 256], keys=[2, 6], samples=4, questions=2),
     "niah": NiahConfig(text_folder=str(TEXTS), lengths=[128, 192], depths=[0.0, 1.0], samples=3, batch_size=2),

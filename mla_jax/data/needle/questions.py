@@ -2,7 +2,8 @@ r"""Held-out questions about one haystack of numbered keys: some of its keys, an
 
     <bos>filler with needles between its sentences \n The special magic number for KEY is:
 
-Each question's key shares a word with another key of the haystack, so that it takes reading to tell them apart.
+Keys come in pairs that share a word, and an absent key shares one with a key that is there, so that it takes reading to
+tell them apart.
 """
 
 import functools
@@ -45,17 +46,17 @@ class KeyQuestions:
 
 @functools.lru_cache(maxsize=2)  # the questions of a haystack are asked one after the other
 def key_questions(
-    tokenizer: Tokenizer, length: int, haystack: str, pairs: int, present: int, absent: int, seed: int, index: int
+    tokenizer: Tokenizer, length: int, haystack: str, needles: int, present: int, absent: int, seed: int, index: int
 ) -> KeyQuestions:
-    """Questions about a haystack with 2 `pairs` needles, the keys of each pair one word apart.
+    """Questions about a haystack of `needles`, whose keys come in pairs one word apart; of an odd number, one is alone.
 
     Args:
         tokenizer: writes all of it.
         length: tokens of the haystack and the longest question; other questions may be shorter.
         haystack: `noise` or `words`.
-        pairs: of needles.
-        present: questions about keys that are there; at most 2 `pairs`.
-        absent: questions about keys that are not; at most `pairs`.
+        needles: with a key each; one or more.
+        present: questions about keys that are there; at most `needles`.
+        absent: questions about keys that are not, each one word away from one that is; at most `needles`.
         seed: of the evaluation.
         index: of the haystack.
 
@@ -66,11 +67,11 @@ def key_questions(
     names = tasks.RandomNames(rng, lexicon)
     numbers: dict[tasks.Key, int] = {}
     try:
-        first = [names.key() for _ in range(pairs)]
-        keys = [*first, *(names.neighbour(key) for key in first)]
-        missing = [names.neighbour(key) for key in first[:absent]]
+        first = [names.key() for _ in range(needles - needles // 2)]
+        keys = [*first, *(names.neighbour(key) for key in first[: needles // 2])]
+        missing = [names.neighbour(key) for key in keys[:absent]]
     except tasks.NamesUsedUp as e:
-        raise UsageError(f"{2 * pairs + absent} keys that differ are more than there are words for; take fewer") from e
+        raise UsageError(f"{needles + absent} keys that differ are more than there are words for; take fewer") from e
     for key in keys:
         number = names.value()
         while number in numbers.values():
@@ -85,16 +86,16 @@ def key_questions(
     asked = [keys[i] for i in rng.permutation(len(keys))[:present]]
     there, not_there = tuple(map(question, asked)), tuple(map(question, missing))
     beginning = head(tokenizer, "multi_key")
-    needles = lexicon.ids_of_each([tasks.magic_needle(lexicon, key, number) for key, number in numbers.items()])
+    hidden = lexicon.ids_of_each([tasks.magic_needle(lexicon, key, number) for key, number in numbers.items()])
     room = length - len(beginning) - max(len(each.ids) for each in (*there, *not_there))
-    filler = room - sum(map(len, needles))
+    filler = room - sum(map(len, hidden))
     if filler < 0:
         raise UsageError(
-            f"eval.lengths has {length}, which do not hold {2 * pairs} needles and a question: these take "
+            f"eval.lengths has {length}, which do not hold {needles} needles and a question: these take "
             f"{length - filler} tokens with tokenizer {tokenizer.source}; take longer prompts or fewer needles"
         )
     text = _haystack(tokenizer, haystack).take(rng, filler, names.used)
-    body = hide(rng, text, lexicon, needles, [1] * len(needles))
+    body = hide(rng, text, lexicon, hidden, [1] * len(hidden))
     return KeyQuestions(np.concatenate([beginning, *body]).astype(np.int32), there, not_there)
 
 
