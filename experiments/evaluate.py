@@ -25,6 +25,7 @@ from mla_jax.evals.passkey import passkey_task
 from mla_jax.evals.ruler import ruler_task
 from mla_jax.evals.runner import evaluate
 from mla_jax.evals.task import Task
+from mla_jax.evals.tracking import track
 
 TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
     PasskeyConfig: passkey_task,
@@ -38,13 +39,17 @@ TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
 
 
 def main(config: EvaluateConfig) -> None:
-    """Writes RUN/eval/TASK.json, TASK.png and, about all tasks there, report.html; prints the table."""
+    """Writes RUN/eval/TASK.json, TASK.png and, about all tasks there, report.html; prints the table.
+
+    The trackers that the run was trained with get the rates.
+    """
     keep_compiled()
     trained = load_run_or_hf(config.run, config.step)
     task = TASKS[type(config.eval)](trained.model, trained.tokenizer, config.eval)
     out = trained.path / "eval" if config.out is None else Path(config.out)
-    evaluate(trained, task, out)
+    results = evaluate(trained, task, out)
     print(f"All tasks of this run: {report_on(out)}")
+    track(trained.path, results)
 
 
 if __name__ == "__main__":

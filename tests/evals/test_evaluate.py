@@ -9,10 +9,11 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 
 from experiments import evaluate
-from mla_jax.checkpoint.run_folder import Run
+from mla_jax.checkpoint.run_folder import Run, save_imported
 from mla_jax.config import EvalConfig, EvaluateConfig, PasskeyConfig, register_schemas, schema
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import UsageError
+from mla_jax.model.transformer import init_params
 from tiny import MODEL
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
@@ -58,6 +59,7 @@ def test_the_config_of_another_evaluation_chooses_its_task(hops, monkeypatch):
     monkeypatch.setattr(evaluate, "load_run_or_hf", lambda *_: run)
     monkeypatch.setattr(evaluate, "evaluate", lambda *arguments: evaluated.append(arguments))
     monkeypatch.setattr(evaluate, "report_on", evaluated.append)
+    monkeypatch.setattr(evaluate, "track", lambda *_: None)
     evaluate.main(config)
     asked = run, ("task of hops", MODEL, run.tokenizer, config.eval), Path("runs/one/eval")
     assert evaluated == [asked, Path("runs/one/eval")]
@@ -69,8 +71,22 @@ def test_results_may_go_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "load_run_or_hf", lambda *_: run)
     monkeypatch.setattr(evaluate, "evaluate", lambda run, task, folder: folders.append(folder))
     monkeypatch.setattr(evaluate, "report_on", folders.append)
+    monkeypatch.setattr(evaluate, "track", lambda *_: None)
     evaluate.main(composed(f"out={tmp_path}"))
     assert folders == [tmp_path] * 2
+
+
+def test_an_evaluation_leaves_results_a_report_and_metrics(tmp_path, capsys):
+    run_dir = save_imported(tmp_path / "run", MODEL, init_params(MODEL, 0), load_tokenizer("needle-bpe"))
+    config = OmegaConf.load(run_dir / "config.yaml")
+    OmegaConf.save(OmegaConf.merge(config, {"tracker": {"names": ["tensorboard"]}}), run_dir / "config.yaml")
+    evaluate.main(composed(f"run={run_dir}", "eval.lengths=[128]", "eval.depths=[0.5]", "eval.samples=2"))
+    assert {path.name for path in (run_dir / "eval").iterdir()} == {"passkey.json", "passkey.png", "report.html"}
+    assert "0/2" in (run_dir / "eval" / "report.html").read_text()
+    assert list((run_dir / "tensorboard" / "eval").glob("events.*"))
+    out = capsys.readouterr().out
+    assert f"All tasks of this run: {run_dir / 'eval' / 'report.html'}" in out
+    assert "Added to tensorboard: eval/passkey/... at step 0" in out
 
 
 def test_keys_that_every_evaluation_has_are_checked(hops):

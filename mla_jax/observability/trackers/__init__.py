@@ -16,6 +16,7 @@ from mla_jax.distributed.join import is_main
 from mla_jax.errors import InputError, UsageError, first_line
 from mla_jax.files import write_json
 from mla_jax.observability.environment import environment
+from mla_jax.observability.trackers import mlflow, tensorboard, wandb
 from mla_jax.observability.trackers.mlflow import MlflowTracker
 from mla_jax.observability.trackers.tensorboard import TensorBoardTracker
 from mla_jax.observability.trackers.tracker import Tracker
@@ -48,7 +49,7 @@ class Trackers:
     def _start(self, config: RunConfig, run_dir: Path, step: int) -> None:
         if not is_main():
             return
-        self._known = self._read()
+        self._known = read_known(run_dir)
         start = {"config": dataclasses.asdict(config), "environment": environment()}
         for name in config.tracker.names:
             known = self._known.get(name, {})
@@ -94,19 +95,53 @@ class Trackers:
             self._failed.add(name)
             print(f"tracker {name} failed ({first_line(e)}); training goes on, later failures are not reported")
 
-    def _read(self) -> dict[str, dict]:
-        if not self._path.exists():
-            return {}
-        try:
-            return {name: dict(known) for name, known in json.loads(self._path.read_text(encoding="utf-8")).items()}
-        except (OSError, ValueError, AttributeError, TypeError) as e:
-            raise InputError(f"{self._path} cannot be read ({e}); delete it to begin new runs in the trackers") from e
-
     def _write(self) -> None:
         try:
             write_json(self._path, self._known, parents=False)
         except InputError as e:
             self._report(FILE, e)
+
+
+def read_known(run_dir: Path) -> dict[str, dict]:
+    """What RUN/trackers.json keeps, by name of the tracker. Raises InputError if it cannot be read."""
+    path = run_dir / FILE
+    if not path.exists():
+        return {}
+    try:
+        return {name: dict(known) for name, known in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise InputError(f"{path} cannot be read ({e}); delete it to begin new runs in the trackers") from e
+
+
+def add_metrics(config: TrackerConfig, run_dir: Path, step: int, metrics: dict[str, float]) -> list[str]:
+    """Adds metrics to what the trackers have of a run that was trained, at a step that it had reached.
+
+    A tracker that fails is reported, and changes nothing for the others.
+
+    Args:
+        config: the run's trackers.
+        run_dir: the run folder.
+        step: of the checkpoint that the metrics are about.
+        metrics: values by name.
+
+    Returns:
+        The trackers that have them now.
+    """
+    added = []
+    for name in config.names:
+        try:
+            check_installed(dataclasses.replace(config, names=[name]))
+            known = read_known(run_dir).get(name, {})
+            if name == "tensorboard":
+                tensorboard.add_metrics(run_dir, step, metrics)
+            elif "id" not in known:
+                raise InputError(f"{run_dir / FILE} has no id of its run")
+            else:
+                {"wandb": wandb, "mlflow": mlflow}[name].add_metrics(config, run_dir, known["id"], step, metrics)
+            added.append(name)
+        except Exception as e:
+            print(f"tracker {name} did not take the metrics ({first_line(e)})")
+    return added
 
 
 def check_installed(config: TrackerConfig) -> None:

@@ -5,6 +5,7 @@ import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from mla_jax.config import RunConfig, TrackerConfig, flatten
 from mla_jax.observability.trackers.tracker import CLOSE_SECONDS
@@ -18,11 +19,9 @@ class MlflowTracker:
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, known: dict, start: dict):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # training jobs should not call home
-        from mlflow import MlflowClient
+        self._client = _client(config.tracker, run_dir)
         from mlflow.entities import Param, RunTag
 
-        self._client = MlflowClient(tracking_uri=mlflow_uri(config.tracker, run_dir))
         params = _as_text(start["config"])
         tags = {f"environment.{key}": value for key, value in _as_text(start["environment"]).items()}
         if "id" in known:
@@ -55,10 +54,7 @@ class MlflowTracker:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Hands the metrics to the thread; raises what an earlier call failed with."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        batch = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        batch = _as_entities(step, metrics)
         self._sent.append(self._thread.submit(self._client.log_batch, self._id, metrics=batch))
         self._check(timeout=0)
 
@@ -87,6 +83,28 @@ class MlflowTracker:
             failures.append(TimeoutError(f"no answer for {timeout} s"))
         if failures:
             raise failures[0]
+
+
+def add_metrics(config: TrackerConfig, run_dir: Path, run_id: str, step: int, metrics: dict[str, float]) -> None:
+    """Adds metrics to a run, whose status stays."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default a server that is away takes minutes
+    client = _client(config, run_dir)
+    for part in _in_batches(_as_entities(step, metrics)):
+        client.log_batch(run_id, metrics=part)
+
+
+def _client(config: TrackerConfig, run_dir: Path) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # training jobs should not call home
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=mlflow_uri(config, run_dir))
+
+
+def _as_entities(step: int, metrics: dict[str, float]) -> list:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(name, float(value), now, step) for name, value in metrics.items()]
 
 
 def mlflow_uri(config: TrackerConfig, run_dir: Path) -> str:

@@ -24,3 +24,15 @@ class TensorBoardTracker:
     def close(self, finished: bool) -> None:
         """Writes what is buffered."""
         self._writer.close()
+
+
+def add_metrics(run_dir: Path, step: int, metrics: dict[str, float]) -> None:
+    """Adds event files in RUN/tensorboard/eval.
+
+    Beside those of training TensorBoard would take a new file for their continuation, and read on from there only.
+    """
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(run_dir / "tensorboard" / "eval")) as writer:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
