@@ -10,8 +10,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from mla_jax.evals.answers import Answer
-from mla_jax.evals.report import COLORS, format_value, grid
-from mla_jax.evals.results import CORRECT, Cell, Rate, Results, results_in
+from mla_jax.evals.report import COLORS, format_interval, format_percent, format_value, grid
+from mla_jax.evals.results import CORRECT, Cell, Results, results_in
 from mla_jax.files import atomic_file
 from mla_jax.lengths import format_length
 
@@ -113,10 +113,15 @@ def _task(results: Results) -> dict[str, Any]:
         "date": str(results.provenance.get("date", ""))[:10],
         "lengths": ", ".join(map(format_length, lengths)),
         "lines": [
-            {"score": _words(name), "rate": _percent(rate.rate), "interval": _interval(rate), "n": f"{rate.n:,}"}
-            for name, rate in _rates(total).items()
+            {
+                "score": _words(name),
+                "rate": format_percent(rate.rate),
+                "interval": format_interval(rate),
+                "n": f"{rate.n:,}",
+            }
+            for name, rate in total.all_rates.items()
         ],
-        "grids": [_heatmap(results, name) for name in _rates(total)],
+        "grids": [_heatmap(results, name) for name in total.all_rates],
         "failures": [group for cell in results.cells if (group := _wrong(results, cell))["failures"]],
         "provenance": [*_provenance(results)],
         "config": [(key, _text(value)) for key, value in results.config.items()],
@@ -130,11 +135,6 @@ def _provenance(results: Results) -> Iterator[tuple[str, Any]]:
     yield "duration", f"{results.seconds:,.0f} s, compilation included"
     for key, value in results.model.items():
         yield f"model: {_words(key)}", _text(value)
-
-
-def _rates(cell: Cell) -> dict[str, Rate]:
-    """All scores of a cell, `correct` first."""
-    return {CORRECT: cell.rate(CORRECT), **cell.rates}
 
 
 def _heatmap(results: Results, score: str) -> Heatmap:
@@ -152,24 +152,12 @@ def _heatmap(results: Results, score: str) -> Heatmap:
 
 
 def _square(cell: Cell, score: str) -> Square | None:
-    rate = _rates(cell).get(score)
+    rate = cell.all_rates.get(score)
     if rate is None:
         return None
     color = to_hex(colormaps[COLORS](rate.rate))
     counts = f"{cell.correct}/{cell.n}" if score == CORRECT else f"of {rate.n}"
-    return Square(_percent(rate.rate), counts, _interval(rate), color, _ink(color))
-
-
-def _percent(share: float) -> str:
-    """A share in %; 0 % and 100 % are said of nothing that is not exactly that."""
-    if share in (0, 1):
-        return f"{100 * share:.0f} %"
-    return f"{min(max(100 * share, 0.1), 99.9):.1f} %"
-
-
-def _interval(rate: Rate) -> str:
-    low, high = rate.interval
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
+    return Square(format_percent(rate.rate), counts, format_interval(rate), color, _ink(color))
 
 
 def _ink(color: str) -> str:

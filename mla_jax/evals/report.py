@@ -25,6 +25,19 @@ def format_value(name: str, value: Any) -> str:
     return "all" if value is None else f"{100 * value:g}%" if name == "depth" else str(value)
 
 
+def format_percent(share: float) -> str:
+    """A share in % with one decimal; 0 % and 100 % are said of nothing that is not exactly that."""
+    if share in (0, 1):
+        return f"{100 * share:.0f} %"
+    return f"{min(max(100 * share, 0.1), 99.9):.1f} %"
+
+
+def format_interval(rate: Rate) -> str:
+    """The interval of a rate in %."""
+    low, high = rate.interval
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
 def _percent_range(cell: Cell) -> str:
     low, high = cell.interval
     return f"{100 * low:.0f}-{100 * high:.0f}"

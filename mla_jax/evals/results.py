@@ -105,6 +105,11 @@ class Cell:
         """Means of all scores but `correct`."""
         return {name: self.rate(name) for name in self.scores if name != CORRECT}
 
+    @property
+    def all_rates(self) -> dict[str, Rate]:
+        """Means of all scores, `correct` first."""
+        return {CORRECT: self.rate(CORRECT), **self.rates}
+
     def rate(self, name: str) -> Rate:
         """The mean of a score."""
         scores = self.scores[name]

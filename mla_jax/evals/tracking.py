@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from mla_jax.checkpoint.run_folder import CONFIG
 from mla_jax.config import TrackerConfig
 from mla_jax.errors import InputError, first_line
-from mla_jax.evals.results import CORRECT, Cell, Results
+from mla_jax.evals.results import Cell, Results
 from mla_jax.observability.trackers import add_metrics
 
 
@@ -45,7 +45,7 @@ def metrics_of(results: Results) -> dict[str, float]:
 
 
 def _rates(prefix: str, cell: Cell) -> dict[str, float]:
-    return {f"{prefix}/{name}": cell.rate(name).rate for name in (CORRECT, *cell.rates)}
+    return {f"{prefix}/{name}": rate.rate for name, rate in cell.all_rates.items()}
 
 
 def _plain(text: str) -> str:

@@ -173,12 +173,44 @@ def test_the_card_states_what_was_measured(params, tmp_path):
     card = (
         export(MODEL, params, TOKENIZER, tmp_path / "out", results=[Results.from_json(RESULTS)]) / "README.md"
     ).read_text()
-    assert "| 256 | 95/100 | 95.0% | 88.8% to 97.8% |" in card
+    assert "| 256 | correct | 100 | 95.0 % | 88.8 to 97.8 % |" in card
     assert "Trained at lengths up to 256.\nMeasured at step 1,200.\nMeasured on 2 CPU cores" in card
     assert "Not evaluated" not in card
     assert "rounded" not in card
     out = export(MODEL, params, TOKENIZER, tmp_path / "half", results=[Results.from_json(RESULTS)], dtype="bfloat16")
     assert "before the weights were rounded to bfloat16" in (out / "README.md").read_text()
+
+
+def test_the_card_states_each_score_of_each_task_and_length(params, tmp_path):
+    def cell(length, question, correct, other):
+        scores = {"correct": correct, other: [1 - x for x in correct]}
+        counts = {"n": len(correct), "correct": sum(correct), "scores": scores, "haystacks": [1, 1, 2, 2]}
+        return {"length": length, "question": question, **counts}
+
+    cells = [
+        cell(1024, "absent", [1, 0, 1, 1], "hallucination"),
+        cell(1024, "present", [0, 0, 0, 0], "false_refusal"),
+        cell(2048, "absent", [1, 1, 1, 1], "hallucination"),
+        cell(2048, "present", [1, 0, 1, 0], "false_refusal"),
+    ]
+    named = {"task": "hallucination", "title": "Hallucination", "description": "keys that are there", "cells": cells}
+    both = [Results.from_json(RESULTS | named | {"version": 3, "config": {"cache_dtype": "int8"}})]
+    both.append(Results.from_json(RESULTS))
+    card = (export(MODEL, params, TOKENIZER, tmp_path / "out", results=both) / "README.md").read_text()
+    assert card.index("### Hallucination\n") < card.index("### Passkey retrieval\n")
+    rows = [line.split(" | ")[:4] for line in card.splitlines() if line.startswith("| ") and line.endswith(" % |")]
+    assert rows[:-1] == [
+        ["| 1,024", "correct", "8", "37.5 %"],
+        ["| 1,024", "hallucination", "4", "25.0 %"],
+        ["| 1,024", "false refusal", "4", "100 %"],
+        ["| 2,048", "correct", "8", "75.0 %"],
+        ["| 2,048", "hallucination", "4", "0 %"],
+        ["| 2,048", "false refusal", "4", "50.0 %"],
+        ["| all", "correct", "16", "56.2 %"],
+        ["| all", "hallucination", "8", "12.5 %"],
+        ["| all", "false refusal", "8", "75.0 %"],
+    ]
+    assert card.count("Measured with a KV cache of int8.") == 1
 
 
 def test_the_card_invents_nothing(params, tmp_path):

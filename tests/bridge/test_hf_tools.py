@@ -47,7 +47,7 @@ def test_the_card_takes_the_results_of_this_step(call, run_dir, tmp_path):
     try:
         results.write_text(json.dumps({"model": {"step": 0}, "cells": cells}))
         assert call(export_hf, run_dir, tmp_path / "this step")[0] == 0
-        assert "| 128 | 7/10 | 70.0% |" in (tmp_path / "this step" / "README.md").read_text()
+        assert "| 128 | correct | 10 | 70.0 % |" in (tmp_path / "this step" / "README.md").read_text()
 
         results.write_text(json.dumps({"model": {"step": 5}, "cells": cells}))
         code, out, _ = call(export_hf, run_dir, tmp_path / "another step")

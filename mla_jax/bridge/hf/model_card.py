@@ -1,11 +1,11 @@
 """README.md of an exported model: its shape, how to load it, and the results of its evaluations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mla_jax.bridge.hf.layout import count_parameters
 from mla_jax.config import ModelConfig
-from mla_jax.evals.report import format_rates, format_table
-from mla_jax.evals.results import Results
+from mla_jax.evals.report import format_interval, format_percent, format_table
+from mla_jax.evals.results import Cell, Results
 
 _CARD = """\
 ---
@@ -45,19 +45,19 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=10)[0]))
 """
 
 _RESULTS = """\
-{title}: {description}, with
-95 % intervals.{details}
+### {title}
 
-| length (tokens) | correct | accuracy | 95 % interval |
-|---|---|---|---|
+{description}, with 95 % intervals.{details}
+
+| length (tokens) | score | prompts | mean | 95 % interval |
+|---|---|---|---|---|
 {rows}
 
 By {param}:
 
 ```
 {table}
-```
-{rates}"""
+```"""
 
 
 def model_card(name: str, config: ModelConfig, dtype: str, results: Sequence[Results]) -> str:
@@ -89,20 +89,25 @@ def model_card(name: str, config: ModelConfig, dtype: str, results: Sequence[Res
 
 
 def _evaluation(results: Results, dtype: str) -> str:
-    rows = [
-        f"| {c.length:,} | {c.correct}/{c.n} | {c.accuracy:.1%} | {c.interval[0]:.1%} to {c.interval[1]:.1%} |"
-        for c in results.by_length
-    ]
+    lengths = results.by_length
+    cells = lengths if len(lengths) == 1 else [*lengths, results.total]
     (param,) = results.cells[0].params.keys() - {"length"}
     return _RESULTS.format(
         title=results.title,
         description=results.description,
         details="".join("\n" + sentence for sentence in _details(results, dtype)),
-        rows="\n".join(rows),
+        rows="\n".join(row for cell in cells for row in _rows(cell)),
         param="depth (0 % is the start)" if param == "depth" else param,
         table=format_table(results.cells),
-        rates=f"\n```\n{rates}\n```\n" if (rates := format_rates(results.cells)) else "",
-    ).rstrip()
+    )
+
+
+def _rows(cell: Cell) -> Iterator[str]:
+    """A row of the table for each score."""
+    length = "all" if cell.length is None else f"{cell.length:,}"
+    for name, rate in cell.all_rates.items():
+        score, mean, interval = name.replace("_", " "), format_percent(rate.rate), format_interval(rate)
+        yield f"| {length} | {score} | {rate.n:,} | {mean} | {interval} |"
 
 
 def _details(results: Results, dtype: str) -> list[str]:
@@ -113,6 +118,8 @@ def _details(results: Results, dtype: str) -> list[str]:
     sentences.append(f"Measured at step {results.model['step']:,}.")
     if {"hardware", "date"} <= results.provenance.keys():
         sentences.append("Measured on {hardware}, {date}.".format(**results.provenance))
+    if results.config.get("cache_dtype"):
+        sentences.append(f"Measured with a KV cache of {results.config['cache_dtype']}.")
     if dtype != "float32":
         sentences.append(f"Measured before the weights were rounded to {dtype}.")
     return sentences
