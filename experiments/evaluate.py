@@ -14,6 +14,7 @@ from mla_jax.config import (
     MultikeyConfig,
     NiahConfig,
     PasskeyConfig,
+    PerplexityConfig,
     RulerConfig,
 )
 from mla_jax.evals.hallucination import hallucination_task
@@ -22,6 +23,7 @@ from mla_jax.evals.html_report import report_on
 from mla_jax.evals.multikey import multikey_task
 from mla_jax.evals.niah import niah_task
 from mla_jax.evals.passkey import passkey_task
+from mla_jax.evals.perplexity import perplexity_task
 from mla_jax.evals.ruler import ruler_task
 from mla_jax.evals.runner import evaluate
 from mla_jax.evals.task import Task
@@ -33,6 +35,7 @@ TASKS: dict[type[EvalConfig], Callable[..., Task]] = {
     HashHopConfig: hashhop_task,
     MultikeyConfig: multikey_task,
     NiahConfig: niah_task,
+    PerplexityConfig: perplexity_task,
     RulerConfig: ruler_task,
 }
 """The function that makes a task of model, tokenizer and config, by the type of the config."""

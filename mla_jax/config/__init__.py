@@ -13,6 +13,7 @@ from mla_jax.config.evaluate import (
     MultikeyConfig,
     NiahConfig,
     PasskeyConfig,
+    PerplexityConfig,
     RulerConfig,
 )
 from mla_jax.config.loss import PreferenceLossConfig
@@ -48,6 +49,7 @@ __all__ = [
     "NiahConfig",
     "OptimConfig",
     "PasskeyConfig",
+    "PerplexityConfig",
     "PreferenceDataConfig",
     "PreferenceJsonlConfig",
     "PreferenceLossConfig",

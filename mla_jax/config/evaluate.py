@@ -158,6 +158,21 @@ class HashHopConfig(EvalConfig):
         require_at_least(4, **{"eval.hash_length": self.hash_length})
 
 
+@schema
+class PerplexityConfig(EvalConfig):
+    """The likelihood of the user's texts; `samples` are windows of each length, and the seed has no meaning."""
+
+    text_folder: str = MISSING
+    """Folder of .txt and .md files."""
+    parts: int = MISSING
+    """Parts of a window, the rows of the grid."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(1, **{"eval.parts": self.parts})
+        require_at_least(2, **{"eval.samples": self.samples})  # one window tells nothing about another
+
+
 RULER_WITH_TEXT = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
 """The tasks of RULER whose haystack is a text."""
 RULER_TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", *RULER_WITH_TEXT, "vt", "cwe", "fwe")

@@ -16,6 +16,7 @@ from mla_jax.config.evaluate import (
     MultikeyConfig,
     NiahConfig,
     PasskeyConfig,
+    PerplexityConfig,
     RulerConfig,
 )
 from mla_jax.config.loss import PreferenceLossConfig
@@ -52,6 +53,7 @@ def register_schemas() -> None:
         ("eval", "hashhop_schema", HashHopConfig),
         ("eval", "multikey_schema", MultikeyConfig),
         ("eval", "niah_schema", NiahConfig),
+        ("eval", "perplexity_schema", PerplexityConfig),
         ("eval", "ruler_schema", RulerConfig),
     ):
         store.store(group=group, name=name, node=node)

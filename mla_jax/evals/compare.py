@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 
 from mla_jax.errors import InputError
-from mla_jax.evals.results import CORRECT, Cell, Rate, Results, totalled
+from mla_jax.evals.results import CORRECT, Cell, Mean, Rate, Results, totalled
+from mla_jax.evals.stats import mean_interval
 from mla_jax.lengths import format_length
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A score of two results, on the prompts of one length or of all."""
+    """A score or a measure of two results, on the prompts of one length or of all."""
 
     score: str
     length: int | None
     """Tokens; None for all lengths."""
-    before: Rate
-    after: Rate
+    before: Rate | Mean
+    after: Rate | Mean
     difference: float
     """after - before."""
     interval: tuple[float, float]
@@ -57,7 +58,7 @@ def _asked(results: Results) -> tuple:
 
 
 def compare(before: Results, after: Results) -> list[Difference]:
-    """Every score of both, at each length that both have and then, if there are several, at all of these together.
+    """Scores and measures of both, at each length that both have and then, if these are several, at all together.
 
     Raises:
         InputError: they are of different tasks, or have no length in common.
@@ -74,6 +75,8 @@ def compare(before: Results, after: Results) -> list[Difference]:
         one, other = (_total(results, wanted) for results in (before, after))
         for score in (CORRECT, *(name for name in one.rates if name in other.rates)):
             differences.append(_difference(score, length, one, other, paired))
+        for measure in (name for name in one.means if name in other.means):
+            differences.append(_difference_of_means(measure, length, one, other, paired))
     return differences
 
 
@@ -85,6 +88,18 @@ def _difference(score: str, length: int | None, before: Cell, after: Cell, paire
     one, other = before.rate(score), after.rate(score)
     correlation = _correlation(before, after, score) if paired else 0.0
     return Difference(score, length, one, other, other.rate - one.rate, difference_interval(one, other, correlation))
+
+
+def _difference_of_means(measure: str, length: int | None, before: Cell, after: Cell, paired: bool) -> Difference:
+    one, other = before.means[measure], after.means[measure]
+    difference = other.mean - one.mean
+    if paired:
+        pairs = zip(before.measures[measure], after.measures[measure], strict=True)
+        interval = mean_interval([y - x for x, y in pairs], before.haystacks.get(CORRECT, range(before.n)))
+    else:
+        half = math.hypot(one.interval[1] - one.mean, other.interval[1] - other.mean)
+        interval = difference - half, difference + half
+    return Difference(measure, length, one, other, difference, interval)
 
 
 def _correlation(before: Cell, after: Cell, score: str) -> float:
@@ -112,19 +127,25 @@ def difference_interval(before: Rate, after: Rate, correlation: float = 0.0) -> 
 
 
 def format_comparison(differences: Sequence[Difference]) -> str:
-    """A text table, a line for each length and score; rates and intervals in %, differences in percentage points."""
+    """A text table, a line for each length and score; rates and intervals in %, differences in percentage points.
+
+    Measures are as they are.
+    """
     rows = [["tokens", "score", "before", "after", "difference"]]
     for each in differences:
-        low, high = each.interval
+        scale, form = (100, "+.1f") if isinstance(each.before, Rate) else (1, "+.4g")
+        change, low, high = (format(scale * value, form) for value in (each.difference, *each.interval))
         rows.append([
             "all" if each.length is None else format_length(each.length), each.score.replace("_", " "),
-            _format_rate(each.before), _format_rate(each.after),
-            f"{100 * each.difference:+.1f} [{100 * low:+.1f} to {100 * high:+.1f}]",
+            _format_value(each.before), _format_value(each.after), f"{change} [{low} to {high}]",
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _format_rate(rate: Rate) -> str:
-    return f"{100 * rate.rate:.1f}% of {rate.n} [{100 * rate.interval[0]:.0f}-{100 * rate.interval[1]:.0f}]"
+def _format_value(value: Rate | Mean) -> str:
+    low, high = value.interval
+    if isinstance(value, Mean):
+        return f"{value.mean:.4g} of {value.n} [{low:.4g}-{high:.4g}]"
+    return f"{100 * value.rate:.1f}% of {value.n} [{100 * low:.0f}-{100 * high:.0f}]"

@@ -10,7 +10,15 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from mla_jax.evals.answers import Answer
-from mla_jax.evals.report import COLORS, format_interval, format_percent, format_value, grid
+from mla_jax.evals.report import (
+    COLORS,
+    format_interval,
+    format_percent,
+    format_value,
+    grid,
+    measure_title,
+    measured,
+)
 from mla_jax.evals.results import CORRECT, Cell, Results, results_in
 from mla_jax.files import atomic_file
 from mla_jax.lengths import format_length
@@ -20,6 +28,8 @@ WRONG_SHOWN = 3
 """Wrong answers of a cell that are shown."""
 _LONGEST_TEXT = 1000
 """Characters of a question or an answer that are shown."""
+_NEUTRAL = "#dfe5ec"
+"""Color of squares whose value is no share."""
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -112,20 +122,24 @@ def _task(results: Results) -> dict[str, Any]:
         "step": f"{results.model['step']:,}",
         "date": str(results.provenance.get("date", ""))[:10],
         "lengths": ", ".join(map(format_length, lengths)),
-        "lines": [
-            {
-                "score": _words(name),
-                "rate": format_percent(rate.rate),
-                "interval": format_interval(rate),
-                "n": f"{rate.n:,}",
-            }
-            for name, rate in total.all_rates.items()
-        ],
-        "grids": [_heatmap(results, name) for name in total.all_rates],
+        "lines": [*_lines(total)],
+        "grids": [_heatmap(results, name) for name in (*total.means, *total.all_rates)],
+        "answered": any(cell.answers for cell in results.cells) or len(results.failures) > 0 or not total.means,
         "failures": [group for cell in results.cells if (group := _wrong(results, cell))["failures"]],
         "provenance": [*_provenance(results)],
         "config": [(key, _text(value)) for key, value in results.config.items()],
     }
+
+
+def _lines(total: Cell) -> Iterator[dict[str, str]]:
+    """The rows of a task in the table of all tasks."""
+    for name, mean in total.means.items():
+        middle, low, high = measured(name, mean)
+        interval = f"{low:.4g} to {high:.4g}"
+        yield {"score": measure_title(name), "rate": f"{middle:.4g}", "interval": interval, "n": f"{mean.n:,}"}
+    for name, rate in total.all_rates.items():
+        value, interval = format_percent(rate.rate), format_interval(rate)
+        yield {"score": _words(name), "rate": value, "interval": interval, "n": f"{rate.n:,}"}
 
 
 def _provenance(results: Results) -> Iterator[tuple[str, Any]]:
@@ -141,7 +155,7 @@ def _heatmap(results: Results, score: str) -> Heatmap:
     lengths, name, values, cells = grid(results.cells)
     trained = max(results.model.get("trained_lengths") or [0])
     return Heatmap(
-        caption=f"{results.title}, {_words(score)}, by {name} and tokens of the prompt",
+        caption=f"{results.title}, {measure_title(score)}, by {name} and tokens of the prompt",
         row_title=name,
         columns=[Column(format_length(n), "beyond training" if 0 < trained < n else "") for n in lengths],
         rows=[
@@ -152,6 +166,9 @@ def _heatmap(results: Results, score: str) -> Heatmap:
 
 
 def _square(cell: Cell, score: str) -> Square | None:
+    if score in cell.measures:
+        middle, low, high = measured(score, cell.means[score])
+        return Square(f"{middle:.4g}", f"of {cell.n}", f"{low:.4g} to {high:.4g}", _NEUTRAL, _ink(_NEUTRAL))
     rate = cell.all_rates.get(score)
     if rate is None:
         return None

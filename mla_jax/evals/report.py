@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mla_jax.evals.results import Cell, Rate, totals_by_length
+from mla_jax.evals.results import NATS, Cell, Mean, Rate, totals_by_length
 from mla_jax.files import atomic_file
 from mla_jax.lengths import format_length
 
@@ -21,8 +21,8 @@ COLORS = "YlGnBu"
 
 
 def format_value(name: str, value: Any) -> str:
-    """A value of a cell's parameter, depths in %; None is `all`."""
-    return "all" if value is None else f"{100 * value:g}%" if name == "depth" else str(value)
+    """A value of a cell's parameter, depths and positions in %; None is `all`."""
+    return "all" if value is None else f"{100 * value:.4g}%" if name in ("depth", "position") else str(value)
 
 
 def format_percent(share: float) -> str:
@@ -53,14 +53,23 @@ def grid(cells: Sequence[Cell]) -> tuple[list[int], str, list[Any], dict[tuple[i
 
 
 def format_table(cells: Sequence[Cell]) -> str:
-    """The grid as text, length across, the other parameter down: correct/n [95 % interval in %] in each cell."""
+    """The grid as text, length across, the other parameter down, with its 95 % interval in each cell: correct/n, in %.
+
+    Where something else was measured it is that, for instance the perplexity.
+    """
     lengths, name, values, by_place = grid(cells)
     rows = [[name, *(f"{format_length(length)} tokens" for length in lengths)]]
     for value in values:
-        entries = [by_place[length, value] for length in lengths]
-        rows.append([format_value(name, value), *(f"{c.correct}/{c.n} [{_percent_range(c)}]" for c in entries)])
+        rows.append([format_value(name, value), *(_entry(by_place[length, value]) for length in lengths)])
     *above, totals = _aligned(rows).splitlines()
     return "\n".join([*above, above[1], totals])
+
+
+def _entry(cell: Cell) -> str:
+    if cell.measures:
+        return ", ".join(format_mean(name, mean) for name, mean in cell.means.items())
+    correct = f"{cell.correct}" if isinstance(cell.correct, int) else f"{cell.correct:.2f}"
+    return f"{correct}/{cell.n} [{_percent_range(cell)}]"
 
 
 def format_rates(cells: Sequence[Cell]) -> str:
@@ -79,8 +88,25 @@ def _format_rate(rate: Rate | None) -> str:
     return f"{100 * rate.rate:.1f}% of {rate.n} [{100 * low:.0f}-{100 * high:.0f}]"
 
 
+def format_mean(name: str, mean: Mean) -> str:
+    """A mean and its interval, as `measured` has them."""
+    middle, low, high = measured(name, mean)
+    return f"{middle:.4g} [{low:.4g}-{high:.4g}]"
+
+
+def measured(name: str, mean: Mean) -> tuple[float, float, float]:
+    """The mean of a measure and the ends of its interval; of the logarithm of the perplexity their exponentials."""
+    values = mean.mean, *mean.interval
+    return tuple(math.exp(value) for value in values) if name == NATS else values  # pyright: ignore[reportReturnType]
+
+
+def measure_title(name: str) -> str:
+    """What `measured` gives of a measure, in words."""
+    return "perplexity" if name == NATS else name.replace("_", " ")
+
+
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned to the right, a rule under the first row."""
+    """A table with its columns aligned to the right, a rule under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -13,10 +13,11 @@ RUN/eval may hold other JSON files; a file with `task` or `cells` is one of resu
     config            the task as configured
     by_length, cells  params (length in tokens, depth and the like; null: all), n, correct, accuracy,
                       interval [low, high] (95 %, see `clustered_interval`), rates (n, rate and interval of the task's
-                      other scores, by name)
+                      other scores, by name), means (n, mean and interval of what is no score between 0 and 1, by name)
     cells also        scores: each prompt's, by name, in the order of samples; haystacks: the number of each prompt's,
-                      where prompts share them; answers: question, expected, near and generated (texts) of each.
-                      Version 1 had none of the three, version 2 no answers
+                      where prompts share them; answers: question, expected, near and generated (texts) of each, if
+                      something was generated; measures: what means are made of, by name. Version 1 had none of the
+                      four, version 2 only the first two
     failures          a few wrong answers of each cell: params, seed, index, expected, generated
 """
 
@@ -32,14 +33,16 @@ from typing import Any
 from mla_jax.errors import InputError
 from mla_jax.evals import passkey
 from mla_jax.evals.answers import Answer, Failure
-from mla_jax.evals.stats import clustered_interval
+from mla_jax.evals.stats import clustered_interval, mean_interval
 from mla_jax.evals.task import Params
 
 VERSION = 3
 CORRECT = "correct"
 """The score that every prompt of every task has."""
 _WITHOUT_VERSION = {"task": passkey.NAME, "title": passkey.TITLE, "description": passkey.DESCRIPTION}
-_COUNTS = ("n", "correct", "accuracy", "interval", "rates", "scores", "haystacks", "answers")
+_COUNTS = ("n", "correct", "accuracy", "interval", "rates", "means", "scores", "haystacks", "answers", "measures")
+NATS = "nats_per_token"
+"""The measure whose exponential is the perplexity."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,20 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """The mean of a measure that may have any value."""
+
+    n: int
+    mean: float
+    interval: tuple[float, float]
+    """95 %, see `mean_interval`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, rounded."""
+        return {"n": self.n, "mean": round(self.mean, 6), "interval": [round(end, 6) for end in self.interval]}
+
+
+@dataclass(frozen=True)
 class Cell:
     """The scores of the answers to the prompts of a cell."""
 
@@ -67,7 +84,9 @@ class Cell:
     haystacks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """The haystack of each score, by name; without a name, each prompt has a haystack of its own."""
     answers: tuple[Answer, ...] = ()
-    """The answer to each prompt; none in results of before they were kept, and in totals."""
+    """The answer to each prompt; none where nothing is generated, in results of before they were kept, in totals."""
+    measures: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """What is no score between 0 and 1, by name: a value for each prompt."""
 
     @classmethod
     def counted(cls, params: Params, n: int, correct: int) -> "Cell":
@@ -116,10 +135,20 @@ class Cell:
         clusters = self.haystacks.get(name, range(len(scores)))
         return Rate(len(scores), math.fsum(scores) / len(scores), clustered_interval(scores, clusters))
 
+    @property
+    def means(self) -> dict[str, Mean]:
+        """Means of all measures."""
+        clusters = self.haystacks.get(CORRECT, range(self.n))
+        return {
+            name: Mean(self.n, math.fsum(values) / self.n, mean_interval(values, clusters))
+            for name, values in self.measures.items()
+        }
+
     def summary(self) -> dict[str, Any]:
         """Params and counts, with accuracy, interval and rates spelled out."""
         low, high = self.interval
         rates = {name: rate.to_json() for name, rate in self.rates.items()}
+        means = {name: mean.to_json() for name, mean in self.means.items()}
         return {
             **self.params,
             "n": self.n,
@@ -127,6 +156,7 @@ class Cell:
             "accuracy": round(self.accuracy, 6),
             "interval": [round(low, 6), round(high, 6)],
             **({"rates": rates} if rates else {}),
+            **({"means": means} if means else {}),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -134,7 +164,8 @@ class Cell:
         haystacks = {"haystacks": list(self.haystacks[CORRECT])} if self.haystacks else {}
         answers = {"answers": [answer.to_json() for answer in self.answers]} if self.answers else {}
         scores = {name: list(each) for name, each in self.scores.items()}
-        return {**self.summary(), "scores": scores, **haystacks, **answers}
+        measures = {"measures": {name: list(each) for name, each in self.measures.items()}} if self.measures else {}
+        return {**self.summary(), "scores": scores, **haystacks, **answers, **measures}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Cell":
@@ -150,7 +181,9 @@ class Cell:
         haystacks = tuple(content.get("haystacks", ()))
         answers = tuple(Answer.from_json(answer) for answer in content.get("answers", ()))
         _require(len(haystacks) in (0, n) and len(answers) in (0, n), "haystacks or answers")
-        cell = cls(params, scores, dict.fromkeys(scores, haystacks) if haystacks else {}, answers)
+        measures = {name: tuple(map(float, each)) for name, each in content.get("measures", {}).items()}
+        _require(all(len(each) == n and all(map(math.isfinite, each)) for each in measures.values()), "measures")
+        cell = cls(params, scores, dict.fromkeys(scores, haystacks) if haystacks else {}, answers, measures)
         _require(cell.correct == correct, f"correct {correct} of scores that add up to {cell.correct}")
         return cell
 
@@ -239,13 +272,17 @@ def totalled(cells: Sequence[Cell]) -> Cell:
     """
     scores: dict[str, tuple[float, ...]] = {}
     haystacks: dict[str, tuple] = {}
+    measures: dict[str, tuple[float, ...]] = {}
     for number, cell in enumerate(cells):
+        for name, each in cell.measures.items():
+            measures[name] = measures.get(name, ()) + each
         for name, each in cell.scores.items():
             own = [(number, i) for i in range(len(each))]
             shared = [(cell.length, haystack) for haystack in cell.haystacks.get(name, ())]
             scores[name] = scores.get(name, ()) + each
             haystacks[name] = haystacks.get(name, ()) + tuple(shared or own)
-    return Cell(dict.fromkeys(cells[0].params), scores, haystacks if any(cell.haystacks for cell in cells) else {})
+    shared = haystacks if any(cell.haystacks for cell in cells) else {}
+    return Cell(dict.fromkeys(cells[0].params), scores, shared, measures=measures)
 
 
 def read_results(path: Path, *, finished: bool = True) -> Results:

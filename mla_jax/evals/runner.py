@@ -1,4 +1,4 @@
-"""Runs a task on a model: generation, scoring, counts by cell; the results are written as they grow."""
+"""Runs a task on a model, cell by cell; the results are written as they grow."""
 
 import contextlib
 import dataclasses
@@ -16,24 +16,20 @@ from mla_jax.checkpoint.manifest import MANIFEST
 from mla_jax.checkpoint.run_folder import Run
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
-from mla_jax.evals.answers import Answer, Failure
+from mla_jax.evals.answers import Failure
+from mla_jax.evals.asking import Outcome, ask
+from mla_jax.evals.curves import plot_curves
 from mla_jax.evals.progress import Progress
 from mla_jax.evals.provenance import provenance
 from mla_jax.evals.report import format_rates, format_table, plot_heatmap
 from mla_jax.evals.results import CORRECT, Cell, Results, read_results, require_grid
-from mla_jax.evals.task import Params, Prompt, Task
+from mla_jax.evals.task import Params, Task
 from mla_jax.files import write_json
 from mla_jax.inference.generator import Generator
-from mla_jax.inference.shared_prefix import generate_sharing_prefix
 from mla_jax.model.cache import bytes_per_token
 
 FAILURES_KEPT = 3
 """Wrong answers that are reported for each cell."""
-
-Place = tuple[int, int]
-"""Numbers of a cell and of a sample in it."""
-Answers = dict[Place, tuple[Prompt, list[int]]]
-"""Prompts and the tokens that were generated."""
 
 
 def measure(
@@ -78,71 +74,31 @@ def _of_one_length(
 
     Cells come in the order in which they are finished, which is theirs where prompts share no haystack.
     """
-    scores: list[dict[int, dict[str, float]]] = [{} for _ in cells]
-    texts: list[dict[int, Answer]] = [{} for _ in cells]
-    failures: list[dict[int, Failure]] = [{} for _ in cells]
-    places = list(itertools.product(range(len(cells)), range(task.samples)))
-    tokens = _tokens_to_read(task, cells)
-    ask = _ask_in_batches if task.haystack is None else _ask_by_haystack
-    for answers in ask(task, cells, places, generator, tokenizer.eos_id):
-        for (cell, sample), (prompt, ids) in answers.items():
-            text = tokenizer.decode(ids)
-            texts[cell][sample] = Answer.of(prompt, text)
-            scores[cell][sample] = task.score(prompt, text)
-            if scores[cell][sample][CORRECT] < 1:
-                failures[cell][sample] = Failure(cells[cell], prompt.seed, prompt.index, prompt.answer, text)
-        progress.add(len(answers), tokens * len(answers) / len(places))
-        for cell in dict.fromkeys(cell for cell, _ in answers):
-            if len(scores[cell]) == task.samples:
-                wrong = [failures[cell][sample] for sample in sorted(failures[cell])]
-                yield _cell(task, cells[cell], scores[cell], texts[cell]), wrong[:FAILURES_KEPT]
+    outcomes: list[dict[int, Outcome]] = [{} for _ in cells]
+    tokens, prompts = _tokens_to_read(task, cells), len(cells) * task.samples
+    for found in ask(task, cells, generator, tokenizer):
+        for (cell, sample), outcome in found.items():
+            outcomes[cell][sample] = outcome
+        progress.add(len(found), tokens * len(found) / prompts)
+        for cell in dict.fromkeys(cell for cell, _ in found):
+            if len(outcomes[cell]) == task.samples:
+                yield _finished(task, cells[cell], [outcomes[cell][sample] for sample in range(task.samples)])
 
 
-def _cell(task: Task, params: Params, scores: dict[int, dict[str, float]], texts: dict[int, Answer]) -> Cell:
-    """The cell of the scores of all its samples."""
-    samples = range(task.samples)
-    answers = tuple(texts[sample] for sample in samples)
-    by_name = {name: tuple(float(scores[sample][name]) for sample in samples) for name in scores[0]}
-    if task.haystack is None:
-        return Cell(params, by_name, answers=answers)
-    haystacks = tuple(task.haystack(params, sample) for sample in samples)
-    return Cell(params, by_name, dict.fromkeys(by_name, haystacks), answers)
-
-
-def _ask_in_batches(
-    task: Task, cells: list[Params], places: list[Place], generator: Generator, eos_id: int | None
-) -> Iterator[Answers]:
-    """Prompts in batches of one size, so that one shape is compiled.
-
-    The last batch is filled up by repeating its last prompt.
-    """
-    batches = -(-len(places) // task.batch_size)
-    size = -(-len(places) // batches)  # evenly filled: little is computed twice
-    for start in range(0, len(places), size):
-        batch = places[start : start + size]
-        batch += batch[-1:] * (size - len(batch))
-        prompts = [task.prompt(cells[cell], sample) for cell, sample in batch]
-        new = generator.generate(
-            [prompt.ids for prompt in prompts], max_new_tokens=task.max_new_tokens(cells[0]), eos_id=eos_id
-        )
-        yield dict(zip(batch, zip(prompts, new, strict=True), strict=True))  # what was repeated merges
-
-
-def _ask_by_haystack(
-    task: Task, cells: list[Params], places: list[Place], generator: Generator, eos_id: int | None
-) -> Iterator[Answers]:
-    """Prompts haystack by haystack: what those of one begin with is read once, and copied for each question."""
-    assert task.haystack is not None
-    groups: dict[int, list[Place]] = {}
-    for cell, sample in places:
-        groups.setdefault(task.haystack(cells[cell], sample), []).append((cell, sample))
-    for group in groups.values():
-        prompts = [task.prompt(cells[cell], sample) for cell, sample in group]
-        new = generate_sharing_prefix(
-            generator, [prompt.ids for prompt in prompts],
-            max_new_tokens=task.max_new_tokens(cells[0]), eos_id=eos_id, batch_size=task.batch_size,
-        )  # fmt: skip
-        yield dict(zip(group, zip(prompts, new, strict=True), strict=True))
+def _finished(task: Task, params: Params, outcomes: list[Outcome]) -> tuple[Cell, list[Failure]]:
+    """The cell of the outcomes of all its samples, and some of its wrong answers."""
+    scores = {name: tuple(float(each.scores[name]) for each in outcomes) for name in outcomes[0].scores}
+    haystacks = {}
+    if task.haystack is not None:
+        haystacks = dict.fromkeys(scores, tuple(task.haystack(params, sample) for sample in range(task.samples)))
+    answers = [each.answer for each in outcomes if each.answer is not None]
+    measures = {name: tuple(each.measures[name] for each in outcomes) for name in outcomes[0].measures}
+    failures = [
+        Failure(params, each.prompt.seed, each.prompt.index, each.prompt.answer, each.answer.generated)
+        for each in outcomes
+        if each.answer is not None and each.scores[CORRECT] < 1
+    ]
+    return Cell(params, scores, haystacks, tuple(answers), measures), failures[:FAILURES_KEPT]
 
 
 def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
@@ -182,7 +138,7 @@ def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
     results = dataclasses.replace(results, cells=tuple(in_order))
     write_json(path, results.to_json())
     unfinished.unlink(missing_ok=True)
-    plot_heatmap(
+    (plot_heatmap if task.likelihood is None else plot_curves)(
         results.cells,
         plot,
         title=f"{task.title}: {results.model['name']}",
@@ -190,9 +146,10 @@ def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
         f"{results.model['cache_bytes_per_token']:,} bytes of cache a token",
         trained_lengths=run.trained_lengths,
     )
+    what = "correct/n [95 % interval in %]" if task.likelihood is None else "value [95 % interval]"
     rates = format_rates(results.cells)
-    print(f"{task.title}: correct/n [95 % interval in %]\n\n{format_table(results.cells)}")
-    print((f"\n{rates}\n" if rates else "") + f"\nWritten: {path} and {plot}")
+    print(f"{task.title}: {what}\n\n{format_table(results.cells)}\n" + (f"\n{rates}\n" if rates else ""))
+    print(f"Written: {path} and {plot}")
     return results
 
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Hashable, Sequence
 
+from scipy.special import stdtrit
+
 Z_95 = 1.959963984540054
 """97.5 % quantile of the normal distribution: both tails together hold 5 %."""
 
@@ -56,3 +58,27 @@ def clustered_interval(scores: Sequence[float], clusters: Sequence[Hashable]) ->
     variance = math.fsum(math.fsum(deviations) ** 2 for deviations in sums.values()) * m / max(m - 1, 1) / n**2
     trials = m if variance == 0 else min(max(mean * (1 - mean) / variance, m), n)
     return wilson_interval(min(max(mean, 0.0), 1.0) * trials, trials)
+
+
+def mean_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float]:
+    """95 % interval of the mean of any values, of which those of a cluster may depend on each other.
+
+    Student's, with the variance of what clusters contribute to the mean and one degree of freedom less than there are
+    clusters.
+
+    Args:
+        values: of two clusters at least.
+        clusters: the cluster of each.
+
+    Returns:
+        (low, high).
+    """
+    n, mean = len(values), math.fsum(values) / len(values)
+    sums: dict[Hashable, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    m = len(sums)
+    if m < 2:
+        raise ValueError(f"{m} cluster tells nothing about how far a mean varies")
+    half = float(stdtrit(m - 1, 0.975)) * math.sqrt(math.fsum(x * x for x in sums.values()) * m / (m - 1)) / n
+    return mean - half, mean + half

@@ -6,6 +6,7 @@ from typing import Any
 
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError
+from mla_jax.inference.score import Score
 
 Params = dict[str, Any]
 """Parameters of a cell: `length`, in tokens of the prompt, and one more, for instance {"length": 256, "depth": 0.5};
@@ -46,9 +47,9 @@ class Task:
     """Prompts of a cell."""
     prompt: Callable[[Params, int], Prompt]
     """(cell, sample) -> its prompt, whatever other cells and samples there are."""
-    score: Callable[[Prompt, str], dict[str, float]]
+    score: Callable[[Prompt, str], dict[str, float]] | None
     """(a prompt, the generated text) -> scores between 0 and 1 by name, `correct` among them; all prompts of a cell
-    have the same names."""
+    have the same names. None where nothing is generated."""
     max_new_tokens: Callable[[Params], int]
     """(cell) -> the most tokens of an answer."""
     batch_size: int
@@ -58,6 +59,9 @@ class Task:
     haystack: Callable[[Params, int], int] | None = None
     """(cell, sample) -> number of its haystack, which prompts of the same length share: they begin alike, up to the
     question, and are read once. None if each prompt has its own."""
+    likelihood: Callable[[Params, Score], tuple[dict[str, float], dict[str, float]]] | None = None
+    """(cell, the likelihood of a prompt's tokens from the second on) -> scores as of `score`, and measures that may
+    have any value. Where it is set nothing is generated: prompts are texts, the same for all cells of a length."""
 
 
 def require_room(model: ModelConfig, lengths: Sequence[int], max_new_tokens: int) -> None:

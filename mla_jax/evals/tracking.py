@@ -30,7 +30,7 @@ def track(run_dir: Path, results: Results) -> None:
 
 
 def metrics_of(results: Results) -> dict[str, float]:
-    """The mean of each score by name, over all prompts, those of a length, and those of a cell.
+    """The mean of each score and measure by name, over all prompts, those of a length, and those of a cell.
 
     eval/TASK/SCORE, eval/TASK/LENGTH/SCORE and eval/TASK/LENGTH/PARAM_VALUE/SCORE, for instance
     eval/passkey/256/depth_0.5/correct.
@@ -45,7 +45,9 @@ def metrics_of(results: Results) -> dict[str, float]:
 
 
 def _rates(prefix: str, cell: Cell) -> dict[str, float]:
-    return {f"{prefix}/{name}": rate.rate for name, rate in cell.all_rates.items()}
+    means = {name: mean.mean for name, mean in cell.means.items()}
+    rates = {name: rate.rate for name, rate in cell.all_rates.items()}
+    return {f"{prefix}/{name}": value for name, value in (means | rates).items()}
 
 
 def _plain(text: str) -> str:

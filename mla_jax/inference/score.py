@@ -33,8 +33,13 @@ class Score:
 
     log_probs: np.ndarray
     """float32 [tokens], of each token given all before it."""
-    is_greedy: bool
-    """No other token is more likely anywhere, so greedy decoding writes this continuation (or one just as likely)."""
+    greedy: np.ndarray
+    """Bool [tokens], true where no other token is more likely."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Greedy decoding writes this continuation (or one just as likely)."""
+        return bool(self.greedy.all())
 
     @property
     def log_likelihood(self) -> float:
@@ -162,7 +167,7 @@ def _score_rows(
     config = generator.config
     texts = [context + tokens for context, tokens in zip(contexts, continuations, strict=True)]
     log_probs: list[list[np.ndarray]] = [[] for _ in texts]
-    greedy = [True] * len(texts)
+    greedy: list[list[np.ndarray]] = [[] for _ in texts]
     head = {name: x for name, x in generator.weights.items() if name != "layers"}
     for part in generator.hidden_states(session, [text[:-1] for text in texts]):
         targets_BT = np.zeros(part.h_BTD.shape[:2], np.int32)
@@ -175,8 +180,8 @@ def _score_rows(
         for row in range(len(texts)):
             valid = part.valid[row]
             log_probs[row].append(found_BT[row, :valid])
-            greedy[row] &= bool(best_BT[row, :valid].all())
-    return [Score(np.concatenate(parts), best) for parts, best in zip(log_probs, greedy, strict=True)]
+            greedy[row].append(best_BT[row, :valid])
+    return [Score(np.concatenate(found), np.concatenate(best)) for found, best in zip(log_probs, greedy, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind, ttest_rel
 
 from mla_jax.errors import InputError
 from mla_jax.evals.compare import are_paired, compare, difference_interval, format_comparison
@@ -76,6 +77,28 @@ def test_all_scores_at_each_common_length_and_in_all():
     assert all(d.difference == 0 for d in whole)
     table = format_comparison(whole)
     assert len({len(line) for line in table.splitlines()}) <= 3 and "made up" in table and "all" in table
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_measures_are_compared_as_students_t_does(same):
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(3, 1, 20), rng.normal(3, 1, 20)
+    other = one + 0.1 * other
+    before, after = (
+        dataclasses.replace(
+            made := results({64: {"correct": (1,) * 20}}, config={"seed": seed}),
+            cells=(dataclasses.replace(made.cells[0], measures={"nats": tuple(values.tolist())}),),
+        )
+        for seed, values in ((1, one), (1 if same else 2, other))
+    )
+    _, found = compare(before, after)
+    assert (found.score, found.difference) == ("nats", pytest.approx(other.mean() - one.mean()))
+    if same:
+        expected = ttest_rel(other, one).confidence_interval(0.95)
+    else:
+        expected = ttest_ind(other, one, equal_var=False).confidence_interval(0.95)
+    assert found.interval == pytest.approx((expected.low, expected.high), abs=1e-9 if same else 0.02)
+    assert "nats" in format_comparison([found]) and found.to_json()["before"]["mean"] == round(one.mean(), 6)
 
 
 def test_what_makes_prompts_the_same():

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.evaluate import TASKS
@@ -14,12 +15,14 @@ from mla_jax.config import (
     MultikeyConfig,
     NiahConfig,
     PasskeyConfig,
+    PerplexityConfig,
     RulerConfig,
 )
 from mla_jax.data.tokenizer import load_tokenizer
-from mla_jax.evals import runner
+from mla_jax.evals import asking, runner
 from mla_jax.evals.results import read_results
 from mla_jax.evals.runner import evaluate
+from mla_jax.inference.score import Score
 from tiny import MODEL
 
 TOKENIZER = load_tokenizer("needle-bpe")
@@ -33,6 +36,7 @@ CONFIGS: dict[str, EvalConfig] = {
     "hashhop": HashHopConfig(lengths=[300, 400], hops=[1, 2], samples=4, questions=2),
     "multikey": MultikeyConfig(lengths=[192, 256], keys=[2, 6], samples=4, questions=2),
     "niah": NiahConfig(text_folder=str(TEXTS), lengths=[128, 192], depths=[0.0, 1.0], samples=3, batch_size=2),
+    "perplexity": PerplexityConfig(text_folder=str(TEXTS), lengths=[96, 128], samples=6, parts=2, batch_size=2),
     "ruler": RulerConfig(lengths=[384, 512], tasks=["niah_single_1", "niah_multikey_2"], samples=3, batch_size=2),
 }
 
@@ -57,6 +61,11 @@ class Generator:
         self.asked += [tuple(prompt) for prompt in prompts]
         return [TOKENIZER.encode(f" {sum(prompt)}") for prompt in prompts]
 
+    def score(self, contexts, continuations):
+        """What `inference.score.score` is called for."""
+        self.generate([[*one, *other] for one, other in zip(contexts, continuations, strict=True)])
+        return [Score(-np.array(ids) / 100, np.array(ids) % 2 == 0) for ids in continuations]
+
     def read(self, session, prompts, **_):
         session.tokens = prompts
 
@@ -71,7 +80,9 @@ class Generator:
 def ask(tmp_path, monkeypatch):
     """Evaluates a task with a generator; returns the results, None if it was interrupted."""
     monkeypatch.setattr(runner, "provenance", lambda: {"git_revision": "same"})
-    monkeypatch.setattr(runner, "plot_heatmap", lambda *_, **__: None)
+    for plot in ("plot_heatmap", "plot_curves"):
+        monkeypatch.setattr(runner, plot, lambda *_, **__: None)
+    monkeypatch.setattr(asking, "score", lambda generator, *texts: generator.score(*texts))
     run = Run(tmp_path, MODEL, {}, TOKENIZER, step=4, trained_lengths=())
 
     def evaluated(config: EvalConfig, generator: Generator, out: str):
@@ -116,4 +127,5 @@ def test_another_seed_is_noticed(name, ask, tmp_path):
     other = dataclasses.replace(CONFIGS[name], seed=7)
     assert ask(other, generator, "out").config["seed"] == 7
     task = TASKS[type(other)](MODEL, TOKENIZER, other)
-    assert len(set(generator.asked)) == len(task.cells) * task.samples
+    prompts = {tuple(task.prompt(cell, sample).ids) for cell in task.cells for sample in range(task.samples)}
+    assert set(generator.asked) == prompts, "all of them again"

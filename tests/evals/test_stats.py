@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
-from mla_jax.evals.stats import clustered_interval, wilson_interval
+from mla_jax.evals.stats import clustered_interval, mean_interval, wilson_interval
 
 
 @pytest.mark.parametrize(("correct", "n", "low"), [(20, 20, 0.839), (52, 55, 0.851), (100, 100, 0.963)])
@@ -72,3 +72,22 @@ def test_partly_right_answers():
     assert clustered_interval([0.5, 0.5, 0.5, 0.5], range(4)) == wilson_interval(2, 4)
     low, high = clustered_interval([0.25, 0.75, 1, 0.5], range(4))
     assert 0 <= low < 0.625 < high <= 1
+
+
+@given(st.lists(st.integers(-100, 100), min_size=2, max_size=30).filter(lambda values: len(set(values)) > 1))
+def test_the_interval_of_a_mean_is_students(values):
+    low, high = mean_interval(values, range(len(values)))
+    theirs = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (low, high) == (pytest.approx(theirs.low, abs=1e-9), pytest.approx(theirs.high, abs=1e-9))
+
+
+def test_values_of_a_cluster_that_are_the_same_count_once():
+    rng = np.random.default_rng(0)
+    clusters = rng.normal(size=12)
+    each = mean_interval(clusters.tolist(), range(12))
+    assert mean_interval(np.repeat(clusters, 5).tolist(), np.repeat(range(12), 5).tolist()) == pytest.approx(each)
+
+
+def test_one_cluster_has_no_interval():
+    with pytest.raises(ValueError, match="1 cluster"):
+        mean_interval([1.0, 2.0], [0, 0])

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from mla_jax.bridge.hf.layout import count_parameters
 from mla_jax.config import ModelConfig
-from mla_jax.evals.report import format_interval, format_percent, format_table
+from mla_jax.evals.report import format_interval, format_percent, format_table, measure_title, measured
 from mla_jax.evals.results import Cell, Results
 
 _CARD = """\
@@ -103,8 +103,11 @@ def _evaluation(results: Results, dtype: str) -> str:
 
 
 def _rows(cell: Cell) -> Iterator[str]:
-    """A row of the table for each score."""
+    """A row of the table for each measure and score."""
     length = "all" if cell.length is None else f"{cell.length:,}"
+    for name, each in cell.means.items():
+        middle, low, high = measured(name, each)
+        yield f"| {length} | {measure_title(name)} | {each.n:,} | {middle:.4g} | {low:.4g} to {high:.4g} |"
     for name, rate in cell.all_rates.items():
         score, mean, interval = name.replace("_", " "), format_percent(rate.rate), format_interval(rate)
         yield f"| {length} | {score} | {rate.n:,} | {mean} | {interval} |"

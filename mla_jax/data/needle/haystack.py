@@ -117,6 +117,10 @@ class TextHaystack:
         """Number of tokens of all files; longer filler repeats them."""
         return self._ring.tokens
 
+    def window(self, start: int, length: int) -> np.ndarray:
+        """The ids [start, start + length) of all files, whatever words and sentences they cut."""
+        return self._ring.window(start, length)
+
     def take(self, rng: np.random.Generator, length: int, taken: Collection[Key] = ()) -> Filler:
         """Filler of exactly `length` tokens; behind the last file the first one follows."""
         return self._ring.take(self._ring.random_start(rng), length)

@@ -76,6 +76,10 @@ class Ring:
         """Number of tokens of all texts."""
         return len(self._arrays["ids"])
 
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Ids int32 [start, start + length), which must be there."""
+        return self._arrays["ids"][start : start + length].astype(np.int32)
+
     def random_start(self, rng: np.random.Generator) -> int:
         """A position behind a sentence."""
         starts = self._arrays[self._starts]
