@@ -16,6 +16,7 @@ from mla_jax.config.evaluate import (
     PerplexityConfig,
     RulerConfig,
 )
+from mla_jax.config.judge import EndpointConfig, JudgeConfig
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, WEIGHT_KEYS, ModelConfig, YarnConfig
@@ -34,11 +35,13 @@ __all__ = [
     "WEIGHT_KEYS",
     "DataConfig",
     "DpoConfig",
+    "EndpointConfig",
     "EvalConfig",
     "EvaluateConfig",
     "HallucinationConfig",
     "HashHopConfig",
     "JsonlDataConfig",
+    "JudgeConfig",
     "MeshConfig",
     "MinedPairsConfig",
     "ModelConfig",

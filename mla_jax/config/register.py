@@ -19,6 +19,7 @@ from mla_jax.config.evaluate import (
     PerplexityConfig,
     RulerConfig,
 )
+from mla_jax.config.judge import JudgeConfig
 from mla_jax.config.loss import PreferenceLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import ModelConfig, YarnConfig
@@ -35,6 +36,7 @@ def register_schemas() -> None:
     store.store(name="sft_schema", node=SftConfig)
     store.store(name="dpo_schema", node=DpoConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="judge_schema", node=JudgeConfig)
     for group, name, node in (
         ("model", "schema", ModelConfig),
         ("model/rope_scaling", "schema", YarnConfig),
