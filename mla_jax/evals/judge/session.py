@@ -5,6 +5,7 @@ Replies are in Inspect's cache, in the folder judge of the user's cache folder, 
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.event import ModelEvent
 from inspect_ai.log import EvalLog, EvalSample
 from inspect_ai.model import CachePolicy, GenerateConfig, Model, ModelOutput, ResponseSchema, get_model
-from inspect_ai.scorer import Scorer
+from inspect_ai.scorer import Score, Scorer, Target, accuracy, scorer, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import JSONSchema
+from tqdm import tqdm
 
 from mla_jax.config import EndpointConfig, JudgeConfig
 from mla_jax.errors import InputError, UsageError, first_line
@@ -84,13 +86,13 @@ class Session:
         )
         return [_model(endpoint, generate) for endpoint in config.judges]
 
-    def ask(self, name: str, samples: Sequence[Sample], scorer: Scorer) -> list[Reply]:
+    def ask(self, name: str, samples: Sequence[Sample], how: Scorer) -> list[Reply]:
         """The replies to samples, in their order; none without samples.
 
         Args:
             name: of the log.
             samples: their output is metadata `answer`.
-            scorer: one of `scorers`.
+            how: one of `scorers`.
 
         Raises:
             InputError: an endpoint did not answer as it should, after the configured retries.
@@ -99,14 +101,17 @@ class Session:
             return []
         os.environ.setdefault("INSPECT_CACHE_DIR", str(user_cache_folder() / "judge"))
         numbered = [sample.model_copy(update={"id": number}) for number, sample in enumerate(samples)]
-        task = Task(name=name, dataset=MemoryDataset(numbered), solver=given_answer(), scorer=scorer)
-        (log,) = eval(
-            task, model="none/none", display="none", log_dir=str(self.log_dir), log_level="error",
-            log_realtime=False, ctl_server=False, score_display=False, max_samples=2 * self.config.max_connections,
-        )  # fmt: skip
-        self._count(log)
-        if log.status == "cancelled":
+        pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
+        with tqdm(total=len(samples), desc=f"judging: {name}", mininterval=pause) as bar:
+            task = Task(name=name, dataset=MemoryDataset(numbered), solver=given_answer(), scorer=counted(how, bar))
+            logs = eval(
+                task, model="none/none", display="log", log_level="critical", log_dir=str(self.log_dir),
+                log_realtime=False, ctl_server=False, score_display=False, max_samples=2 * self.config.max_connections,
+            )  # fmt: skip
+        if not logs or logs[0].status == "cancelled":  # Inspect handles Ctrl-C
             raise KeyboardInterrupt
+        log = logs[0]
+        self._count(log)
         if log.status != "success":
             raise InputError(self._what_happened(log))
         by_id = {sample.id: sample for sample in log.samples or []}
@@ -120,15 +125,17 @@ class Session:
                 usage.kept += event.cache == "read"
                 tokens = event.output.usage
                 if tokens is not None:
-                    usage.input_tokens += tokens.input_tokens
+                    # Inspect counts apart what the endpoint had in its own cache.
+                    cached = (tokens.input_tokens_cache_read or 0) + (tokens.input_tokens_cache_write or 0)
+                    usage.input_tokens += tokens.input_tokens + cached
                     usage.output_tokens += tokens.output_tokens
 
     def _what_happened(self, log: EvalLog) -> str:
         """One line: which endpoint, what it did, and that nothing is lost."""
         endpoints = ", ".join(f"{each.model} at {each.base_url}" for each in self.config.judges)
         message = log.error.message if log.error else log.status
-        named = re.search(r"raised (\w+)|^(\w+)\(", message)  # RetryError hides what was raised at the last attempt
-        cause = _CAUSES.get(named[1] or named[2]) if named else None
+        named = re.search(r"raised (\w+)", message) or re.match(r"(\w+)\(", message)  # RetryError(... raised X)
+        cause = _CAUSES.get(named[1]) if named else None
         cause = cause.format(self.config) if cause else first_line(Exception(message))
         return f"judge {endpoints}: {cause}; its replies so far are kept, and the same command goes on from there"
 
@@ -165,6 +172,18 @@ def given_answer() -> Solver:
         return state
 
     return solve
+
+
+@scorer(metrics=[accuracy(), stderr()])
+def counted(inner: Scorer, bar: tqdm) -> Scorer:
+    """Another scorer, and a bar that shows how far it is."""
+
+    async def score(state: TaskState, target: Target) -> Score | None:
+        found = await inner(state, target)
+        bar.update()
+        return found
+
+    return score
 
 
 def _reply(sample: EvalSample) -> Reply:

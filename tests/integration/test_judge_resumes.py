@@ -1,0 +1,49 @@
+"""A judge's run that is killed, or stopped by Ctrl-C, goes on where it was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from judge_server import judge_server
+
+pytest.importorskip("inspect_ai")
+pytestmark = pytest.mark.integration
+ANSWERS = 12
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_replies_outlive_the_process(tmp_path, how):
+    lines = [{"question": f"Number {i}?", "gold": str(i), "prediction": "none"} for i in range(ANSWERS)]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("\n".join(map(json.dumps, lines)))
+
+    def slowly(prompt, _):
+        time.sleep(0.2)
+        return "GRADE: false refusal"
+
+    with judge_server(slowly) as server:
+        command = [
+            sys.executable, "-m", "experiments.judge", f"answers={answers}", f"judge.base_url={server.url}",
+            "judge.model=one", "max_connections=1", "agreement=0", "retest=0", "planted=0", "pairs=0",
+        ]  # fmt: skip
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 100
+        while len(server.bodies) < 5 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(how)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == (-how if how == signal.SIGKILL else 130), stderr
+        assert how == signal.SIGKILL or stderr.endswith("\ninterrupted\n"), stderr
+        assert not (tmp_path / "answers.judge.json").exists()
+        before = set(server.prompts)
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    report = json.loads((tmp_path / "answers.judge.json").read_text())
+    assert 5 <= len(before) < ANSWERS and len(set(server.prompts)) == ANSWERS
+    assert len(server.prompts) <= ANSWERS + 1, "only what was on its way may be asked again"
+    assert report["usage"]["one"]["kept"] >= 4 and report["classes"]["false refusal"]["rate"] == 1
