@@ -6,7 +6,6 @@ from typing import Optional
 from omegaconf import MISSING
 
 from mla_jax.config.schema import require, require_at_least, schema
-from mla_jax.config.tracker import TrackerConfig
 
 
 @schema
@@ -67,7 +66,6 @@ class JudgeConfig:
     """Planted pairs of a right and a wrong answer."""
     seed: int = 0
     """Of what is drawn and planted."""
-    tracker: TrackerConfig = MISSING
 
     @property
     def judges(self) -> list[EndpointConfig]:

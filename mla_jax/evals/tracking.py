@@ -22,11 +22,16 @@ def track(run_dir: Path, results: Results) -> None:
     Raises:
         InputError: the run's config cannot be read.
     """
+    add_to_run(run_dir, results.model["step"], f"eval/{results.task}", metrics_of(results))
+
+
+def add_to_run(run_dir: Path, step: int, prefix: str, metrics: dict[str, float]) -> None:
+    """Adds metrics, whose names begin with `prefix`, at a step to the trackers of a run; as `track`."""
     trackers = _trackers(run_dir)
     if trackers is not None and trackers.names:
-        added = add_metrics(trackers, run_dir, results.model["step"], metrics_of(results))
+        added = add_metrics(trackers, run_dir, step, metrics)
         if added:
-            print(f"Added to {', '.join(added)}: eval/{results.task}/... at step {results.model['step']:,}")
+            print(f"Added to {', '.join(added)}: {prefix}/... at step {step:,}")
 
 
 def metrics_of(results: Results) -> dict[str, float]:

@@ -21,6 +21,7 @@ from mla_jax.evals.judge.verdicts import CORRECT, CORRECT_REFUSAL
 from mla_jax.evals.results import CORRECT as CORRECT_SCORE
 from mla_jax.evals.results import Cell, read_results
 
+RESULTS_SUFFIX = ".json"
 _KEYS = {"question", "gold", "answer", "distractors", "prediction", "haystack", "length"}
 
 
@@ -57,7 +58,7 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         InputError: it cannot be read, holds no answers, or a line is not as the head of this module says.
     """
-    if path.suffix == ".json":
+    if path.suffix == RESULTS_SUFFIX:
         items = [item for cell in read_results(path).cells for item in _of_cell(cell)]
     else:
         items = _of_records(path)

@@ -56,6 +56,24 @@ def is_right(item: Item, verdict: str) -> float:
     return float(v.is_right(verdict, item.has_answer))
 
 
+def metrics_of(report: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The main figures by name, for trackers; those that are undefined are left out."""
+    rates = {
+        "accuracy": report["accuracy"]["judged"],
+        "retest": report["retest"]["same"],
+        "sensitivity": report["planted"]["sensitivity"],
+        "specificity": report["planted"]["specificity"],
+        "flip_rate": report["pairs"]["flip_rate"],
+        **{name.replace(" ", "_"): each for name, each in report["classes"].items()},
+    }
+    found = {name: rate["rate"] for name, rate in rates.items()}
+    found |= {
+        "kappa": report["agreement"]["kappa"]["value"],
+        "position_bias": report["pairs"]["position_bias"]["value"],
+    }
+    return {f"{prefix}/{name}": value for name, value in found.items() if math.isfinite(value)}
+
+
 def of_answers(items: list[Item], replies: list[Reply]) -> dict[str, Any]:
     """Accuracy and classes of the answers."""
     scored = [(item, reply.verdict) for item, reply in zip(items, replies, strict=True) if reply.verdict is not None]

@@ -6,14 +6,17 @@ from typing import Any
 
 from mla_jax.config import JudgeConfig
 from mla_jax.errors import UsageError
-from mla_jax.evals.judge.items import read_items
+from mla_jax.evals.judge.items import RESULTS_SUFFIX, read_items
+from mla_jax.evals.results import read_results
+from mla_jax.evals.tracking import add_to_run
 from mla_jax.files import write_json
 
 
 def judge(config: JudgeConfig) -> dict[str, Any]:
     """Asks the judge, writes the report to OUT and prints it; `report` says what is in it.
 
-    What was replied is kept: when this ends early, the same config asks the rest.
+    The trackers of the run whose results are judged get the main figures. What was replied is kept: when this ends
+    early, the same config asks the rest.
 
     Raises:
         InputError: answers that cannot be read, an endpoint that does not answer, a file that cannot be written.
@@ -25,6 +28,7 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
     # Inspect takes seconds to import, so not for those who make a mistake in the config.
     from mla_jax.evals.judge.measure import measure
     from mla_jax.evals.judge.questions import plan
+    from mla_jax.evals.judge.report import metrics_of
     from mla_jax.evals.judge.session import Session
     from mla_jax.evals.judge.text import format_report
 
@@ -38,4 +42,8 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
     for log in earlier:
         log.unlink(missing_ok=True)
     print(f"{format_report(report)}\n\nWritten: {out}; inspect view --log-dir {session.log_dir} shows the replies")
+    if path.suffix == RESULTS_SUFFIX:
+        results = read_results(path)
+        prefix = f"eval/{results.task}/judge"
+        add_to_run(path.parent.parent, results.model["step"], prefix, metrics_of(report, prefix))
     return report

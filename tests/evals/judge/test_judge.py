@@ -3,19 +3,25 @@
 import json
 import math
 import re
+import shutil
+import threading
+import zipfile
+from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from judge_server import field, judge_server
-from mla_jax.config import EndpointConfig, JudgeConfig, TrackerConfig
+from mla_jax.config import EndpointConfig, JudgeConfig
 from mla_jax.errors import InputError, UsageError
 from mla_jax.evals.judge import verdicts as v
 from mla_jax.evals.judge.items import read_items
 from mla_jax.evals.judge.run import judge
+from mla_jax.evals.results import results_of_run
 
 pytest.importorskip("inspect_ai")
+ANSWERS = Path(__file__).parents[2] / "llamacpp" / "nano_hallucination.json"
 GOLDS = [str(10_301 + 17 * i) for i in range(12)]
-WRONG = ["It is {}.", "not there", "20001", "55"]
 
 
 def line(i: int) -> dict:
@@ -54,7 +60,7 @@ def config(folder, url: str, **settings) -> JudgeConfig:
         path.write_text("".join(json.dumps(line(i)) + "\n" for i in range(len(GOLDS))))
     endpoint = EndpointConfig(base_url=url, model="one", input_price=3.0, output_price=6.0)
     few = {"planted": 3, "pairs": 4, "retest": 5, "max_retries": 0, "timeout": 20}
-    return JudgeConfig(**{"answers": str(path), "judge": endpoint, "tracker": TrackerConfig(names=[])} | few | settings)
+    return JudgeConfig(**{"answers": str(path), "judge": endpoint} | few | settings)
 
 
 def one_answer(folder) -> str:
@@ -230,6 +236,29 @@ def test_answers_against_others(tmp_path):
             judge(settings)
 
 
+def test_results_of_a_run_are_judged_and_its_trackers_told(tmp_path, capsys):
+    """Those of nano that the example judges: 13 of its 40 answers are exact."""
+    run = tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    (run / "config.yaml").write_text("tracker: {names: [tensorboard]}")
+    shutil.copy(ANSWERS, run / "eval" / "hallucination.json")
+    items = read_items(ANSWERS)
+    exact = sum(item.exact for item in items)
+    with judge_server(lambda *_: "GRADE: hallucinated") as server:
+        settings = {**NOTHING_ELSE, "planted": 1, "answers": str(run / "eval" / "hallucination.json")}
+        report = judge(config(tmp_path, server.url, **settings))
+    assert report["accuracy"]["judged"]["rate"] == exact / len(items) == report["accuracy"]["exact"]["rate"]
+    assert len(server.bodies) == len({(item.question, item.answer) for item in items if not item.exact}) + 6
+    events = EventAccumulator(str(run / "tensorboard" / "eval")).Reload()
+    found = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    step = json.loads(ANSWERS.read_text())["model"]["step"]
+    assert found["eval/hallucination/judge/hallucinated"] == [(step, pytest.approx(1 - exact / len(items)))]
+    assert found["eval/hallucination/judge/sensitivity"] == [(step, 0.0)]
+    assert "eval/hallucination/judge/flip_rate" not in found, "nothing was compared"
+    assert "Added to tensorboard: eval/hallucination/judge/..." in capsys.readouterr().out
+    assert [results.task for results in results_of_run(run)] == ["hallucination"], "a judge's report is no result"
+
+
 def test_the_key_is_sent_and_kept_nowhere(tmp_path, monkeypatch):
     endpoint = {"model": "one", "api_key_env": "JUDGE_TEST_KEY"}
     with judge_server(rule) as server:
@@ -239,8 +268,6 @@ def test_the_key_is_sent_and_kept_nowhere(tmp_path, monkeypatch):
         monkeypatch.setenv("JUDGE_TEST_KEY", "sk-secret-1234")
         judge(settings)
     assert {headers["authorization"] for headers in server.headers} == {"Bearer sk-secret-1234"}
-    import zipfile
-
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     texts = [path.read_bytes() for path in written]
     logs = [zipfile.ZipFile(path) for path in written if path.suffix == ".eval"]
@@ -268,8 +295,6 @@ def test_an_endpoint_that_fails_is_named_in_one_line(tmp_path, answer, said):
 
 
 def test_an_endpoint_that_is_down_or_slow(tmp_path):
-    import threading
-
     asked = threading.Event()
     with judge_server(lambda *_: asked.wait(20) or "GRADE: correct") as server:
         with pytest.raises(InputError, match=r"no reply within 1 s \(timeout\)"):
