@@ -1,11 +1,12 @@
-"""The judge on a real language model, all of it on this machine: `make judge-example`.
+r"""The judge on a real language model, all of it on this machine: `make judge-example`.
 
 llama.cpp serves SmolLM2-135M-Instruct, which judges answers of `nano`. It is a weak judge, and its report says so.
 The answers were written by
 
-    python -m experiments.evaluate run=runs/nano-needle eval=hallucination eval.lengths=[256] eval.samples=20
+    python -m experiments.evaluate run=runs/nano-needle eval=hallucination eval.lengths=[256] eval.samples=20 \
+        eval.needles=6 eval.questions=2
 
-after `make quickstart`'s training; any other RUN/eval/TASK.json will do.
+after `make quickstart`'s training; any other RUN/eval/TASK.json will do (`make judge-example ANSWERS=FILE`).
 """
 
 import argparse
