@@ -27,6 +27,7 @@ from mla_jax.config.evaluate import CACHE_DTYPES
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.data.turns import stop_ids
 from mla_jax.errors import InputError
+from mla_jax.evals.provenance import provenance
 from mla_jax.inference.generator import Generator
 from mla_jax.inference.sampling import SamplingParams
 from mla_jax.inference.score import Score, score
@@ -124,7 +125,7 @@ class HarnessLM(TemplateLM):
             "model_dtype": self._generator.config.dtype,
             "model_revision": f"step {self._run.step}",
             "cache_dtype": self._generator.cache_dtype or self._generator.config.dtype,
-            "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "provenance": provenance(),
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -14,6 +14,7 @@ from mla_jax.bridge.hf.export import export
 from mla_jax.checkpoint.run_folder import save_imported
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
+from mla_jax.evals.provenance import provenance
 from mla_jax.inference import generator as generator_module
 from mla_jax.inference.score import score
 from mla_jax.model.decoder import prefill_layer
@@ -276,6 +277,7 @@ def test_the_command_line(folder):
     found = json.loads(written.read_text())
     assert found["results"]["choice"]["sample_len"] == len(DOCS)
     assert found["config"]["model_revision"] == "step 0"
+    assert found["config"]["provenance"]["hardware"] == provenance()["hardware"]
     done = run("run=nowhere")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: nowhere is neither a run")
