@@ -20,10 +20,12 @@ from mla_jax.inference.score import score
 from mla_jax.model.decoder import prefill_layer
 from mla_jax.model.transformer import init_params
 from tiny import MODEL
+from tools import lm_eval as tool
 
 evaluator = pytest.importorskip("lm_eval.evaluator")
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
+model_registry = pytest.importorskip("lm_eval.api.registry").model_registry
 CachingLM = pytest.importorskip("lm_eval.api.model").CachingLM
 harness = pytest.importorskip("mla_jax.bridge.harness")
 
@@ -260,24 +262,32 @@ def test_what_generation_does_not_have_is_refused(make):
             make().generate_until(requests("generate_until", ("The", options)))
 
 
+def test_the_command_line_ends_with_one_line(call, monkeypatch):
+    def cli_evaluate():
+        model_registry.get("mla_jax")(run="nowhere")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", cli_evaluate)
+    code, out, err = call(tool)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: nowhere is neither a run") and err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    code, _, err = call(tool)
+    assert code == 2 and err.startswith("error: the harness needs an extra (") and "infinitecontext[lm-eval]" in err
+
+
 @pytest.mark.integration
 def test_the_command_line(folder):
     """The harness' own, with all its tasks indexed, which takes its time."""
     data = {"dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}}}
     (folder / "choice.yaml").write_text(json.dumps(CHOICE | data))  # JSON is YAML
 
-    def run(*model_args):
-        command = [sys.executable, "-m", "tools.lm_eval", "--model", "mla_jax", "--model_args", ",".join(model_args)]
-        command += ["--tasks", str(folder / "choice.yaml"), "--output_path", str(folder / "out.json")]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = run(f"run={folder / 'run'}", f"tokenizer={folder / 'hf'}")
+    model_args = f"run={folder / 'run'},tokenizer={folder / 'hf'}"
+    command = [sys.executable, "-m", "tools.lm_eval", "--model", "mla_jax", "--model_args", model_args]
+    command += ["--tasks", str(folder / "choice.yaml"), "--output_path", str(folder / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (written,) = folder.glob("out*.json")
     found = json.loads(written.read_text())
     assert found["results"]["choice"]["sample_len"] == len(DOCS)
     assert found["config"]["model_revision"] == "step 0"
     assert found["config"]["provenance"]["hardware"] == provenance()["hardware"]
-    done = run("run=nowhere")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: nowhere is neither a run")
