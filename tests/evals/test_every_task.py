@@ -1,8 +1,9 @@
-"""What holds for the evaluation of every task: interrupted at any moment it goes on, and it notices what changed."""
+"""What holds for every task: interrupted it goes on, it notices what changed, and the report has all of its scores."""
 
 import dataclasses
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -20,9 +21,12 @@ from mla_jax.config import (
 )
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.evals import asking, runner
+from mla_jax.evals.html_report import report_on
+from mla_jax.evals.report import format_value
 from mla_jax.evals.results import read_results
 from mla_jax.evals.runner import evaluate
 from mla_jax.inference.score import Score
+from results_schema import SCHEMA
 from tiny import MODEL
 
 TOKENIZER = load_tokenizer("needle-bpe")
@@ -117,6 +121,18 @@ def test_killed_at_any_moment_it_goes_on_with_the_cells_that_are_left(name, ask,
         answered = {prompt for cell in finished for prompt in prompts[tuple(cell.params.items())]}
         assert set(again.asked) == {prompt for of_cell in prompts.values() for prompt in of_cell} - answered
     assert killed >= 3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_results_fit_the_schema_and_the_report_has_every_score_of_every_cell(name, ask, tmp_path):
+    results = ask(CONFIGS[name], Generator(), "out")
+    model = results.model | {"parameters": 1}  # this one has no weights
+    jsonschema.validate(results.to_json() | {"model": model}, SCHEMA)
+    page = report_on(tmp_path / "out").read_text()
+    cells = [*results.cells, *results.by_length]
+    assert page.count("<td style=") == sum(len(cell.all_rates) + len(cell.means) for cell in cells)
+    params = sorted({format_value(key, cell.params[key]) for cell in cells for key in cell.params if key != "length"})
+    assert all(f'<th scope="row">{value}</th>' in page for value in params)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
