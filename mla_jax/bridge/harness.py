@@ -7,6 +7,7 @@ share one cache, so that few shapes are compiled and what texts have in common i
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,13 @@ class HarnessLM(TemplateLM):
             raise InputError(f"batch_size must be a number of texts (no max_batch_size, no auto), got {batch_size}")
         require_choice("model_args dtype", dtype or "float32", ("bfloat16", "float16", "float32"))
         require_choice("model_args cache_dtype", cache_dtype or "int8", CACHE_DTYPES)
-        self._run = load_run_or_hf(str(run), str(step))
+        loaded = load_run_or_hf(str(run), str(step))
+        self._parameters = sum(x.size for x in jax.tree.leaves(loaded.params))
+        self._run = dataclasses.replace(loaded, params={})  # the generator has them
         own = self._run.path / TOKENIZER
         self.tokenizer: Any = self._read_tokenizer(Path(tokenizer or (own if own.is_dir() else self._run.path)))
         config = dataclasses.replace(self._run.model, dtype=dtype or self._run.model.dtype)
-        self._generator = Generator(config, self._run.params, cache_dtype=cache_dtype)
+        self._generator = Generator(config, loaded.params, cache_dtype=cache_dtype)
         self._truncation, self._batch_size, self._batches = truncation, int(batch_size), 0
 
     def _read_tokenizer(self, folder: Path) -> Any:
@@ -121,7 +124,7 @@ class HarnessLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Facts that the harness writes beside its results."""
         return {
-            "model_num_parameters": sum(x.size for x in jax.tree.leaves(self._run.params)),
+            "model_num_parameters": self._parameters,
             "model_dtype": self._generator.config.dtype,
             "model_revision": f"step {self._run.step}",
             "cache_dtype": self._generator.cache_dtype or self._generator.config.dtype,
@@ -154,7 +157,7 @@ class HarnessLM(TemplateLM):
             )
             pairs += map(make_disjoint_window, windows)
             texts += [number] * (len(pairs) - len(texts))
-        left, sums = [texts.count(number) for number in range(len(requests))], [0.0] * len(requests)
+        left, sums = Counter(texts), [0.0] * len(requests)
         for pair, found in self._scores(pairs, disable_tqdm):
             number = texts[pair]
             sums[number] += found.log_likelihood

@@ -173,7 +173,8 @@ def _square(cell: Cell, score: str) -> Square | None:
     if rate is None:
         return None
     color = to_hex(colormaps[COLORS](rate.rate))
-    counts = f"{cell.correct}/{cell.n}" if score == CORRECT else f"of {rate.n}"
+    whole = score == CORRECT and isinstance(cell.correct, int)  # where answers are right or wrong
+    counts = f"{cell.correct}/{cell.n}" if whole else f"of {rate.n}"
     return Square(format_percent(rate.rate), counts, format_interval(rate), color, _ink(color))
 
 

@@ -124,6 +124,12 @@ def test_every_cell_has_its_rate_n_and_interval(tmp_path):
     assert rows[1][1:] == ["\N{EN DASH}"] * 2, "a score that cells of present keys do not have"
 
 
+def test_answers_that_are_partly_right_are_not_counted(tmp_path):
+    cell = Cell({"length": 64, "task": "cwe"}, {"correct": (0.25, 1.0, 1.0)})
+    page = page_of(tmp_path, dataclasses.replace(PASSKEY, cells=(cell,), failures=()))
+    assert page.tables["Passkey retrieval, correct, by task and tokens of the prompt"][1][1].startswith("75.0 % of 3 ")
+
+
 def test_the_first_table_has_every_score_of_every_task(tmp_path):
     page = page_of(tmp_path, PASSKEY, HALLUCINATION)
     _, *rows = page.tables["Means over all prompts of a task, with 95 % intervals."]
