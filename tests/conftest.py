@@ -1,5 +1,6 @@
 """What must be set before JAX starts: eight fake CPU devices, quick compilation. And how tests run tools."""
 
+import gc
 import io
 import os
 import shutil
@@ -22,6 +23,12 @@ if shutil.which("nvidia-smi") is None:  # what runs on a GPU is tested as it run
         os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 _cache = tempfile.TemporaryDirectory(prefix="cache-")  # the user's own is not for tests, nor for processes they start
 os.environ["XDG_CACHE_HOME"] = _cache.name
+
+
+def pytest_collection_finish():
+    """Tracing makes many objects that stay: cycles are looked for less often, and not in what was imported."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture
