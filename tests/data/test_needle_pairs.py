@@ -269,3 +269,24 @@ def test_fine_tuning_refuses_pairs_and_stages_may_not_mix_lengths():
         make_pipeline(_config(), tokenizer, stages, 0, 0)
     with pytest.raises(UsageError, match="previous_fraction does not work with data=needle_pairs"):
         make_preference_pipeline(_config(), tokenizer, stages, 0, 0)
+
+
+def test_questions_share_the_needles_that_a_haystack_may_have():
+    mixture = {"near_key": 0.1, "digit_edit": 0.2, "random_value": 0.1, "false_refusal": 0.2, "absent_key": 0.4}
+    for most in (1, 2, 3):
+        kinds, of_haystack = Counter(), defaultdict(set)
+        for pair in _pairs(_config(mixture, TASKS[2:], HAYSTACKS[:2], max_needles=most), rows=100):
+            kinds[_kind(*pair)] += 1
+            of_haystack[pair[0]].add(pair[1])
+            keys = [key for key, values in _numbers(pair[0]).items() for _ in values]
+            assert 1 <= len(keys) + pair[0].count(" = ") <= most
+            if not _truth(*pair[:2]):
+                asked = re.fullmatch(r"The special magic number for ([a-z ]+) is:", pair[1])[1]
+                assert any(_near(asked, key) for key in keys)
+        assert kinds.total() > 250 and max(map(len, of_haystack.values())) >= 3
+        assert (kinds["near_key"] > 0) == (most > 1) and kinds["absent_key"] > kinds.total() / 4
+
+
+def test_too_few_needles_for_any_pair_are_named():
+    with pytest.raises(UsageError, match=r"none of data.rejected \(near_key\) suits .* with data.max_needles=1$"):
+        NeedlePairs(_config(["near_key"], max_needles=1), TOKENIZERS["needle-bpe"], 512)

@@ -40,6 +40,8 @@ class Unit:
     needles: list[list[int]]
     question: list[int]
     answer: list[int]
+    key: Key | None = None
+    """The only key that is asked for, if its only number is the answer."""
 
     def count(self, lexicon: Lexicon) -> int:
         """Tokens of all parts."""
@@ -166,7 +168,7 @@ def make_unit(task: str, size: int, names: Names, lexicon: Lexicon, near: bool =
             return Unit([needle], p(v.NEWLINE, v.PASSKEY_QUESTION), [value, *p(v.STOP)])
         case "single" | "multi_key":
             key, value = names.key(near), names.value()
-            return Unit([magic_needle(lexicon, key, value)], magic_question(lexicon, key), [value, *p(v.STOP)])
+            return Unit([magic_needle(lexicon, key, value)], magic_question(lexicon, key), [value, *p(v.STOP)], key)
         case "absent_key":
             needle = magic_needle(lexicon, names.key(), names.value())
             return Unit([needle], magic_question(lexicon, names.key(near=True)), p(v.NOT_FOUND, v.STOP))

@@ -18,7 +18,7 @@ from mla_jax.data.needle import vocabulary as v
 from mla_jax.data.needle.generator import NeedleGenerator, bury, draw, head
 from mla_jax.data.needle.lexicon import VALUES, make_lexicon
 from mla_jax.data.preference.layout import Pair, Prompt, prompt_tokens
-from mla_jax.data.preference.questions import SUITABLE, Question, make_question
+from mla_jax.data.preference.questions import AGAIN, SUITABLE, Question, ask_again, make_question
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import UsageError
 
@@ -50,14 +50,17 @@ class NeedlePairs:
         self._heads = {task: head(tokenizer, task) for task in tasks.SIZES}
         self._first = self._that_fit(lambda task: True)
         self._more = self._that_fit(lambda task: task not in _ALONE)
+        self._again = {kind: weights for kind, weights in self._more.items() if kind in AGAIN}
 
     def _that_fit(self, allowed: Callable[[str], bool]) -> Choices:
         weights = {task: weight for task, weight in self._config.tasks.items() if weight > 0}
         wanted = [(kind, task) for kind in self._config.rejected for task in SUITABLE[kind] if task in weights]
-        needs = {pair: self._needs(*pair) for pair in wanted if self._config.rejected[pair[0]] > 0}
+        wanted = [pair for pair in wanted if self._config.rejected[pair[0]] > 0]
+        needs = {pair: self._needs(*pair) for pair in wanted if _fewest_needles(*pair) <= self._config.max_needles}
         if not needs:
             kinds, names = ", ".join(self._config.rejected), ", ".join(weights)
-            raise UsageError(f"none of data.rejected ({kinds}) suits a question of data.tasks ({names})")
+            few = f" with data.max_needles={self._config.max_needles}" if wanted else ""
+            raise UsageError(f"none of data.rejected ({kinds}) suits a question of data.tasks ({names}){few}")
         for i, key, room in (
             (0, "train.stages.seq_len - data.branch_tokens", self.prompt_tokens),
             (1, "data.branch_tokens", self._config.branch_tokens),
@@ -90,15 +93,16 @@ class NeedlePairs:
         beginning, alone = self._heads[task], task in _ALONE
         room, branch_room = self.prompt_tokens - len(beginning), self._config.branch_tokens
         questions: list[Question] = []
-        while question := self._fitting_question(rng, names, kind, task, room, branch_room, questions):
+        most = self._config.max_needles
+        while question := self._fitting_question(rng, names, kind, task, most, room, branch_room, questions):
             questions.append(question)
+            most -= sum(map(len, question.needles))
             room -= question.needle_tokens(self._lexicon)
             branch_room -= self._branch_tokens(question)
             if alone or len(questions) == self._config.pairs_per_row:
                 break
             kind, task = self._draw_kind(rng, self._more)
         groups = [group for question in questions for group in question.needles]
-        most = self._config.max_needles - sum(map(len, groups))
         if not alone and most > 0:  # needles that nobody asks for
             others = tasks.draw_units(
                 rng, names, self._lexicon, "multi_key", room, most, self._config.near_duplicate_fraction
@@ -113,20 +117,40 @@ class NeedlePairs:
         return kind, draw(rng, choices[kind])
 
     def _fitting_question(
-        self, rng: np.random.Generator, names: tasks.RandomNames, kind: str, task: str, room: int, branch_room: int,
-        before: list[Question],
+        self, rng: np.random.Generator, names: tasks.RandomNames, kind: str, task: str, most: int, room: int,
+        branch_room: int, before: list[Question],
     ) -> Question | None:  # fmt: skip
-        """A question that fits, if need be of the smallest size; None if even that does not, or no names are left."""
+        """A question that fits, if need be of the smallest size; None if even that does not, or no names are left.
+
+        One that would need more than `most` needles is about a key that has been asked for.
+        """
         numbers = [
             piece for question in before for needle in itertools.chain(*question.needles) for piece in needle
             if piece < VALUES
         ]  # fmt: skip
+        if _fewest_needles(kind, task) > most:
+            return self._question_again(rng, names, branch_room, before)
         smallest, largest = tasks.SIZES[task]
         for size in dict.fromkeys([int(rng.integers(smallest, largest + 1)), smallest]):
             with contextlib.suppress(tasks.NamesUsedUp):
                 question = make_question(rng, names, self._lexicon, kind, task, size, numbers)
-                if question.needle_tokens(self._lexicon) <= room and self._branch_tokens(question) <= branch_room:
+                needles, tokens = sum(map(len, question.needles)), question.needle_tokens(self._lexicon)
+                if needles <= most and tokens <= room and self._branch_tokens(question) <= branch_room:
                     return question
+        return None
+
+    def _question_again(
+        self, rng: np.random.Generator, names: tasks.RandomNames, branch_room: int, before: list[Question]
+    ) -> Question | None:
+        """A question about a key of those before, or one near it; None if there is none or it does not fit."""
+        numbers = {key: number for question in before for key, number in question.numbers.items()}
+        if not numbers or not self._again:
+            return None
+        kind, _ = self._draw_kind(rng, self._again)
+        with contextlib.suppress(tasks.NamesUsedUp):
+            question = ask_again(rng, names, self._lexicon, kind, numbers)
+            if self._branch_tokens(question) <= branch_room:
+                return question
         return None
 
     def _branch_tokens(self, question: Question) -> int:
@@ -144,3 +168,7 @@ class NeedlePairs:
             for question, chosen, rejected in zip(encoded, encoded, encoded, strict=True)
         ]
         return Prompt(ids, pairs)
+
+
+def _fewest_needles(kind: str, task: str) -> int:
+    return 2 if kind == "near_key" else tasks.SIZES[task][0]

@@ -30,6 +30,9 @@ SUITABLE = {
 _FROM_NEAR_KEY, _FROM_ANY_KEY = 0.6, 0.8
 """Cumulative shares of the numbers that an absent key is given; the rest are in no needle."""
 
+AGAIN = ("digit_edit", "random_value", "false_refusal", "absent_key")
+"""Kinds of questions that can be asked about a key that has its needle already."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -40,6 +43,8 @@ class Question:
     question: list[int]
     chosen: list[int]
     rejected: list[int]
+    numbers: dict[tasks.Key, int]
+    """The numbers of keys that have exactly one, in these needles."""
 
     def needle_tokens(self, lexicon: Lexicon) -> int:
         """Tokens of all needles."""
@@ -59,21 +64,47 @@ def make_question(
     unit = tasks.make_unit(task, size, names, lexicon)
     separators = lexicon.pieces(v.COMMA, v.STOP)
     items = [piece for piece in unit.answer if piece not in separators]
+    numbers = {} if unit.key is None else {unit.key: items[0]}
+    rejected = tasks.list_answer(lexicon, _wrong(rng, names, lexicon, kind, task, items))
+    return Question([unit.needles], unit.question, unit.answer, rejected, numbers)
+
+
+def ask_again(
+    rng: np.random.Generator, names: tasks.RandomNames, lexicon: Lexicon, kind: str, numbers: dict[tasks.Key, int]
+) -> Question:
+    """A question of a kind of `AGAIN` that needs no needle: about one of the keys that have these `numbers`.
+
+    An absent key differs from it by a word. Raises NamesUsedUp.
+    """
+    key = list(numbers)[rng.integers(len(numbers))]
+    value = numbers[key]
+    if kind == "absent_key":
+        key, right = names.neighbour(key), lexicon.pieces(v.NOT_FOUND)
+        wrong = [value if rng.random() < _FROM_ANY_KEY else _other_than(value, names.value)]
+    else:
+        right, wrong = [value], _wrong(rng, names, lexicon, kind, "multi_key", [value])
+    answers = [tasks.list_answer(lexicon, items) for items in (right, wrong)]
+    return Question([], tasks.magic_question(lexicon, key), *answers, {})
+
+
+def _wrong(
+    rng: np.random.Generator, names: tasks.RandomNames, lexicon: Lexicon, kind: str, task: str, items: list[int]
+) -> list[int]:
+    """What is answered instead of `items`."""
     match kind:
         case "digit_edit":
-            items = _edited(rng, items)
+            return _edited(rng, items)
         case "wrong_order":
-            items = _misplaced(rng, items)
+            return _misplaced(rng, items)
         case "random_value" if task == "variable_tracking":
             variables = [piece for piece in lexicon.pieces(*v.ADJECTIVES, *v.NOUNS) if piece not in items]
-            items = [variables[i] for i in rng.choice(len(variables), size=len(items), replace=False)]
+            return [variables[i] for i in rng.choice(len(variables), size=len(items), replace=False)]
         case "random_value":
-            items = [_other_than(item, names.passkey if task == "passkey" else names.value) for item in items]
+            return [_other_than(item, names.passkey if task == "passkey" else names.value) for item in items]
         case "false_refusal":
-            items = lexicon.pieces(v.NOT_FOUND)
+            return lexicon.pieces(v.NOT_FOUND)
         case _:
             raise ValueError(kind)
-    return Question([unit.needles], unit.question, unit.answer, tasks.list_answer(lexicon, items))
 
 
 def _key_question(
@@ -84,14 +115,16 @@ def _key_question(
     near, near_value = names.neighbour(key), _other_than(value, names.value)
     near_needle = tasks.magic_needle(lexicon, near, near_value)
     needles, right, wrong = [[tasks.magic_needle(lexicon, key, value)], [near_needle]], value, near_value
+    numbers = {key: value, near: near_value}
     if absent:
         needles, right, share = [[near_needle]], lexicon[v.NOT_FOUND], rng.random()
+        del numbers[key]
         if share >= _FROM_ANY_KEY:
             wrong = value
         elif share >= _FROM_NEAR_KEY and others:
             wrong = others[rng.integers(len(others))]
     question, answers = tasks.magic_question(lexicon, key), [tasks.list_answer(lexicon, [x]) for x in (right, wrong)]
-    return Question(needles, question, *answers)
+    return Question(needles, question, *answers, numbers)
 
 
 def _other_than(value: int, draw: Callable[[], int]) -> int:
