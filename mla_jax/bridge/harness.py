@@ -16,11 +16,12 @@ import jax
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from mla_jax.bridge.harness_options import GenerationOptions
 from mla_jax.bridge.run_or_hf import load_run_or_hf
 from mla_jax.checkpoint.run_folder import TOKENIZER
 from mla_jax.config import require_choice
@@ -30,17 +31,12 @@ from mla_jax.data.turns import stop_ids
 from mla_jax.errors import InputError
 from mla_jax.evals.provenance import provenance
 from mla_jax.inference.generator import Generator
-from mla_jax.inference.sampling import SamplingParams
 from mla_jax.inference.score import Score, score
 from mla_jax.inference.session import Session
 from mla_jax.inference.text_stream import TextStream, special_stops
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context and of what follows it."""
-
-_MAX_NEW_TOKENS = 256
-"""Of tasks that do not say how many; as the harness' `hf`."""
-_OF_SAMPLES = ("temperature", "top_k", "top_p", "min_p")
 
 
 @register_model("mla_jax")
@@ -204,7 +200,7 @@ class HarnessLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for number, (_, generation_kwargs) in enumerate(asked):
             groups.setdefault(json.dumps(generation_kwargs, sort_keys=True), []).append(number)
-        options = {key: _Options.of(asked[group[0]][1]) for key, group in groups.items()}
+        options = {key: GenerationOptions.of(asked[group[0]][1]) for key, group in groups.items()}
         prompts = {
             number: self._prompt(asked[number][0], options[key].max_new_tokens)
             for key, group in groups.items()
@@ -232,7 +228,7 @@ class HarnessLM(TemplateLM):
             raise self._too_long(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones")
         return ids[-room:]
 
-    def _write(self, prompts: list[list[int]], options: "_Options", session: Session) -> list[str]:
+    def _write(self, prompts: list[list[int]], options: GenerationOptions, session: Session) -> list[str]:
         """Continuations of the prompts, which fill the session's rows with repetitions of the last one."""
         tokenizer, rows = self._run.tokenizer, len(session.tokens)
         stops = special_stops(tokenizer, options.stops)
@@ -256,28 +252,6 @@ class HarnessLM(TemplateLM):
         if texts:
             self._generator.reserve(session, capacity)
         return session
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """A task's `generation_kwargs`."""
-
-    max_new_tokens: int
-    stops: tuple[str, ...]
-    sampling: SamplingParams
-
-    @classmethod
-    def of(cls, generation_kwargs: dict[str, Any]) -> "_Options":
-        """Raises InputError for what our generation does not have."""
-        given: dict[str, Any] = {**normalize_gen_kwargs(generation_kwargs, _MAX_NEW_TOKENS)}
-        stops, max_new_tokens = handle_stop_sequences(given.pop("until"), eos=None), given.pop("max_gen_toks")
-        samples = given.pop("do_sample")
-        if unknown := given.keys() - {*_OF_SAMPLES, "repetition_penalty"}:
-            raise InputError(f"generation_kwargs has {', '.join(sorted(unknown))}, which the model mla_jax does not")
-        if samples and not given.get("temperature"):
-            raise InputError("generation_kwargs has do_sample=True, which needs a temperature above 0")
-        sampling = {name: value for name, value in given.items() if samples or name not in _OF_SAMPLES}
-        return cls(max_new_tokens, tuple(filter(None, stops)), SamplingParams(**sampling))
 
 
 def _of_one_context(pairs: Sequence[Pair], rows: int) -> list[list[int]]:

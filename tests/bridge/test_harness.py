@@ -105,7 +105,11 @@ def evaluate(folder):
 
 @pytest.fixture(scope="module")
 def hf(evaluate):
-    return evaluate("hf", CHOICE, ROLLING, WRITING)
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a tiny model's many small operations: threads only wait for each other
+    yield evaluate("hf", CHOICE, ROLLING, WRITING)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
