@@ -24,13 +24,16 @@ PORT = 8571
 
 
 def judge(answers: Path, out: Path, port: int, *settings: str) -> str:
-    """Serves the model and judges; returns what was printed."""
-    with serve(MODEL, context=1024, port=port) as server:
+    """Serves the model and judges; returns what was printed.
+
+    llama.cpp gets one thread: several wait for each other by spinning, which is slow where something else runs too.
+    """
+    with serve(MODEL, context=1024, port=port, threads=1) as server:
         command = [
             sys.executable, "-m", "experiments.judge", f"answers={answers}", f"out={out}",
             f"judge.base_url={server.url}/v1", "judge.model=SmolLM2-135M-Instruct", "judge.input_price=0",
-            "judge.output_price=0", "structured=true", "max_tokens=32", "max_connections=1", "retest=10", "planted=4",
-            "pairs=6", *settings,
+            "judge.output_price=0", "structured=true", "max_tokens=32", "max_connections=1", "retest=8", "planted=3",
+            "pairs=4", *settings,
         ]  # fmt: skip
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 

@@ -47,11 +47,11 @@ class LlamaCpp:
 
 
 @contextlib.contextmanager
-def serve(gguf: Path, context: int = CONTEXT, port: int = 0) -> Iterator[LlamaCpp]:
+def serve(gguf: Path, context: int = CONTEXT, port: int = 0, threads: int = 2) -> Iterator[LlamaCpp]:
     """Starts llama.cpp in a process of its own, so that what it asserts ends only that one; port 0 is any free one."""
     log = gguf.with_suffix(".log")
     with log.open("w") as stderr:
-        command = [sys.executable, __file__, str(gguf), str(context), str(port)]
+        command = [sys.executable, __file__, str(gguf), *map(str, (context, port, threads))]
         server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True)
         assert server.stdin and server.stdout
         try:
@@ -65,7 +65,7 @@ def serve(gguf: Path, context: int = CONTEXT, port: int = 0) -> Iterator[LlamaCp
             server.wait(30)
 
 
-def main(gguf: str, context: str, port: str) -> None:
+def main(gguf: str, context: str, port: str, threads: str) -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -76,7 +76,7 @@ def main(gguf: str, context: str, port: str) -> None:
     params.verbosity = 5  # tells the size of the cache
     params.warmup = params.fit_params = False
     params.hostnames = ["127.0.0.1"]
-    params.cpuparams.n_threads = 2
+    params.cpuparams.n_threads = int(threads)
     # As exact as it can be: what is compared is the model, not the rounding of its cache.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)

@@ -57,7 +57,7 @@ class JudgeConfig:
     timeout: int = 60
     """Seconds for one attempt."""
     agreement: int = 100
-    """Answers that exact match settles and the judge is asked about all the same, for kappa."""
+    """The most answers that exact match settles and the judge is asked about all the same, for kappa."""
     retest: int = 50
     """Answers that are asked about a second time."""
     planted: int = 10
@@ -76,5 +76,7 @@ class JudgeConfig:
         require_at_least(0, temperature=self.temperature, max_retries=self.max_retries)
         for name in ("agreement", "retest", "planted", "pairs"):
             require_at_least(0, **{name: getattr(self, name)})
+        names = [endpoint.model for endpoint in self.judges]
+        require(len(set(names)) == len(names), f"panel has a model twice: {', '.join(names)}; judges must differ")
         for name in ("max_tokens", "max_connections", "timeout"):
             require_at_least(1, **{name: getattr(self, name)})

@@ -47,7 +47,7 @@ def measure(session: Session, questions: Questions) -> dict[str, Any]:
         "provenance": provenance(),
         "config": dataclasses.asdict(config),
         **report.of_answers(items, replies),
-        "agreement": report.agreement([(items[i], reply) for i, reply in by_judge.items()]),
+        "agreement": report.agreement([(items[i], by_judge[i]) for i in questions.compared]),
         "retest": report.retest(
             [(items[i], by_judge[i], reply) for i, reply in zip(questions.retested, retested, strict=True)]
         ),

@@ -30,11 +30,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Questions:
-    """Everything that is asked; `checked` and `retested` are indices of `items`."""
+    """Everything that is asked; `checked`, `compared` and `retested` are indices of `items`."""
 
     items: list[Item]
     checked: list[int]
     """Answers that exact match settles and the judge is asked about all the same."""
+    compared: list[int]
+    """Answers on which exact match and the judge are compared: `checked`, and the same share of those left open."""
     retested: list[int]
     """Answers that are asked about twice: of those that the judge is asked about."""
     planted: list[Planted]
@@ -50,14 +52,17 @@ def plan(config: JudgeConfig, items: list[Item], others: list[Item] | None) -> Q
     """
     rng = random.Random(config.seed)
     settled = [i for i, item in enumerate(items) if item.exact]
+    left_open = [i for i, item in enumerate(items) if not item.exact]
     checked = sorted(rng.sample(settled, min(config.agreement, len(settled))))
-    asked = sorted({*range(len(items))} - {*settled} | {*checked})
+    share = len(checked) / len(settled) if settled else 1.0
+    compared = sorted([*checked, *rng.sample(left_open, round(share * len(left_open)))])
+    asked = sorted([*left_open, *checked])
     retested = sorted(rng.sample(asked, min(config.retest, len(asked))))
     against = [] if others is None else _pairs(items, others)
     if others is not None and not against:
         raise InputError(f"{config.against} answers none of the questions of {config.answers}; they cannot be compared")
     return Questions(
-        items, checked, retested,
+        items, checked, compared, retested,
         plant(items, config.planted, config.seed), plant_pairs(items, config.pairs, config.seed), against,
     )  # fmt: skip
 

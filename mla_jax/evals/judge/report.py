@@ -4,11 +4,11 @@
     judges          model and base_url of each
     provenance      date, command, version, git_revision, hardware, python, jax
     config          as configured
-    answers         file, n, and how many were settled by exact match, by the judge, and unscored
+    answers         n, and how many were settled by exact match, by the judge, and unscored
     accuracy        exact: by exact match alone; judged: with the judge, over what is scored
     by_length       accuracy judged, by tokens of the prompt, where these are known
     classes         the share of each class among the scored answers
-    agreement       of the judge with exact match, on answers that it was asked about: observed, kappa
+    agreement       of the judge with exact match, on a random sample that it was asked about: observed, kappa
     retest          share of answers with the same class when asked a second time
     planted         answers of known class: sensitivity (right ones called right), specificity (wrong ones called
                     wrong), kappa over the six classes, and by class what the judge said

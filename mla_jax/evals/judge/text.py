@@ -3,15 +3,15 @@
 import math
 from typing import Any
 
-_LANDIS_KOCH = ((0.0, "poor"), (0.2, "slight"), (0.4, "fair"), (0.6, "moderate"), (0.8, "substantial"))
-"""Upper ends of Landis and Koch's words for kappa (Biometrics 33, 1977); above, "almost perfect"."""
+_LANDIS_KOCH = ((0.2, "slight"), (0.4, "fair"), (0.6, "moderate"), (0.8, "substantial"), (1.0, "almost perfect"))
+"""Upper ends of Landis and Koch's words for kappa (Biometrics 33, 1977); below 0 it is "poor"."""
 
 
 def in_words(kappa: float) -> str:
     """Landis and Koch's word for a kappa; "undefined" for nan."""
     if math.isnan(kappa):
         return "undefined"
-    return next((word for end, word in _LANDIS_KOCH if kappa <= end), "almost perfect")
+    return "poor" if kappa < 0 else next(word for end, word in _LANDIS_KOCH if round(kappa, 9) <= end)
 
 
 def worth(report: dict[str, Any]) -> str:
@@ -24,10 +24,11 @@ def worth(report: dict[str, Any]) -> str:
     if not right["n"] or not wrong["n"]:
         return "Nothing was planted, or no reply about it had a verdict: nothing is known about this judge's error."
     youden = right["rate"] + wrong["rate"] - 1
+    kappa = report["agreement"]["kappa"]["value"]
     said = (
         f"of planted answers it calls {_percent(right['rate'])} of the right ones right and "
         f"{_percent(wrong['rate'])} of the wrong ones wrong (J = {youden:.2f}), and its kappa with exact match is "
-        f"{in_words(report['agreement']['kappa']['value'])}"
+        f"{kappa:.2f} ({in_words(kappa)})"
     )
     if right["interval"][0] + wrong["interval"][0] - 1 <= 0:
         return f"This judge is not shown to be better than guessing: {said}. Go by exact match."

@@ -142,6 +142,14 @@ def test_the_judge_sees_question_reference_distractors_and_answer(judged):
     assert all("response_format" not in body for body in server.bodies)
 
 
+def test_kappa_is_of_a_sample_like_all_answers(tmp_path):
+    """One of three exact answers is asked about, so three of the nine others are compared."""
+    with judge_server(rule) as server:
+        agreement = judge(config(tmp_path, server.url, **NOTHING_ELSE | {"agreement": 1}))["agreement"]
+    assert agreement["exact_right"] == {"judged_right": 1, "judged_wrong": 0}
+    assert sum(agreement["exact_wrong"].values()) == 3 and len(server.bodies) == 10
+
+
 def test_exact_match_spares_the_judge(tmp_path):
     with judge_server(rule) as server:
         report = judge(config(tmp_path, server.url, **NOTHING_ELSE))
@@ -201,6 +209,11 @@ def test_a_panel_decides_by_majority(tmp_path):
     assert said[1] == v.CORRECT and said[2] is None, "two of three; three different classes"
     assert {model: usage["replies"] for model, usage in report["usage"].items()} == {"one": 9, "two": 9, "three": 9}
     assert report["usage"]["two"]["cost"] is None
+
+
+def test_judges_must_differ(tmp_path):
+    with pytest.raises(UsageError, match="panel has a model twice: one, one"):
+        config(tmp_path, "http://x", panel=[EndpointConfig(base_url="http://y", model="one")])
 
 
 def test_structured_replies(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from mla_jax.evals.answers import Answer
 from mla_jax.evals.judge import verdicts as v
 from mla_jax.evals.judge.items import Item, normalized, read_items
 from mla_jax.evals.judge.planted import plant, plant_pairs
+from mla_jax.evals.judge.text import in_words, worth
 from mla_jax.evals.results import Cell, Results
 
 LINE = {"question": "Where?", "gold": "Under the stairs.", "prediction": "under stairs"}
@@ -173,3 +175,36 @@ def test_planted_pairs_have_a_right_and_a_wrong_answer():
 def test_the_last_grade_of_a_reply_counts(reply, verdict):
     found = re.search(v.pattern("grade", tuple(v.VERDICTS)), reply)
     assert (found and found.group(1)) == verdict
+
+
+def test_words_for_kappa():
+    """Landis and Koch's table: poor below 0, slight to 0.20, fair to 0.40, moderate to 0.60, substantial to 0.80."""
+    words = [in_words(kappa) for kappa in (-0.01, 0, 0.2, 0.21, 0.41, 0.6, 0.61, 0.81, 1 + 1e-12, math.nan)]
+    assert words == [
+        "poor", "slight", "slight", "fair", "moderate", "moderate", "substantial", "almost perfect", "almost perfect",
+        "undefined",
+    ]  # fmt: skip
+
+
+def share(rate: float, half: float, n: int = 20) -> dict:
+    return {"n": n, "rate": rate, "interval": [rate - half, rate + half]}
+
+
+@pytest.mark.parametrize(
+    ("sensitivity", "specificity", "begins"),
+    [
+        (
+            share(0.95, 0.05),
+            share(0.9, 0.1),
+            "This judge is right about most: of planted answers it calls 95 % of the right",
+        ),
+        (share(0.8, 0.1), share(0.8, 0.1), "A weak judge: "),
+        (share(1.0, 0.2), share(0.2, 0.1), "This judge is not shown to be better than guessing: "),
+        (share(math.nan, 0, n=0), share(0.2, 0.1), "Nothing was planted"),
+    ],
+)
+def test_what_a_judge_is_worth(sensitivity, specificity, begins):
+    planted = {"sensitivity": sensitivity, "specificity": specificity}
+    said = worth({"planted": planted, "agreement": {"kappa": {"value": 0.5, "interval": [0.1, 0.9]}}})
+    assert said.startswith(begins)
+    assert begins.startswith("Nothing") or "its kappa with exact match is 0.50 (moderate)" in said
