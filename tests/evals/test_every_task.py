@@ -23,11 +23,12 @@ from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.evals import asking, runner
 from mla_jax.evals.html_report import report_on
 from mla_jax.evals.report import format_value
-from mla_jax.evals.results import read_results
+from mla_jax.evals.results import NATS, read_results
 from mla_jax.evals.runner import evaluate
-from mla_jax.inference.score import Score
+from mla_jax.inference.generator import Generator as RealGenerator
+from mla_jax.inference.score import Score, score
 from results_schema import SCHEMA
-from tiny import MODEL
+from tiny import MODEL, random_params
 
 TOKENIZER = load_tokenizer("needle-bpe")
 TEXTS = Path(__file__).resolve().parent.parent.parent / "docs"
@@ -145,3 +146,26 @@ def test_another_seed_is_noticed(name, ask, tmp_path):
     task = TASKS[type(other)](MODEL, TOKENIZER, other)
     prompts = {tuple(task.prompt(cell, sample).ids) for cell in task.cells for sample in range(task.samples)}
     assert set(generator.asked) == prompts, "all of them again"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_real_model_answers_with_an_8_bit_cache_as_it_does_prompt_by_prompt(name, tmp_path):
+    """Whatever was read together: batches, haystacks, parts of texts."""
+    config = dataclasses.replace(CONFIGS[name], cache_dtype="int8", lengths=CONFIGS[name].lengths[:1])
+    task = TASKS[type(config)](MODEL, TOKENIZER, config)
+    run = Run(tmp_path, MODEL, random_params(MODEL), TOKENIZER, step=4, trained_lengths=())
+    results = evaluate(run, task, tmp_path / "eval")
+    model = RealGenerator(MODEL, run.params, cache_dtype="int8")
+    for cell in results.cells:
+        for sample in range(task.samples):
+            prompt = task.prompt(cell.params, sample)
+            if task.likelihood is not None:
+                (scored,) = score(model, [prompt.ids[:1]], [prompt.ids[1:]])
+                assert cell.measures[NATS][sample] == pytest.approx(
+                    task.likelihood(cell.params, scored)[1][NATS], rel=1e-3
+                )
+                continue
+            most = task.max_new_tokens(cell.params)
+            (alone,) = model.generate([prompt.ids], max_new_tokens=most, eos_id=TOKENIZER.eos_id)
+            assert cell.answers[sample].generated == TOKENIZER.decode(alone)
