@@ -148,14 +148,19 @@ def load_params(key: str, run_dir: str, model: ModelConfig, tokenizer: Tokenizer
     Raises:
         InputError: its weights or its tokenizer are not ours; see `load_run`.
     """
-    run = load_run(run_dir, step)
-    differ = [name for name in WEIGHT_KEYS if getattr(run.model, name) != getattr(model, name)]
+    on_all(lambda: check_fits(key, run_dir, model, tokenizer))
+    return jax.tree.map(lambda array: array.astype(model.param_dtype), load_run(run_dir, step).params)
+
+
+def check_fits(key: str, run_dir: str, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises InputError as `load_params`, by the other run's config and tokenizer alone; each process for itself."""
+    _, theirs, other = _read_run(Path(run_dir))
+    differ = [name for name in WEIGHT_KEYS if getattr(theirs, name) != getattr(model, name)]
     if differ:
         raise InputError(f"{key}={run_dir} holds another model: {', '.join(differ)} differ")
-    if run.tokenizer.fingerprint != tokenizer.fingerprint:
+    if other.fingerprint != tokenizer.fingerprint:
         ours = override("data.tokenizer", f"{run_dir}/tokenizer")
         raise InputError(f"{key}={run_dir} has another tokenizer; set {ours}")
-    return jax.tree.map(lambda array: array.astype(model.param_dtype), run.params)
 
 
 def _read_run(run_dir: Path) -> tuple[DictConfig, ModelConfig, Tokenizer]:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from mla_jax.checkpoint.manifest import read_manifest
-from mla_jax.checkpoint.run_folder import load_params, newest_checkpoint
+from mla_jax.checkpoint.run_folder import check_fits, load_params, newest_checkpoint
 from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, DpoConfig, PreferenceDataConfig, StageConfig
 from mla_jax.data.pipeline import Pipeline
 from mla_jax.data.preference.mined import mined_path
@@ -58,12 +58,16 @@ class ReferencePipelines:
         self, data: PreferenceDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
         rows_of: Callable[[int], np.ndarray], validation: bool = False,
     ) -> "ReferencePipeline":  # fmt: skip
-        """See `make_preference_pipeline`; batches have `reference` besides, float32 [b, T]."""
+        """See `make_preference_pipeline`; batches have `reference` besides, float32 [b, T].
+
+        Raises InputError besides, if the reference is no run or has other weights or another tokenizer.
+        """
         config = self._config
         batches = make_preference_pipeline(data, tokenizer, stages, stage, seed, rows_of, validation, config.run_dir)
         reference = Reference(
             config, self._loss, self._stop, self._before_stage, data, tokenizer, stages[stage], stage, validation
         )
+        check_fits(*reference.run, config.model, tokenizer)  # now, not at the first batch
         return ReferencePipeline(batches, reference, rows_of(stages[stage].batch_size))
 
 

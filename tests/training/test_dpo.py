@@ -9,15 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from mla_jax.checkpoint.run_folder import load_run
+from mla_jax.checkpoint.run_folder import load_run, save_imported
 from mla_jax.config import DpoConfig, NeedlePairsConfig, OptimConfig, PreferenceLossConfig
+from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.distributed.preemption import StopRequest
 from mla_jax.errors import InputError, UsageError
 from mla_jax.evals.mining import mine_pairs
 from mla_jax.losses.preference import PreferenceLoss
 from mla_jax.training import loop
 from mla_jax.training.reference import ReferencePipelines
-from tiny import make_config, train
+from tiny import MODEL, make_config, random_params, train
 
 DATA = NeedlePairsConfig(
     tokenizer="needle-bpe",
@@ -167,6 +168,12 @@ def test_what_is_wrong_is_named_in_one_line(start, tmp_path):
         prefer(make_dpo(tmp_path / "run", start, data=data, stages=[{"seq_len": 512, "steps": 1}]))
     with pytest.raises(InputError, match="absent is not a run folder"):
         prefer(make_dpo(tmp_path / "run", start, reference=str(tmp_path / "absent")))
+    other = tmp_path / "other"
+    wider = dataclasses.replace(MODEL, intermediate_size=48)
+    save_imported(other, wider, random_params(wider), load_tokenizer("needle-bpe"))
+    with pytest.raises(InputError, match=r"reference=.*other holds another model: intermediate_size differ"):
+        prefer(make_dpo(tmp_path / "run", start, reference=str(other)))
+    assert not (tmp_path / "run" / "config.yaml").exists(), "noticed before anything is in the run's folder"
     with pytest.raises(UsageError, match=r"seq_len 1024, beyond model.max_position_embeddings 512"):
         make_dpo(tmp_path / "run", start, stages=[{"seq_len": 1024, "steps": 1}])
 
