@@ -83,8 +83,8 @@ def ask_again(
         wrong = [value if rng.random() < _FROM_ANY_KEY else _other_than(value, names.value)]
     else:
         right, wrong = [value], _wrong(rng, names, lexicon, kind, "multi_key", [value])
-    answers = [tasks.list_answer(lexicon, items) for items in (right, wrong)]
-    return Question([], tasks.magic_question(lexicon, key), *answers, {})
+    chosen, rejected = (tasks.list_answer(lexicon, items) for items in (right, wrong))
+    return Question([], tasks.magic_question(lexicon, key), chosen, rejected, {})
 
 
 def _wrong(
@@ -123,8 +123,8 @@ def _key_question(
             wrong = value
         elif share >= _FROM_NEAR_KEY and others:
             wrong = others[rng.integers(len(others))]
-    question, answers = tasks.magic_question(lexicon, key), [tasks.list_answer(lexicon, [x]) for x in (right, wrong)]
-    return Question(needles, question, *answers, numbers)
+    chosen, rejected = (tasks.list_answer(lexicon, [item]) for item in (right, wrong))
+    return Question(needles, tasks.magic_question(lexicon, key), chosen, rejected, numbers)
 
 
 def _other_than(value: int, draw: Callable[[], int]) -> int:
