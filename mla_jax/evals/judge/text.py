@@ -41,35 +41,35 @@ def format_report(report: dict[str, Any]) -> str:
     """Some thirty lines."""
     counts, agreement, planted, pairs = report["answers"], report["agreement"], report["planted"], report["pairs"]
     failures = report["parse_failures"]
-    lines = [
-        f"{counts['n']} answers: {counts['settled_by_exact_match']} settled by exact match, "
-        f"{counts['settled_by_judge']} by the judge, {counts['unscored']} unscored",
-        "",
-        f"accuracy by exact match    {_share(report['accuracy']['exact'])}",
-        f"accuracy with the judge    {_share(report['accuracy']['judged'])}",
-        *(f"  {length + ' tokens':<24} {_share(each)}" for length, each in report["by_length"].items()),
-        *(f"  {name:<24} {_share(each)}" for name, each in report["classes"].items()),
-        "",
-        f"agreement with exact match {_share(agreement['observed'])}",
-        f"  Cohen's kappa            {_statistic(agreement['kappa'])} {in_words(agreement['kappa']['value'])}",
-        f"same class when asked again {_share(report['retest']['same'])}",
-        "",
-        f"planted right, called right {_share(planted['sensitivity'])}",
-        f"planted wrong, called wrong {_share(planted['specificity'])}",
-        f"  kappa over six classes   {_statistic(planted['kappa'])} {in_words(planted['kappa']['value'])}",
-        *(f"  {name:<24} {_called(each)}" for name, each in planted["by_class"].items()),
-        "",
-        f"right against wrong answer {_outcome(pairs['planted'])}",
-        *([f"against the others         {_outcome(pairs['against'])}"] if pairs["against"]["n"] else []),
-        f"  winner flips with order  {_share(pairs['flip_rate'])}",
-        f"  position bias            {_statistic(pairs['position_bias'])} (for the first: above 0)",
-        "",
-        f"no verdict in the reply    {failures['unscored']} of {failures['asked']} asked",
-        *(f"{model}: {_usage(usage)}" for model, usage in report["usage"].items()),
-        "",
-        worth(report),
+    rows = [
+        ("accuracy by exact match", _share(report["accuracy"]["exact"])),
+        ("accuracy with the judge", _share(report["accuracy"]["judged"])),
+        *((f"  {length} tokens", _share(each)) for length, each in report["by_length"].items()),
+        *((f"  {name}", _share(each)) for name, each in report["classes"].items()),
+        (),
+        ("agreement with exact match", _share(agreement["observed"])),
+        ("  Cohen's kappa", _kappa(agreement["kappa"])),
+        ("same class when asked again", _share(report["retest"]["same"])),
+        (),
+        ("planted right, called right", _share(planted["sensitivity"])),
+        ("planted wrong, called wrong", _share(planted["specificity"])),
+        ("  kappa over six classes", _kappa(planted["kappa"])),
+        *((f"  {name}", _called(each)) for name, each in planted["by_class"].items()),
+        (),
+        ("right against wrong answer", _outcome(pairs["planted"])),
+        *([("against the others", _outcome(pairs["against"]))] if pairs["against"]["n"] else []),
+        ("  winner flips with order", _share(pairs["flip_rate"])),
+        ("  position bias", f"{_statistic(pairs['position_bias'])} (above 0: for the first)"),
+        (),
+        ("no verdict in the reply", f"{failures['unscored']} of {failures['asked']} asked"),
+        *((model, _usage(usage)) for model, usage in report["usage"].items()),
     ]
-    return "\n".join(lines)
+    head = (
+        f"{counts['n']} answers: {counts['settled_by_exact_match']} settled by exact match, "
+        f"{counts['settled_by_judge']} by the judge, {counts['unscored']} unscored"
+    )
+    lines = [f"{row[0]:<28} {row[1]}" if row else "" for row in rows]
+    return "\n".join([head, "", *lines, "", worth(report)])
 
 
 def _percent(share: float) -> str:
@@ -86,6 +86,10 @@ def _share(share: dict[str, Any]) -> str:
 def _statistic(statistic: dict[str, Any]) -> str:
     value, (low, high) = statistic["value"], statistic["interval"]
     return "-" if math.isnan(value) else f"{value:.2f} [{low:.2f} to {high:.2f}]"
+
+
+def _kappa(statistic: dict[str, Any]) -> str:
+    return f"{_statistic(statistic)} {in_words(statistic['value'])}"
 
 
 def _called(by_class: dict[str, Any]) -> str:
