@@ -21,8 +21,8 @@ from tiny import DATA, make_config, train
 
 
 def test_a_run_may_have_a_loss_and_a_pipeline_of_its_own(tmp_path, capsys):
-    stages = [{"seq_len": 96, "steps": 30, "accuracy": 0.99}, {"seq_len": 128, "steps": 3}]
-    stages = [{"batch_size": 16} | stage for stage in stages]
+    stages = [{"steps": 30, "accuracy": 0.99}, {"steps": 3}]
+    stages = [{"seq_len": 96, "batch_size": 16} | stage for stage in stages]
     results = {}
     for parts in (1, 2):
         config = make_config(tmp_path / f"by-{parts}", stages, data=DATA, grad_accumulation=parts, best_metric="loss")
