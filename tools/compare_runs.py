@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from mla_jax.errors import InputError, one_line_errors
+from mla_jax.evals.cells import CORRECT
 from mla_jax.evals.compare import are_paired, compare, format_comparison
-from mla_jax.evals.results import CORRECT, Results, results_of_run
+from mla_jax.evals.results import Results, results_of_run
 from mla_jax.files import write_json
 
 

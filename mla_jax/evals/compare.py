@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mla_jax.errors import InputError
-from mla_jax.evals.results import CORRECT, Cell, Mean, Rate, Results, totalled
+from mla_jax.evals.cells import CORRECT, Cell, Mean, Rate, totalled
+from mla_jax.evals.results import Results
 from mla_jax.evals.stats import mean_interval
 from mla_jax.lengths import format_length
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from mla_jax.evals.cells import NATS, Cell
 from mla_jax.evals.report import COLORS, measured
-from mla_jax.evals.results import NATS, Cell
 from mla_jax.files import atomic_file
 from mla_jax.lengths import format_length
 

@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from mla_jax.evals.answers import Answer
+from mla_jax.evals.cells import CORRECT, Cell
 from mla_jax.evals.report import (
     COLORS,
     format_interval,
@@ -19,7 +20,7 @@ from mla_jax.evals.report import (
     measure_title,
     measured,
 )
-from mla_jax.evals.results import CORRECT, Cell, Results, results_in
+from mla_jax.evals.results import Results, results_in
 from mla_jax.files import atomic_file
 from mla_jax.lengths import format_length
 

@@ -13,7 +13,7 @@ from mla_jax.data.needle.haystack import TextHaystack
 from mla_jax.data.text_folder import fingerprint
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import UsageError
-from mla_jax.evals.results import CORRECT, NATS
+from mla_jax.evals.cells import CORRECT, NATS
 from mla_jax.evals.task import Params, Prompt, Task, require_room
 from mla_jax.inference.score import Score
 

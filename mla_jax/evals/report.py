@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mla_jax.evals.results import NATS, Cell, Mean, Rate, totals_by_length
+from mla_jax.evals.cells import NATS, Cell, Mean, Rate, totals_by_length
 from mla_jax.files import atomic_file
 from mla_jax.lengths import format_length
 

@@ -18,11 +18,12 @@ from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals.answers import Failure
 from mla_jax.evals.asking import Outcome, ask
+from mla_jax.evals.cells import CORRECT, Cell
 from mla_jax.evals.curves import plot_curves
 from mla_jax.evals.progress import Progress
 from mla_jax.evals.provenance import provenance
 from mla_jax.evals.report import format_rates, format_table, plot_heatmap
-from mla_jax.evals.results import CORRECT, Cell, Results, read_results, require_grid
+from mla_jax.evals.results import Results, read_results, require_grid
 from mla_jax.evals.task import Params, Task
 from mla_jax.files import write_json
 from mla_jax.inference.generator import Generator

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from mla_jax.checkpoint.run_folder import CONFIG
 from mla_jax.config import TrackerConfig
 from mla_jax.errors import InputError, first_line
-from mla_jax.evals.results import Cell, Results
+from mla_jax.evals.cells import Cell
+from mla_jax.evals.results import Results
 from mla_jax.observability.trackers import add_metrics
 
 

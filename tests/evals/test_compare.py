@@ -10,8 +10,9 @@ import pytest
 from scipy.stats import ttest_ind, ttest_rel
 
 from mla_jax.errors import InputError
+from mla_jax.evals.cells import Cell, Rate
 from mla_jax.evals.compare import are_paired, compare, difference_interval, format_comparison
-from mla_jax.evals.results import Cell, Rate, Results
+from mla_jax.evals.results import Results
 from mla_jax.evals.stats import wilson_interval
 
 

@@ -21,9 +21,10 @@ from mla_jax.config import (
 )
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.evals import asking, runner
+from mla_jax.evals.cells import NATS
 from mla_jax.evals.html_report import report_on
 from mla_jax.evals.report import format_value
-from mla_jax.evals.results import NATS, read_results
+from mla_jax.evals.results import read_results
 from mla_jax.evals.runner import evaluate
 from mla_jax.inference.generator import Generator as RealGenerator
 from mla_jax.inference.score import Score, score

@@ -9,8 +9,8 @@ from mla_jax.checkpoint.run_folder import Run
 from mla_jax.config import HallucinationConfig
 from mla_jax.data.needle.questions import key_questions
 from mla_jax.errors import InputError, UsageError
+from mla_jax.evals.cells import totals_by_length
 from mla_jax.evals.hallucination import hallucination_task, score
-from mla_jax.evals.results import totals_by_length
 from mla_jax.evals.runner import evaluate, measure
 from mla_jax.evals.task import Prompt
 from mla_jax.inference.generator import Generator as RealGenerator

@@ -9,8 +9,9 @@ import pytest
 
 from mla_jax.errors import InputError
 from mla_jax.evals.answers import Answer, Failure
+from mla_jax.evals.cells import Cell
 from mla_jax.evals.html_report import write_report
-from mla_jax.evals.results import Cell, Results
+from mla_jax.evals.results import Results
 from mla_jax.evals.stats import wilson_interval
 
 PASSKEY = Results(

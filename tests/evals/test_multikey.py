@@ -7,8 +7,8 @@ import pytest
 from key_reader import ASKED, NEEDLE, TOKENIZER, KeyReader, near_number
 from mla_jax.config import MultikeyConfig
 from mla_jax.errors import InputError, UsageError
+from mla_jax.evals.cells import totalled
 from mla_jax.evals.multikey import multikey_task, score
-from mla_jax.evals.results import totalled
 from mla_jax.evals.runner import measure
 from mla_jax.evals.task import Prompt
 from tiny import MODEL

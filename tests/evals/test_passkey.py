@@ -14,8 +14,9 @@ from mla_jax.data.needle.generator import passkey_prompt
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
 from mla_jax.evals import runner
+from mla_jax.evals.cells import totals_by_length
 from mla_jax.evals.passkey import first_integer, passkey_task
-from mla_jax.evals.results import read_results, totals_by_length
+from mla_jax.evals.results import read_results
 from mla_jax.evals.runner import FAILURES_KEPT, evaluate, measure
 from mla_jax.model.transformer import init_params
 from results_schema import SCHEMA

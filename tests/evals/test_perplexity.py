@@ -13,10 +13,11 @@ from mla_jax.checkpoint.run_folder import Run
 from mla_jax.config import PerplexityConfig
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError, UsageError
+from mla_jax.evals.cells import NATS, Cell, totals_by_length
 from mla_jax.evals.html_report import write_report
 from mla_jax.evals.perplexity import perplexity_task
 from mla_jax.evals.report import format_table
-from mla_jax.evals.results import NATS, Cell, read_results, totals_by_length
+from mla_jax.evals.results import read_results
 from mla_jax.evals.runner import evaluate
 from mla_jax.evals.tracking import metrics_of
 from mla_jax.inference.generator import Generator

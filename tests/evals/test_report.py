@@ -11,9 +11,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from mla_jax.errors import InputError
+from mla_jax.evals.cells import Cell, totals_by_length
 from mla_jax.evals.provenance import provenance
 from mla_jax.evals.report import format_rates, format_table, plot_heatmap
-from mla_jax.evals.results import Cell, totals_by_length
 from mla_jax.files import write_json
 from mla_jax.lengths import format_length
 

@@ -9,7 +9,8 @@ import pytest
 
 from mla_jax.errors import InputError
 from mla_jax.evals.answers import Answer, Failure
-from mla_jax.evals.results import VERSION, Cell, Results, read_results, results_of_run
+from mla_jax.evals.cells import Cell
+from mla_jax.evals.results import VERSION, Results, read_results, results_of_run
 from results_schema import SCHEMA
 
 RESULTS = Results(

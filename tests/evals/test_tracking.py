@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import wandb_file
 from mla_jax.config import TrackerConfig
 from mla_jax.errors import InputError
-from mla_jax.evals.results import Cell, Results
+from mla_jax.evals.cells import Cell
+from mla_jax.evals.results import Results
 from mla_jax.evals.tracking import metrics_of, track
 from mla_jax.observability.trackers import Trackers
 from mla_jax.observability.trackers.mlflow import mlflow_uri

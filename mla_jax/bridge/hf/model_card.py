@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from mla_jax.bridge.hf.layout import count_parameters
 from mla_jax.config import ModelConfig
+from mla_jax.evals.cells import Cell
 from mla_jax.evals.report import format_interval, format_percent, format_table, measure_title, measured
-from mla_jax.evals.results import Cell, Results
+from mla_jax.evals.results import Results
 
 _CARD = """\
 ---

@@ -17,9 +17,10 @@ from typing import Any
 from mla_jax.data.needle.questions import REFUSAL
 from mla_jax.data.record_files import read_chunks
 from mla_jax.errors import InputError
+from mla_jax.evals.cells import CORRECT as CORRECT_SCORE
+from mla_jax.evals.cells import Cell
 from mla_jax.evals.judge.verdicts import CORRECT, CORRECT_REFUSAL
-from mla_jax.evals.results import CORRECT as CORRECT_SCORE
-from mla_jax.evals.results import Cell, read_results
+from mla_jax.evals.results import read_results
 
 RESULTS_SUFFIX = ".json"
 _KEYS = {"question", "gold", "answer", "distractors", "prediction", "haystack", "length"}

@@ -27,11 +27,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mla_jax.evals.agreement import bootstrap_interval, cohens_kappa
+from mla_jax.evals.cells import Rate
 from mla_jax.evals.judge import verdicts as v
 from mla_jax.evals.judge.items import Item
 from mla_jax.evals.judge.questions import Pair, Questions
 from mla_jax.evals.judge.session import Reply
-from mla_jax.evals.results import Rate
 from mla_jax.evals.stats import clustered_interval
 
 VERSION = 1

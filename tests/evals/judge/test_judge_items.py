@@ -10,11 +10,12 @@ import pytest
 
 from mla_jax.errors import InputError
 from mla_jax.evals.answers import Answer
+from mla_jax.evals.cells import Cell
 from mla_jax.evals.judge import verdicts as v
 from mla_jax.evals.judge.items import Item, normalized, read_items
 from mla_jax.evals.judge.planted import plant, plant_pairs
 from mla_jax.evals.judge.text import in_words, worth
-from mla_jax.evals.results import Cell, Results
+from mla_jax.evals.results import Results
 
 LINE = {"question": "Where?", "gold": "Under the stairs.", "prediction": "under stairs"}
 
