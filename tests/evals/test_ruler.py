@@ -1,7 +1,9 @@
 """RULER: its metric, the lengths of its prompts, and what cannot be asked."""
 
 import dataclasses
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -37,14 +39,26 @@ def ruler_string_match_all(preds: list[str], refs: list[list[str]]) -> float:
     return sum(hit / len(ref) for hit, ref in zip(hits, refs, strict=True)) / len(preds) * 100
 
 
+@pytest.fixture(scope="module")
+def harness():
+    """RULER's functions in lm-evaluation-harness, without the rest of that package, which takes long to import."""
+    package = importlib.util.find_spec("lm_eval").submodule_search_locations[0]
+    file = Path(package) / "tasks" / "ruler" / "common_utils.py"
+    spec = importlib.util.spec_from_file_location("ruler_common_utils", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 PIECES = st.lists(st.sampled_from(["Fox", "owl", "12", "3", "-", " ", "\n", "\x07", "a"]), max_size=8).map("".join)
 
 
-@given(st.lists(st.tuples(PIECES, st.lists(PIECES, min_size=1, max_size=4)), min_size=1, max_size=5))
-def test_the_metric_is_rulers(answers):
+@given(answers=st.lists(st.tuples(PIECES, st.lists(PIECES, min_size=1, max_size=4)), min_size=1, max_size=5))
+def test_the_metric_is_rulers(harness, answers):
     preds, refs = (list(each) for each in zip(*answers, strict=True))
     ours = [string_match_all(pred, ref) for pred, ref in answers]
     assert 100 * sum(ours) / len(ours) == pytest.approx(ruler_string_match_all(preds, refs))
+    assert sum(ours) / len(ours) == pytest.approx(harness.string_match_all(harness.postprocess_pred(preds), refs))
 
 
 @pytest.mark.parametrize(
