@@ -113,7 +113,7 @@ def resize(cache: LayerCache, batch: int, capacity: int) -> LayerCache:
     def copy(x: jax.Array, axis: int) -> jax.Array:
         more = [(0, capacity - cache.capacity if i == axis else 0) for i in range(x.ndim)]
         x = jnp.pad(x, more)
-        return mesh.shard_batch(jnp.repeat(x, batch, axis=0)) if len(x) < batch else x
+        return jnp.repeat(x, batch, axis=0, out_sharding=mesh.sharding_of(x)) if len(x) < batch else x
 
     scales = None if cache.scales_B2S is None else copy(cache.scales_B2S, 2)
     return LayerCache(copy(cache.c_BSC, 1), copy(cache.k_rope_BSR, 1), scales)

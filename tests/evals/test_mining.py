@@ -184,9 +184,9 @@ def test_without_a_mistake_there_is_nothing_to_train_on(tmp_path, run, scripted,
         mine_pairs(config, TOKENIZER, 0)
 
 
-@pytest.mark.integration
-def test_a_model_answers_on_a_mesh_too(tmp_path, run):
-    with jax.set_mesh(make_mesh(MeshConfig())):
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.integration)])
+def test_a_model_answers_on_a_mesh_too(tmp_path, run, devices):
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:devices])):
         config = _config(tmp_path, run, dataclasses.replace(DATA, prompts=2))
         mine_pairs(config, TOKENIZER, 0)
     assert _file(config)["wrong"] == _file(config)["answers"] > 0
