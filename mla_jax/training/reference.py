@@ -26,7 +26,7 @@ from mla_jax.checkpoint.run_folder import check_fits, load_params, newest_checkp
 from mla_jax.config import NUMERICALLY_NEUTRAL_KEYS, DpoConfig, PreferenceDataConfig, StageConfig
 from mla_jax.data.pipeline import Pipeline
 from mla_jax.data.preference.mined import mined_path
-from mla_jax.data.preference.pipeline import make_preference_pipeline
+from mla_jax.data.preference.pipeline import PreferencePipeline, make_preference_pipeline
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.workers import Batch
 from mla_jax.distributed.decisions import broadcast_decision, on_all
@@ -74,7 +74,7 @@ class ReferencePipelines:
 class ReferencePipeline(Pipeline):
     """Batches with the reference's log-probabilities, which the first batch waits for."""
 
-    def __init__(self, batches: Pipeline, reference: "Reference", rows: np.ndarray):
+    def __init__(self, batches: PreferencePipeline, reference: "Reference", rows: np.ndarray):
         self._inner, self._reference, self._rows = batches, reference, rows
         self._records: np.ndarray | None = None
 
@@ -121,7 +121,7 @@ class Reference:
         assert config.init_from is not None  # DpoConfig sees to it
         return ("init_from", config.init_from) if config.reference is None else ("reference", config.reference)
 
-    def records(self, batches: Pipeline) -> np.ndarray:
+    def records(self, batches: PreferencePipeline) -> np.ndarray:
         """The records of all batches that are used of the stage, from the file; computes what is missing first.
 
         Raises:
@@ -156,13 +156,19 @@ class Reference:
         reference[:, -self.loss.branch_tokens :] = record["log_probs"][rows]
         return reference
 
-    def _compute(self, file: "ReferenceFile", step: str, done: int, wanted: int, batches: Pipeline) -> int:
-        """Appends the records of batches `done` to `wanted`, or to the last there is; returns how many are there."""
+    def _compute(self, file: "ReferenceFile", step: str, done: int, wanted: int, batches: PreferencePipeline) -> int:
+        """Appends the records of batches `done` to `wanted`, or to the last there is; returns how many are there.
+
+        A batch whose rows have all come before, as in later epochs, gets what they got.
+        """
         params = load_params(*self.run, self.config.model, self.tokenizer, step)
         accumulation = self.config.train.grad_accumulation
         print_on_main(f"Log-probabilities of the reference {self.run[1]}: batches {done + 1} to {wanted}")
         display = ProgressDisplay(wanted, done, is_main(), "reference batch")
         batches.set_state({"next_batch": done})
+        places: dict[int | None, tuple[int, int]] = {}  # where a row came first: its batch and its place in it
+        for index in range(done):
+            _remember(places, batches.row_numbers(index), index)
 
         @jax.jit
         def log_probs(params: dict, rows: dict[str, jax.Array]) -> jax.Array:
@@ -171,6 +177,13 @@ class Reference:
         try:
             for index, rows in enumerate(itertools.islice(batches, wanted - done), done):
                 self._check_stop(f"batch {index} of the reference")
+                numbers = batches.row_numbers(index)
+                if all(number in places for number in numbers):
+                    again = [places[number] for number in numbers]
+                    broadcast_decision(functools.partial(file.repeat, _row_checksum(rows), again))
+                    done = index + 1
+                    continue
+                _remember(places, numbers, index)
                 batch = place_batch(rows, accumulation, self.loss.branch_tokens)
                 parts = [log_probs(params, {name: x[a] for name, x in batch.items()}) for a in range(accumulation)]
                 found = np.concatenate([fetch_branches(part) for part in parts])
@@ -241,6 +254,12 @@ class ReferenceFile:
             with self.path.open("ab") as file:
                 file.write(record.tobytes())
 
+    def repeat(self, row: int, places: list[tuple[int, int]]) -> None:
+        """Writes a record of rows that have one, in these batches, at these places. Raises InputError if it cannot."""
+        with self._errors():
+            records = np.memmap(self.path, self._record, "r")
+        self.append(row, np.stack([records[batch]["log_probs"][place] for batch, place in places]))
+
     def open(self, count: int) -> np.ndarray:
         """The first `count` records, which stay on disk. Raises InputError if they cannot be read."""
         with self._errors():
@@ -265,6 +284,13 @@ class ReferenceFile:
             if zlib.crc32(record.tobytes()[:-4]) != record["crc"]:
                 return index
         return len(records)
+
+
+def _remember(places: dict[int | None, tuple[int, int]], numbers: list[int | None], batch: int) -> None:
+    """Notes where the rows of these numbers came first."""
+    for place, number in enumerate(numbers):
+        if number is not None:
+            places.setdefault(number, (batch, place))
 
 
 def _row_checksum(batch: Batch) -> int:

@@ -1,6 +1,7 @@
 """Preference optimisation from end to end: the reference and its file, resuming, what users get wrong."""
 
 import dataclasses
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 
 from mla_jax.checkpoint.run_folder import load_run, save_imported
-from mla_jax.config import DpoConfig, NeedlePairsConfig, OptimConfig, PreferenceLossConfig
+from mla_jax.config import DpoConfig, NeedlePairsConfig, OptimConfig, PreferenceJsonlConfig, PreferenceLossConfig
+from mla_jax.data.preference.pipeline import PreferenceBatches
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.distributed.preemption import StopRequest
 from mla_jax.errors import InputError, UsageError
 from mla_jax.evals.mining import mine_pairs
 from mla_jax.losses.preference import PreferenceLoss
-from mla_jax.training import loop
+from mla_jax.training import loop, reference
 from mla_jax.training.reference import ReferencePipelines
 from tiny import MODEL, make_config, random_params, train
 
@@ -126,6 +128,34 @@ def test_validation_has_a_file_of_its_own_and_the_same_first_loss(start, tmp_pat
     assert metrics is not None and metrics["validation/loss"] == pytest.approx(np.log(2), abs=1e-3)
     sizes = sorted(file.stat().st_size for file in files(tmp_path / "run"))
     assert len(sizes) == 2 and sizes[0] * 3 == sizes[1] * 2
+
+
+def test_a_later_epoch_of_pairs_of_a_file_computes_nothing_again(start, tmp_path, monkeypatch):
+    """Seven pairs, one a row, in batches of eight: all rows are in batch 0, and what follows is taken from there."""
+    lines = [{"prompt": f"the {word} fox is", "chosen": " big", "rejected": " old"} for word in "abcdefg"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = PreferenceJsonlConfig(
+        tokenizer="needle-bpe", path=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), branch_tokens=64
+    )
+    computed, place_batch = [], reference.place_batch
+    monkeypatch.setattr(reference, "place_batch", lambda *a: computed.append(1) or place_batch(*a))
+
+    def records(name: str) -> bytes:
+        computed.clear()
+        prefer(make_dpo(tmp_path / name, start, data=data, stages=[{"seq_len": 128, "steps": 5, "batch_size": 8}]))
+        (file,) = files(tmp_path / name)
+        return file.read_bytes()
+
+    reusing = records("reusing")
+    assert len(computed) == 1, "the first batch has all seven rows"
+    monkeypatch.setattr(PreferenceBatches, "row_numbers", lambda self, index: [None] * 8)
+    anew = records("anew")
+    assert len(computed) == 5
+    record = np.dtype([("row", "<u4"), ("log_probs", "<f4", (8, 64)), ("crc", "<u4")])
+    one, other = np.frombuffer(reusing, record), np.frombuffer(anew, record)
+    np.testing.assert_array_equal(one["row"], other["row"])
+    np.testing.assert_allclose(one["log_probs"], other["log_probs"], atol=1e-5)
+    assert len(set(one["row"])) > 1 and np.abs(one["log_probs"]).max() > 1
 
 
 def test_a_damaged_file_is_noticed_and_mended(start, whole, tmp_path, capsys):

@@ -22,7 +22,7 @@ from mla_jax.errors import UsageError
 def make_preference_pipeline(
     data: PreferenceDataConfig, tokenizer: Tokenizer, stages: list[StageConfig], stage: int, seed: int,
     rows_of: Callable[[int], np.ndarray] = np.arange, validation: bool = False, run_dir: str | None = None,
-) -> Pipeline:  # fmt: skip
+) -> "PreferencePipeline":  # fmt: skip
     """Batches of `stages[stage]` as `lay_out` makes them, of which this process makes the rows `rows_of(batch_size)`.
 
     Those of `validation` come from random generators that training never uses, and are the same for every seed; with
@@ -38,7 +38,20 @@ def make_preference_pipeline(
         this, seed = dataclasses.replace(this, position_skip_fraction=0), 0
     rows = _source(data, tokenizer, this, stage, seed, validation, run_dir)
     batches = PreferenceBatches(data, rows, this, stage, seed, rows_of(this.batch_size), tokenizer.pad_id)
-    return Pipeline(batches, data.workers)
+    return PreferencePipeline(batches, data.workers)
+
+
+class PreferencePipeline(Pipeline):
+    """Batches of preference pairs, some rows of which may come again in a later epoch."""
+
+    def __init__(self, source: "PreferenceBatches", workers: int):
+        super().__init__(source, workers)
+        self._source, self._workers = source, workers
+        self.row_numbers = source.row_numbers
+
+    def fresh(self) -> "PreferencePipeline":
+        """See `Pipeline`."""
+        return PreferencePipeline(self._source, self._workers)
 
 
 class RowSource(Protocol):
@@ -51,6 +64,10 @@ class RowSource(Protocol):
 
     def row(self, batch: int, row: int) -> list[Prompt]:
         """The prompts, with their pairs, of a row of a batch of the stage."""
+        ...
+
+    def number(self, batch: int, row: int) -> int | None:
+        """A number that rows have in common if and only if they are the same; None where no two are."""
         ...
 
 
@@ -82,6 +99,9 @@ class NeedleRows:
         """One prompt."""
         return [self._pairs.prompt(make_rng(self._seed, self._purpose, self._number, batch, row))]
 
+    def number(self, batch: int, row: int) -> None:
+        """See `RowSource`."""
+
 
 class EpochRows:
     """Rows of a list, each epoch in an order of its own."""
@@ -96,8 +116,11 @@ class EpochRows:
 
     def row(self, batch: int, row: int) -> list[Prompt]:
         """The prompts of the row that follows the one before it."""
-        number = batch * self._batch_size + row
-        return self._rows[shuffled(number, len(self._rows), self._seed, self._number)]
+        return self._rows[self.number(batch, row)]
+
+    def number(self, batch: int, row: int) -> int:
+        """See `RowSource`."""
+        return shuffled(batch * self._batch_size + row, len(self._rows), self._seed, self._number)
 
 
 class PreferenceBatches:
@@ -117,6 +140,12 @@ class PreferenceBatches:
     def order(self) -> dict[str, int]:
         """See `OrderedBatches`."""
         return self._rows.order
+
+    def row_numbers(self, index: int) -> list[int | None]:
+        """The number of each row of a whole batch, the same for equal rows; None for a row that no other equals."""
+        if self._stage.position_skip_fraction > 0:
+            return [None] * self._stage.batch_size
+        return [self._rows.number(index, row) for row in range(self._stage.batch_size)]
 
     def __len__(self) -> int:
         return ENDLESS
