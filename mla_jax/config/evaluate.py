@@ -12,7 +12,7 @@ CACHE_DTYPES = ("int8", "bfloat16", "float16", "float32")
 
 @schema
 class EvalConfig:
-    """Keys that every evaluation has: prompts of each length, answered by generation."""
+    """Keys that every evaluation has."""
 
     lengths: list[int] = MISSING
     """Prompt lengths in tokens."""

@@ -139,7 +139,7 @@ class _Source:
 
     def _check_text(self, name: str, length: int) -> None:
         assert self._text is not None
-        words = min(len(self._text.words), length)  # a word is a token at least
+        words = min(len(self._text.words), 2 * length)  # more than that are never needed: few tokens hold two words
         index = self.index(length, name)
         text = self._maker(length, name)(self._rng(index, _SIZING), words).text
         taken = len(encode_prompt(self._tokenizer, text)) + new_tokens(name)

@@ -14,6 +14,11 @@ from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.within import encode_within
 from mla_jax.errors import UsageError
 
+_ATTEMPTS = 100
+PIECE_CHARS = 1 << 16
+"""Characters of a prompt that are encoded together, at least."""
+_LINE_END = re.compile(r"\n(?=[^\W_])")
+
 
 class HasText(Protocol):
     """A prompt, or what questions are asked about."""
@@ -33,12 +38,6 @@ class Maker(Protocol[T]):
     def __call__(self, rng: np.random.Generator, size: int, /) -> T:
         """The prompt."""
         ...
-
-
-_ATTEMPTS = 100
-PIECE_CHARS = 1 << 16
-"""Characters of a prompt that are encoded together, at least."""
-_LINE_END = re.compile(r"\n(?=[^\W_])")
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
