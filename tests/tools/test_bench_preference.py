@@ -7,12 +7,12 @@ import pytest
 
 from mla_jax.errors import UsageError
 from tiny import MODEL
-from tools.bench import preference
+from tools.bench import preference, steps
 from tools.bench.steps import Shape
 
 
 def test_three_ways_find_the_same_loss_and_gradients(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(preference, "SECONDS", 0.0)
+    monkeypatch.setattr(steps, "SECONDS", 0.0)
     small = (
         "model.num_hidden_layers=1 model.hidden_size=64 model.intermediate_size=64 model.num_attention_heads=2".split()
     )
