@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from mla_jax.config.data import DataConfig, NeedleMixtureConfig, require_weights
+from mla_jax.config.data import DataConfig, NeedleMixtureConfig, ValidationConfig, require_weights
 from mla_jax.config.schema import require, require_at_least, require_choice, schema
 
 REJECTED = ("near_key", "digit_edit", "random_value", "false_refusal", "wrong_order", "absent_key")
@@ -59,6 +59,7 @@ class PreferenceJsonlConfig(PreferenceDataConfig):
     """`error` ends the run at a pair that is none or is too long; `skip` counts such pairs and leaves them out."""
     ignore_fields: list[str] = field(default_factory=list)
     """Keys of records and of their messages to leave out."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,7 +7,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from mla_jax.config import JsonlDataConfig, StageConfig
+from mla_jax.config import JsonlDataConfig, PreferenceJsonlConfig, StageConfig
 from mla_jax.data.jsonl import load_documents
 from mla_jax.data.needle.generator import Purpose, make_rng
 from mla_jax.data.packing import pack
@@ -30,21 +30,10 @@ class JsonlBatches:
         self._stage = stages[stage]
         require_zero(self._stage, "previous_fraction", data.kind)
         require_zero(self._stage, "position_skip_fraction", data.kind)
-        path, fraction = data.path, data.validation.fraction
-        if validation and data.validation.path is not None:
-            path, fraction = data.validation.path, 0.0
-        elif validation and not fraction:
-            raise UsageError(
-                "train.validate_every needs data to validate on: set data.validation.path=FILE or "
-                "data.validation.fraction=0.05, the share of the lines of data.path that are not trained on"
-            )
+        path = validation_path(data) if validation else data.path
         self._documents = load_documents(path, tokenizer, data.on_bad_line, tuple(data.ignore_fields), data.cache_dir)
         lengths = self._documents.lengths
-        chosen = np.arange(len(lengths))
-        if fraction:
-            chosen = np.flatnonzero(held_out(len(lengths), fraction) == validation)
-            if not len(chosen):
-                raise InputError(f"{path}: data.validation.fraction={fraction} of {len(lengths)} lines leaves none")
+        chosen = np.flatnonzero(in_split(data, path, len(lengths), validation))
         self._wanted = rows[self._stage.batch_size]
         packed = pack(lengths[chosen], self._stage.seq_len, path)
         self._packed = dataclasses.replace(packed, documents=chosen[packed.documents])
@@ -108,6 +97,27 @@ def require_zero(stage: StageConfig, name: str, kind: str) -> None:
     """Raises UsageError if the key `name` of a stage is set, which data of this kind cannot follow."""
     if getattr(stage, name) > 0:
         raise UsageError(f"train.stages.{name} does not work with data={kind}; leave it at 0")
+
+
+def validation_path(data: JsonlDataConfig | PreferenceJsonlConfig) -> str:
+    """The file that is validated on, part of it or all. Raises UsageError if there is nothing to validate on."""
+    if data.validation.path is None and not data.validation.fraction:
+        raise UsageError(
+            "train.validate_every needs data to validate on: set data.validation.path=FILE or "
+            "data.validation.fraction=0.05, the share of the lines of data.path that are not trained on"
+        )
+    return data.validation.path or data.path
+
+
+def in_split(data: JsonlDataConfig | PreferenceJsonlConfig, path: str, count: int, validation: bool) -> np.ndarray:
+    """Bool [count], the lines of `path` that are validated on, or else trained on. Raises InputError if none is."""
+    fraction = data.validation.fraction
+    if not fraction:
+        return np.ones(count, bool)
+    chosen = held_out(count, fraction) == validation
+    if not chosen.any():
+        raise InputError(f"{path}: data.validation.fraction={fraction} of {count} lines leaves none")
+    return chosen
 
 
 def held_out(count: int, fraction: float) -> np.ndarray:

@@ -135,7 +135,7 @@ class Reference:
         file = ReferenceFile(path, self.stage.batch_size, self.loss.branch_tokens)
         done = broadcast_decision(file.check)
         assert done is not None
-        wanted = self.config.train.validation_batches if self.validation else self.stage.steps
+        wanted = min(self.config.train.validation_batches if self.validation else self.stage.steps, len(batches))
         if done < wanted:
             done = self._compute(file, checkpoint.name, done, wanted, batches)
         return on_all(lambda: file.open(done))
@@ -208,7 +208,8 @@ class Reference:
         stage = {key: value for key, value in dataclasses.asdict(self.stage).items() if key not in _STAGE_KEYS}
         model = dataclasses.asdict(self.config.model)
         data = {key: value for key, value in dataclasses.asdict(self.data).items() if key not in _DATA_KEYS}
-        texts = [value for value in data.values() if isinstance(value, str)]
+        values = [*data.values(), *data.get("validation", {}).values()]
+        texts = [value for value in values if isinstance(value, str)]
         identity = {
             "weights": {name: file for name, file in files.items() if name.startswith("params/")},
             "model": {key: value for key, value in model.items() if key not in NUMERICALLY_NEUTRAL_KEYS},

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from chat_templates import NAMES, chat_tokenizer
 from mla_jax.config import PreferenceJsonlConfig, StageConfig
+from mla_jax.config.data import ValidationConfig
 from mla_jax.data.preference.jsonl import JsonlPairs, pack_pairs
 from mla_jax.data.preference.pipeline import make_preference_pipeline
 from mla_jax.data.preference.records import encode_pair
@@ -191,8 +192,30 @@ def test_empty_files_and_stages_that_skip_are_refused(tmp_path):
     with pytest.raises(UsageError, match="position_skip_fraction does not work with data=preference_jsonl"):
         config = _config(_write(tmp_path / "a.jsonl", TEXTS[0]))
         make_preference_pipeline(config, BYTES, [stage], 0, 0)
-    with pytest.raises(UsageError, match="validate_every does not work with data=preference_jsonl"):
+    with pytest.raises(UsageError, match=r"train.validate_every needs data to validate on: set data.validation.path"):
         make_preference_pipeline(config, BYTES, [stage], 0, 0, validation=True)
+    config.validation.fraction = 0.1
+    with pytest.raises(InputError, match=r"data.validation.fraction=0.1 of 1 lines leaves none"):
+        JsonlPairs(config, BYTES, 96)
+
+
+def test_what_is_held_out_comes_once_in_one_order_and_is_not_trained_on(tmp_path):
+    def prompts(config, seed=0, **split) -> list[list[int]]:
+        stage = StageConfig(seq_len=96, batch_size=4, steps=1, learning_rate=1.0)
+        pipeline = make_preference_pipeline(config, BYTES, [stage], 0, seed, **split)
+        batches = list(pipeline) if split else [next(pipeline) for _ in range(20)]
+        assert len(batches) == min(len(pipeline), 20)
+        return [[*ids] for batch in batches for i in range(4) for ids, _ in read_row(batch, i, 32)]
+
+    records = [{"prompt": f"prompt {i}:", "chosen": "a", "rejected": "b"} for i in range(60)]
+    path = _write(tmp_path / "pairs.jsonl", *records)
+    config = _config(path, validation=ValidationConfig(fraction=0.3))
+    held_out, trained = prompts(config, validation=True), prompts(config)
+    assert held_out == prompts(config, seed=1, validation=True) != sorted(held_out)
+    assert 8 < len(held_out) < 30 and not {*map(tuple, held_out)} & {*map(tuple, trained)}
+    assert len({*map(tuple, held_out)}) == len(held_out) == 60 - len({*map(tuple, trained)})
+    other = _config(path, validation=ValidationConfig(path=_write(tmp_path / "other.jsonl", *records[:5])))
+    assert len(prompts(other, validation=True)) == 5 and len({*map(tuple, prompts(other))}) == 60
 
 
 def test_each_epoch_has_each_pair_once_in_an_order_of_its_own(tmp_path):

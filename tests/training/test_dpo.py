@@ -12,6 +12,7 @@ import pytest
 
 from mla_jax.checkpoint.run_folder import load_run, save_imported
 from mla_jax.config import DpoConfig, NeedlePairsConfig, OptimConfig, PreferenceJsonlConfig, PreferenceLossConfig
+from mla_jax.config.data import ValidationConfig
 from mla_jax.data.preference.pipeline import PreferenceBatches
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.distributed.preemption import StopRequest
@@ -128,6 +129,23 @@ def test_validation_has_a_file_of_its_own_and_the_same_first_loss(start, tmp_pat
     assert metrics is not None and metrics["validation/loss"] == pytest.approx(np.log(2), abs=1e-3)
     sizes = sorted(file.stat().st_size for file in files(tmp_path / "run"))
     assert len(sizes) == 2 and sizes[0] * 3 == sizes[1] * 2
+
+
+def test_pairs_of_a_file_that_are_held_out_are_validated_on(start, tmp_path):
+    """The validation reads each of its three batches once, the last of which has a row."""
+    lines = [{"prompt": f"the fox {i} is", "chosen": " big", "rejected": " old"} for i in range(8)]
+    for name, part in (("trained", lines), ("held-out", [*lines, *lines, lines[0]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    data = PreferenceJsonlConfig(
+        tokenizer="needle-bpe", path=str(tmp_path / "trained.jsonl"), cache_dir=str(tmp_path), branch_tokens=64,
+        validation=ValidationConfig(path=str(tmp_path / "held-out.jsonl")),
+    )  # fmt: skip
+    stages = [{"seq_len": 128, "steps": 2, "batch_size": 8, "learning_rate": 1e-12}]
+    options = {"data": data, "stages": stages, "validate_every": 1, "checkpoint_every": 9, "log_every": 1}
+    metrics = prefer(make_dpo(tmp_path / "run", start, **options)).metrics
+    assert metrics is not None and metrics["validation/loss"] == pytest.approx(np.log(2), abs=1e-3)
+    sizes = sorted(file.stat().st_size for file in files(tmp_path / "run"))
+    assert len(sizes) == 2 and sizes[0] * 3 == sizes[1] * 2, "two batches to train on, three to validate on"
 
 
 def test_a_later_epoch_of_pairs_of_a_file_computes_nothing_again(start, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 
 from mla_jax.config import PreferenceJsonlConfig
 from mla_jax.data.jsonl import Documents, load_documents
+from mla_jax.data.jsonl_batches import in_split, validation_path
 from mla_jax.data.packing import Packing
 from mla_jax.data.preference.layout import Pair, Prompt, prompt_tokens
 from mla_jax.data.preference.records import EXPECTED, encode_pair
@@ -21,29 +22,30 @@ _OPEN_ROWS = 64
 class JsonlPairs:
     """Rows of the pairs of a file or folder. Each pair that fits is in one of them."""
 
-    def __init__(self, data: PreferenceJsonlConfig, tokenizer: Tokenizer, seq_len: int):
-        """Encodes the files, unless they are in the cache, and packs the pairs.
+    def __init__(self, data: PreferenceJsonlConfig, tokenizer: Tokenizer, seq_len: int, validation: bool = False):
+        """Encodes the files, unless they are in the cache, and packs the pairs to train on, or to validate on.
 
         Raises:
-            InputError: see `load_documents`; a prompt or its answers are too long for a row.
-            UsageError: rows of `seq_len` have no room for prompts.
+            InputError: see `load_documents`; a prompt or its answers are too long for a row; no pair is left.
+            UsageError: rows of `seq_len` have no room for prompts, or there is nothing to validate on.
         """
+        path = validation_path(data) if validation else data.path
         region = prompt_tokens(seq_len, data.branch_tokens)
         self._parts = load_documents(
-            data.path, tokenizer, data.on_bad_line, tuple(data.ignore_fields), data.cache_dir, encode_pair, EXPECTED
+            path, tokenizer, data.on_bad_line, tuple(data.ignore_fields), data.cache_dir, encode_pair, EXPECTED
         )
         prompts, chosen, rejected = self._parts.lengths.reshape(-1, 3).T
         prompts, answers = prompts - 1, chosen + rejected  # both branches begin with the prompt's last token
         fits = (prompts <= region) & (answers <= data.branch_tokens)
         if not fits.all():
-            _refuse_or_skip(data, fits, prompts + 1, answers, region)
-        pairs = np.flatnonzero(fits)
+            _refuse_or_skip(data, path, fits, prompts + 1, answers, region)
+        pairs = np.flatnonzero(fits & in_split(data, path, len(fits), validation))
         self._packing = pack_pairs(prompts[pairs], answers[pairs], region, data.branch_tokens, data.pairs_per_row)
-        self._pairs = pairs
+        self._pairs, lengths = pairs, np.stack([prompts[pairs], answers[pairs]]).astype(np.int64)
         self.order = {
             "seq_len": seq_len,
             "the number of packed rows": len(self._packing),
-            "the CRC-32 of the pairs' lengths": zlib.crc32(np.stack([prompts, answers]).astype(np.int64).tobytes()),
+            "the CRC-32 of the pairs' lengths": zlib.crc32(lengths.tobytes()),
         }
 
     def __len__(self) -> int:
@@ -60,7 +62,7 @@ def _prompt(parts: Documents, pair: int) -> Prompt:
 
 
 def _refuse_or_skip(
-    data: PreferenceJsonlConfig, fits: np.ndarray, prompts: np.ndarray, answers: np.ndarray, region: int
+    data: PreferenceJsonlConfig, path: str, fits: np.ndarray, prompts: np.ndarray, answers: np.ndarray, region: int
 ) -> None:
     """Raises InputError for the first pair that does not fit, or warns of all of them if some are to be skipped."""
     first, count = int(np.argmin(fits)), int((~fits).sum())
@@ -69,12 +71,12 @@ def _refuse_or_skip(
         name, tokens, key, room = "answers have", answers[first], "data.branch_tokens", data.branch_tokens
     problem = f"the {name} {tokens} tokens, but {key} is {room}"
     if data.on_bad_line == "error":
-        raise InputError(f"{_place(data.path, first)}: {problem}; make rows longer or set data.on_bad_line=skip")
+        raise InputError(f"{_place(path, first)}: {problem}; make rows longer or set data.on_bad_line=skip")
     if count == len(fits):
-        raise InputError(f"{data.path}: none of the {count} pairs fits; of the first, {problem}")
+        raise InputError(f"{path}: none of the {count} pairs fits; of the first, {problem}")
     if is_main():
         logging.getLogger(__name__).warning(
-            "%s: skipped %d of %d pairs that are too long; of the first, %s", data.path, count, len(fits), problem
+            "%s: skipped %d of %d pairs that are too long; of the first, %s", path, count, len(fits), problem
         )
 
 

@@ -16,7 +16,6 @@ from mla_jax.data.preference.mined import MinedPairs, mined_path
 from mla_jax.data.preference.needle_pairs import NeedlePairs
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.workers import ENDLESS, Batch
-from mla_jax.errors import UsageError
 
 
 def make_preference_pipeline(
@@ -25,9 +24,10 @@ def make_preference_pipeline(
 ) -> "PreferencePipeline":  # fmt: skip
     """Batches of `stages[stage]` as `lay_out` makes them, of which this process makes the rows `rows_of(batch_size)`.
 
-    Those of `validation` come from random generators that training never uses, and are the same for every seed; with
-    data=mined, they are needle pairs about the same questions. Mined pairs are read from `run_dir` at the first batch:
-    `mla_jax.evals.mining` must have put them there by then.
+    Those of `validation` come from random generators that training never uses, and are the same for every seed; of a
+    file, they are what `data.validation` holds out, once; with data=mined, they are needle pairs about the same
+    questions. Mined pairs are read from `run_dir` at the first batch: `mla_jax.evals.mining` must have put them there
+    by then.
 
     Raises:
         InputError: a data file or folder that cannot be used.
@@ -49,6 +49,9 @@ class PreferencePipeline(Pipeline):
         self._source, self._workers = source, workers
         self.row_numbers = source.row_numbers
 
+    def __len__(self) -> int:
+        return len(self._source)
+
     def fresh(self) -> "PreferencePipeline":
         """See `Pipeline`."""
         return PreferencePipeline(self._source, self._workers)
@@ -66,6 +69,10 @@ class RowSource(Protocol):
         """The prompts, with their pairs, of a row of a batch of the stage."""
         ...
 
+    def __len__(self) -> int:
+        """The batches that rows are there for."""
+        ...
+
     def number(self, batch: int, row: int) -> int | None:
         """A number that rows have in common if and only if they are the same; None where no two are."""
         ...
@@ -76,9 +83,9 @@ def _source(
     run_dir: str | None,
 ) -> RowSource:  # fmt: skip
     if isinstance(data, PreferenceJsonlConfig):
-        if validation:
-            raise UsageError("train.validate_every does not work with data=preference_jsonl; leave it at 0")
-        return EpochRows(JsonlPairs(data, tokenizer, stage.seq_len), stage.batch_size, number, seed)
+        return EpochRows(
+            JsonlPairs(data, tokenizer, stage.seq_len, validation), stage.batch_size, number, seed, once=validation
+        )
     if not isinstance(data, NeedlePairsConfig):
         raise TypeError(type(data))
     pairs = NeedlePairs(data, tokenizer, stage.seq_len)
@@ -102,12 +109,15 @@ class NeedleRows:
     def number(self, batch: int, row: int) -> None:
         """See `RowSource`."""
 
+    def __len__(self) -> int:
+        return ENDLESS
+
 
 class EpochRows:
-    """Rows of a list, each epoch in an order of its own."""
+    """Rows of a list, each epoch in an order of its own; with `once`, of one epoch."""
 
-    def __init__(self, rows: JsonlPairs | MinedPairs, batch_size: int, number: int, seed: int):
-        self._rows, self._batch_size, self._number, self._seed = rows, batch_size, number, seed
+    def __init__(self, rows: JsonlPairs | MinedPairs, batch_size: int, number: int, seed: int, once: bool = False):
+        self._rows, self._batch_size, self._number, self._seed, self._once = rows, batch_size, number, seed, once
 
     @property
     def order(self) -> dict[str, int]:
@@ -115,12 +125,19 @@ class EpochRows:
         return {"seed": self._seed, "batch_size": self._batch_size, **self._rows.order}
 
     def row(self, batch: int, row: int) -> list[Prompt]:
-        """The prompts of the row that follows the one before it."""
-        return self._rows[self.number(batch, row)]
+        """The prompts of the row that follows the one before it; none after the last."""
+        number = self.number(batch, row)
+        return [] if number is None else self._rows[number]
 
-    def number(self, batch: int, row: int) -> int:
+    def number(self, batch: int, row: int) -> int | None:
         """See `RowSource`."""
-        return shuffled(batch * self._batch_size + row, len(self._rows), self._seed, self._number)
+        place = batch * self._batch_size + row
+        if self._once and place >= len(self._rows):
+            return None
+        return shuffled(place, len(self._rows), self._seed, self._number)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size) if self._once else ENDLESS
 
 
 class PreferenceBatches:
@@ -148,7 +165,7 @@ class PreferenceBatches:
         return [self._rows.number(index, row) for row in range(self._stage.batch_size)]
 
     def __len__(self) -> int:
-        return ENDLESS
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:
         data, stage = self._data, self._stage
