@@ -195,7 +195,7 @@ class HarnessLM(TemplateLM):
                     bar.update(len(found))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each prompt, up to the stop strings of the task."""
+        """Texts that the model writes after the prompts, up to the stop strings of the task."""
         asked: list[Any] = [request.args for request in requests]
         groups: dict[str, list[int]] = {}
         for number, (_, generation_kwargs) in enumerate(asked):

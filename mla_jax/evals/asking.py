@@ -17,7 +17,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a prompt."""
+    """The answer to a prompt."""
 
     prompt: Prompt
     scores: dict[str, float]

@@ -114,7 +114,7 @@ def _model(model: dict[str, Any]) -> Iterator[str]:
 
 
 def _task(results: Results) -> dict[str, Any]:
-    """What the template shows of a task."""
+    """Values of the template for a task."""
     total, lengths = results.total, [cell.length for cell in results.by_length]
     return {
         "id": results.task,

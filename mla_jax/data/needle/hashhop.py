@@ -32,11 +32,11 @@ class HashChains:
     chain_of_thought: bool
 
     def question(self, chain: int) -> str:
-        """What follows the text, to ask about a chain."""
+        """The text after the chains that asks about one of them."""
         return f"{self.chains[chain][0]} ="
 
     def answer(self, chain: int) -> str:
-        """What is to stand between quotes after the question."""
+        """The text that belongs between quotes after the question."""
         hashes = self.chains[chain]
         return " = ".join(hashes[1:]) if self.chain_of_thought else hashes[-1]
 

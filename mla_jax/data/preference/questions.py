@@ -90,7 +90,7 @@ def ask_again(
 def _wrong(
     rng: np.random.Generator, names: tasks.RandomNames, lexicon: Lexicon, kind: str, task: str, items: list[int]
 ) -> list[int]:
-    """What is answered instead of `items`."""
+    """The wrong answer of a kind, instead of `items`; in pieces."""
     match kind:
         case "digit_edit":
             return _edited(rng, items)

@@ -122,7 +122,7 @@ def retest(asked: list[tuple[Item, Reply, Reply]]) -> dict[str, Any]:
 
 
 def planted(questions: Questions, replies: list[Reply]) -> dict[str, Any]:
-    """What the judge says of answers whose class is known."""
+    """Verdicts on answers whose class is known, counted."""
     pairs = [
         (each.item, each.verdict, reply.verdict)
         for each, reply in zip(questions.planted, replies, strict=True)

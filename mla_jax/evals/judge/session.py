@@ -29,7 +29,7 @@ from mla_jax.files import user_cache_folder
 
 @dataclass
 class Usage:
-    """What a judge's replies took, kept ones among them."""
+    """Tokens and requests of a judge's replies, kept ones among them."""
 
     replies: int = 0
     kept: int = 0
