@@ -101,7 +101,7 @@ def measured(name: str, mean: Mean) -> tuple[float, float, float]:
 
 
 def measure_title(name: str) -> str:
-    """What `measured` gives of a measure, in words."""
+    """The words for what `measured` gives of a measure."""
     return "perplexity" if name == NATS else name.replace("_", " ")
 
 

@@ -116,7 +116,7 @@ class _Source:
         )  # fmt: skip
 
     def about_text(self) -> dict[str, str]:
-        """What tells other texts in the same folder apart; nothing without texts."""
+        """The fingerprint of the texts, which tells others in the same folder apart; empty without texts."""
         folder = self._config.text_folder
         return {} if folder is None else {"text_fingerprint": fingerprint(folder)}
 

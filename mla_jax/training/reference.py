@@ -295,7 +295,7 @@ def _remember(places: dict[int | None, tuple[int, int]], numbers: list[int | Non
 
 
 def _row_checksum(batch: Batch) -> int:
-    """Of the first row, which is the first process's on every mesh."""
+    """CRC-32 of the first row, which is the first process's on every mesh."""
     return zlib.crc32(b"".join(batch[name][0].tobytes() for name in ("tokens", "targets", "positions", "branches")))
 
 

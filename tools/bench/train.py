@@ -143,12 +143,14 @@ def main() -> None:
             for text in args.keep
             for unroll in args.unroll
         }
-        peak = 1.0 if args.compile_only else ceilings.matmul()
-        with jax.set_mesh(make_mesh(config.mesh)):
-            if args.compile_only:
+        devices = make_mesh(config.mesh)
+        if args.compile_only:
+            with jax.set_mesh(devices):
                 for shape in shapes:
                     print_memory(config, shape, models)
-                return
+            return
+        peak = ceilings.matmul()  # of one device: outside the mesh
+        with jax.set_mesh(devices):
             results = {"provenance": report.origin(), "matmul_ceiling": peak, "rows": []}
             print(f"ceiling: {peak / 1e12:,.1f} TFLOP/s, matmul of bfloat16\n", flush=True)
             for shape in shapes:
