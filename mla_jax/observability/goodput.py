@@ -38,6 +38,8 @@ class Goodput:
         if self._path.exists():
             self._continue(step)
         self._before = dict(self._seconds)  # of earlier processes
+        self.wall = 0.0
+        """Seconds since the run first started, at the last `update`."""
         self._save()
 
     def _continue(self, step: int) -> None:
@@ -61,8 +63,8 @@ class Goodput:
         """
         for kind in KINDS:
             self._seconds[kind] = self._before[kind] + spent[kind]
-        wall = max(self._now() - self._started, sum(self._seconds.values()), 1e-9)
-        shares = {kind: seconds / wall for kind, seconds in self._seconds.items()}
+        self.wall = max(self._now() - self._started, sum(self._seconds.values()), 1e-9)
+        shares = {kind: seconds / self.wall for kind, seconds in self._seconds.items()}
         shares["goodput"] = shares.pop("compute")
         shares["restart"] = max(1.0 - sum(shares.values()), 0.0)
         self._save()

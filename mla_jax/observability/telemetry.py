@@ -50,6 +50,7 @@ class Telemetry:
         self._busy = DeviceBusy(find_nvml() if first else None)
         self.clock = StepClock()
         self._window_start = self.clock.seconds()
+        self._saved = 0.0  # seconds of the clock at the last checkpoint
         self._shapes: set[tuple[int, ...]] = set()
         self._attention: set[str] = set()
         self._tokens, self._flops, self._steps = 0, 0.0, 0
@@ -91,6 +92,7 @@ class Telemetry:
         self._goodput.mark(step, self.clock.seconds())
         with self.clock.spend("checkpoint"):
             yield
+        self._saved = sum(self.clock.seconds().values())
 
     def report(self, step: int, metrics: dict[str, float], validation: dict[str, float]) -> str:
         """Logs `metrics` (by name, under `train/`) with those of the window that ends here, and starts a new one.
@@ -108,17 +110,20 @@ class Telemetry:
         self.tokens_per_second = self._tokens / wall
         memory = peak_memory()
         mfu = {name: self._flops / wall / peak for name, peak in self._peaks.items()}
+        goodput = self._goodput.update(total)
         measured = (
             {
                 "train/tokens_per_second": self.tokens_per_second,
                 "time/step_seconds": wall / self._steps,
+                "time/run_seconds": self._goodput.wall,
+                "time/since_checkpoint_seconds": sum(total.values()) - self._saved,
                 "utilisation/tflops_per_device": self._flops / wall / jax.device_count() / 1e12,
                 "utilisation/device_busy": self._busy.mean(),
                 "memory/peak_gib": memory and memory / GIB,
             }
             | {f"time/{kind}": seconds / wall for kind, seconds in spent.items()}
             | {f"utilisation/{name}": share for name, share in mfu.items()}
-            | {f"goodput/{name}": share for name, share in self._goodput.update(total).items()}
+            | {f"goodput/{name}": share for name, share in goodput.items()}
         )
         self._window_start = total
         self._tokens, self._flops, self._steps = 0, 0.0, 0

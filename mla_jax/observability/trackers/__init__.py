@@ -1,8 +1,9 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, MLflow, or several of them.
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow, Prometheus, or several of them.
 
 RUN/trackers.json keeps the id that each tracker knows the run by and the last step it was given, so a resumed run goes
-on in the same run of each. Steps after the last checkpoint come twice then. TensorBoard hides the first ones. W&B and
-MLflow cannot take back what they have (W&B ignores an older step, MLflow keeps both), so they get no step twice.
+on in the same run of each. Steps after the last checkpoint come twice then. TensorBoard hides the first ones, and
+Prometheus is shown what is true now. W&B and MLflow cannot take back what they have (W&B ignores an older step, MLflow
+keeps both), so they get no step twice.
 """
 
 import dataclasses
@@ -18,11 +19,18 @@ from mla_jax.files import write_json
 from mla_jax.observability.environment import environment
 from mla_jax.observability.trackers import mlflow, tensorboard, wandb
 from mla_jax.observability.trackers.mlflow import MlflowTracker
+from mla_jax.observability.trackers.prometheus import PrometheusTracker
 from mla_jax.observability.trackers.tensorboard import TensorBoardTracker
 from mla_jax.observability.trackers.tracker import Tracker
 from mla_jax.observability.trackers.wandb import WandbTracker
 
 FILE = "trackers.json"
+_PACKAGES = {
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+    "prometheus": ("prometheus_client",),
+}
+"""What the extra of the tracker's name installs."""
 
 
 class Trackers:
@@ -73,7 +81,7 @@ class Trackers:
         """Records `metrics` at `step` with all trackers."""
         for name, tracker in self._trackers.items():
             known = self._known[name]
-            if name == "tensorboard" or step > known.get("last_step", -1):
+            if name in ("tensorboard", "prometheus") or step > known.get("last_step", -1):
                 try:
                     tracker.log(step, metrics)
                     known["last_step"] = step
@@ -116,7 +124,7 @@ def read_known(run_dir: Path) -> dict[str, dict]:
 def add_metrics(config: TrackerConfig, run_dir: Path, step: int, metrics: dict[str, float]) -> list[str]:
     """Adds metrics to what the trackers have of a run that was trained, at a step that it had reached.
 
-    A tracker that fails is reported, and changes nothing for the others.
+    A tracker that fails is reported, and changes nothing for the others. Prometheus gets none: it asks what runs.
 
     Args:
         config: the run's trackers.
@@ -129,6 +137,8 @@ def add_metrics(config: TrackerConfig, run_dir: Path, step: int, metrics: dict[s
     """
     added = []
     for name in config.names:
+        if name == "prometheus":
+            continue
         try:
             check_installed(dataclasses.replace(config, names=[name]))
             known = read_known(run_dir).get(name, {})
@@ -146,12 +156,15 @@ def add_metrics(config: TrackerConfig, run_dir: Path, step: int, metrics: dict[s
 
 def check_installed(config: TrackerConfig) -> None:
     """Raises UsageError for the first tracker whose package is missing, naming the extra to install."""
-    for name, package in (("wandb", "wandb"), ("mlflow", "mlflow"), ("mlflow", "sqlalchemy"), ("mlflow", "alembic")):
-        if name in config.names and importlib.util.find_spec(package) is None:
-            raise UsageError(f"tracker {name} needs the package {package}: pip install 'infinitecontext[{name}]'")
+    for name, packages in _PACKAGES.items():
+        for package in packages if name in config.names else ():
+            if importlib.util.find_spec(package) is None:
+                raise UsageError(f"tracker {name} needs the package {package}: pip install 'infinitecontext[{name}]'")
 
 
 def _make(name: str, config: RunConfig, run_dir: Path, step: int, known: dict, start: dict) -> Tracker:
     if name == "tensorboard":
         return TensorBoardTracker(run_dir, step, start)
+    if name == "prometheus":
+        return PrometheusTracker(config, run_dir, known)
     return {"wandb": WandbTracker, "mlflow": MlflowTracker}[name](config, run_dir, known, start)
