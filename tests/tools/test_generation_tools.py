@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -14,7 +15,7 @@ from mla_jax.inference.generator import generate
 from mla_jax.model.transformer import init_params
 from tiny import MODEL
 from tools import generate as generate_tool
-from tools import plan_memory
+from tools import plan_memory, plan_serving
 from tools.bench import generate as bench_generate
 
 TOKENIZER = load_tokenizer("needle-bpe")
@@ -184,6 +185,21 @@ def test_plan_memory_names_what_fits(call):
 )
 def test_plan_memory_names_what_is_wrong(call, pair, message):
     code, _, err = call(plan_memory, pair)
+    assert code == 2 and message in err
+
+
+def test_plan_serving_prints_the_settings(call):
+    code, out, err = call(plan_serving, "max_model_len=131072", "gpu=a100_80gb")
+    assert code == 0, err
+    assert re.search(r"^\| max-model-len \| 131072 \|", out, re.M)
+    assert re.search(r"^\| terminationGracePeriodSeconds \| \d+ \|", out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"), [("gpu=abacus", "gpu=abacus is unknown"), ("max_model_len=x", "max_model_len must be a whole")]
+)
+def test_plan_serving_names_what_is_wrong(call, pair, message):
+    code, _, err = call(plan_serving, pair)
     assert code == 2 and message in err
 
 
