@@ -66,7 +66,10 @@ class ModelConfig:
     max_position_embeddings: int = MISSING
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    """Standard deviation of the initial matrices."""
 
+    embedding_initializer_range: Optional[float] = None
+    """Standard deviation of the initial embedding; `initializer_range` if None."""
     dtype: str = "bfloat16"
     """Compute type of activations; parameters are kept in `param_dtype`, softmax, norms and loss in float32."""
     param_dtype: str = "float32"

@@ -15,9 +15,11 @@ from mla_jax import mesh
 from mla_jax.config import ModelConfig
 
 
-def init_matrix(config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, int], spec: PartitionSpec) -> nnx.Param:
-    """A matrix [in, out], normal with `initializer_range`, sharded as `spec` where a mesh is set."""
-    init = nnx.initializers.normal(config.initializer_range)
+def init_matrix(
+    config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, int], spec: PartitionSpec, deviation: float | None = None
+) -> nnx.Param:
+    """A matrix [in, out], normal with `deviation` (or `initializer_range`), sharded as `spec` where a mesh is set."""
+    init = nnx.initializers.normal(config.initializer_range if deviation is None else deviation)
     sharding = mesh.weight_sharding(spec, shape)
     return nnx.Param(init(rngs.params(), shape, config.param_dtype, out_sharding=sharding))
 

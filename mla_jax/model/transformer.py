@@ -113,7 +113,9 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = init_matrix(config, rngs, (config.vocab_size, config.hidden_size), mesh.SHARD_OUT)
+        self.embed_tokens = init_matrix(
+            config, rngs, (config.vocab_size, config.hidden_size), mesh.SHARD_OUT, config.embedding_initializer_range
+        )
         self.layers = jax.vmap(lambda r: Layer(config, r))(rngs.split(config.num_hidden_layers))
         self.norm = init_norm_weight(config, config.hidden_size)
         if not config.tie_word_embeddings:

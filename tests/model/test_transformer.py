@@ -241,6 +241,15 @@ def test_parameters_carry_hugging_face_names_and_transposed_shapes(config):
     assert not np.array_equal(params["embed_tokens"], init_params(config, 1)["embed_tokens"])
 
 
+def test_the_embedding_may_start_wider_than_the_matrices():
+    """`embedding_initializer_range` is the standard deviation of the embedding alone."""
+    wide = init_params(dataclasses.replace(MODEL, vocab_size=4096, embedding_initializer_range=1.0), 0)
+    narrow = init_params(dataclasses.replace(MODEL, vocab_size=4096), 0)
+    assert float(wide["embed_tokens"].std()) == pytest.approx(1.0, rel=0.02)
+    assert float(narrow["embed_tokens"].std()) == pytest.approx(MODEL.initializer_range, rel=0.02)
+    jax.tree.map(np.testing.assert_array_equal, wide["layers"], narrow["layers"])
+
+
 def test_infinite_1b_has_the_promised_size():
     register_schemas()
     with hydra.initialize(version_base=None, config_path="../../conf"):
