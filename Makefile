@@ -13,6 +13,7 @@ KUBERNETES_VENV := .venv-kubernetes
 # constraints.txt pins every package, so that what is installed today is what was tested.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+RELEASE_VENV := .venv-release
 PROMETHEUS := prometheus prometheus-alertmanager prometheus-node-exporter
 
 VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
@@ -22,7 +23,7 @@ KUBERNETES_INSTALL = $(KUBERNETES_VENV)/bin/python -m pip install --quiet --disa
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring lint format clean
+.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring lint format release-files clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -79,17 +80,32 @@ prometheus: $(VENV)/prometheus ## Debian's Prometheus, Alertmanager and node-exp
 test-monitoring: $(VENV)/.installed-dev $(VENV)/prometheus $(VLLM_VENV)/.installed ## rules, dashboards, and alerts of a vLLM server under load
 	$(BIN)/python -m pytest -m monitoring -rs tests/monitoring $(ARGS)
 
-lint: $(VENV)/.installed-dev ## formatting, style and types
+lint: $(VENV)/.installed-dev ## formatting, style, types, and the security of workflows
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/zizmor --offline --quiet .github
 
 format: $(VENV)/.installed-dev ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The bill of materials is of an environment that has the wheel and nothing else.
+release-files: $(RELEASE_VENV)/.installed ## what a release carries, in dist/ (TAG=v1.2.3); docs/releasing.md
+	rm -rf dist && mkdir dist
+	$(RELEASE_VENV)/bin/python .github/release.py "$(TAG)" dist/NOTES.md
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(RELEASE_VENV)/bin/python -c \
+		'from setuptools.build_meta import build_sdist, build_wheel; build_wheel("dist"); build_sdist("dist")'
+	rm -rf $(RELEASE_VENV)/wheel && $(or $(PYTHON),false) -m venv $(RELEASE_VENV)/wheel
+	$(RELEASE_VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd / && $(abspath $(RELEASE_VENV))/wheel/bin/python -c 'import experiments.sft, latent_attention, mla_jax'
+	$(RELEASE_VENV)/wheel/bin/python -m pip uninstall --quiet --yes pip setuptools
+	$(RELEASE_VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-file "dist/infinitecontext-$(TAG:v%=%).cdx.json" $(RELEASE_VENV)/wheel
+	cd dist && sha256sum *.whl *.tar.gz *.cdx.json > SHA256SUMS
+
 clean: ## remove the environment and all caches; runs/ and exports/ stay
-	rm -rf $(VENV) $(VLLM_VENV) $(KUBERNETES_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(RELEASE_VENV) $(KUBERNETES_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -152,4 +168,9 @@ $(KUBERNETES_VENV)/.installed: constraints-kubernetes.txt
 		--prefix $(KUBERNETES_VENV)/crds @kubernetes-models/keda@2.0.0 @kubernetes-models/gateway-api@2.0.0 \
 		@kubernetes-models/prometheus-operator@6.0.0 @kubernetes-models/apimachinery@3.0.2 @kubernetes-models/base@6.0.1 \
 		@kubernetes-models/validate@5.0.2 kubernetes-models@5.1.0
+	@touch $@
+
+$(RELEASE_VENV)/.installed: .github/requirements-release.txt
+	$(or $(PYTHON),false) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r .github/requirements-release.txt
 	@touch $@

@@ -58,7 +58,7 @@ def start(tool: str, ready: str, log: Path, *args: str | Path) -> Iterator[subpr
             [_TOOLS[tool], *map(str, args)], stdout=out, stderr=subprocess.STDOUT, cwd=log.parent
         )
     try:
-        wait_for(lambda: process.poll() is not None or answers(ready), f"{tool} to start", 60)
+        wait_for(lambda: process.poll() is not None or answers(ready), f"{tool} to start")
         assert process.poll() is None, log.read_text()
         yield process
     finally:
@@ -82,8 +82,8 @@ def exported(url: str) -> set[str]:
     return {re.split(r"[{ ]", line)[0] for line in get(url).splitlines() if line and not line.startswith("#")}
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float) -> Any:
-    """What `condition` returns, once that is true."""
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
+    """What `condition` returns, once that is true; `seconds` are many, for a machine that does other things too."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
@@ -149,7 +149,7 @@ def alertmanager_config(receiver: str) -> dict:
 
 
 def write_prometheus(folder: Path, alertmanager: str, targets: dict[str, str]) -> Path:
-    """A copy of the deployed configuration that asks and evaluates every second and lets alerts wait 5 s (`for`).
+    """A copy of the deployed configuration that asks every 3 s and lets alerts wait 5 s (`for`).
 
     Args:
         folder: for the copy.
@@ -174,7 +174,7 @@ def write_prometheus(folder: Path, alertmanager: str, targets: dict[str, str]) -
         path.write_text(yaml.safe_dump(rules))
     path = folder / "prometheus.yml"
     config = yaml.safe_load(path.read_text())
-    config["global"] |= {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["global"] |= {"scrape_interval": "3s", "scrape_timeout": "3s", "evaluation_interval": "1s"}
     config["alerting"]["alertmanagers"] = [{"static_configs": [{"targets": [alertmanager]}]}]
     path.write_text(yaml.safe_dump(config))
     return path
