@@ -1,7 +1,7 @@
 """Training data sets."""
 
 from dataclasses import field
-from typing import Optional
+from typing import ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -33,12 +33,20 @@ def require_weights(group: str, weights: dict[str, float], known: tuple[str, ...
     )
 
 
+NEEDLE_TASKS = ("passkey", "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "absent_key")
+TEXT_TASKS = ("hashhop", "ruler_vt")
+"""Tasks of training that have the formats of evaluations; see `mla_jax.data.needle.text_tasks`."""
+
+
 @schema
 class NeedleMixtureConfig(DataConfig):
     """Synthetic needles in haystacks; weights are relative and need not sum to one."""
 
+    known_tasks: ClassVar[tuple[str, ...]] = NEEDLE_TASKS
+
     tasks: dict[str, float] = MISSING
-    """Weight of each task: passkey, single, multi_key, multi_value, multi_query, variable_tracking, absent_key."""
+    """Weight of each task: passkey, single, multi_key, multi_value, multi_query, variable_tracking, absent_key; of
+    data=needle also hashhop and ruler_vt."""
     haystacks: dict[str, float] = MISSING
     """Weight of each haystack: noise (repeated sentences), words (random words), needles (only needles), text."""
     text_folder: Optional[str] = None
@@ -50,8 +58,7 @@ class NeedleMixtureConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        tasks = ("passkey", "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "absent_key")
-        require_weights("tasks", self.tasks, tasks)
+        require_weights("tasks", self.tasks, self.known_tasks)
         require_weights("haystacks", self.haystacks, ("noise", "words", "needles", "text"))
         require(
             not self.haystacks.get("text") or self.text_folder is not None,
@@ -67,6 +74,8 @@ class NeedleMixtureConfig(DataConfig):
 @schema
 class NeedleDataConfig(NeedleMixtureConfig):
     """Sequences of needles, then questions with their answers."""
+
+    known_tasks: ClassVar[tuple[str, ...]] = (*NEEDLE_TASKS, *TEXT_TASKS)
 
     kind: str = "needle"
     lm_loss_weight: float = 0.0

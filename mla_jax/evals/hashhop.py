@@ -11,11 +11,12 @@ import re
 from mla_jax.config import HashHopConfig, ModelConfig
 from mla_jax.data.needle.generator import Purpose, make_rng
 from mla_jax.data.needle.hashhop import HashChains, hash_chains
+from mla_jax.data.needle.text_prompt import encode_prompt, fitting_prompt, largest_haystack
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.within import encode_within
 from mla_jax.errors import UsageError
 from mla_jax.evals.task import Params, Prompt, Task, require_room
-from mla_jax.evals.text_prompts import encode_prompt, fitting_prompt, largest_haystack, require_writable
+from mla_jax.evals.text_prompts import require_writable
 
 NAME = "hashhop"
 TITLE = "HashHop"

@@ -15,10 +15,11 @@ import numpy as np
 from mla_jax.config import ModelConfig, PasskeyConfig
 from mla_jax.data.needle.generator import Purpose, make_rng, passkey_prompt
 from mla_jax.data.needle.infinitebench import infinitebench_passkey
+from mla_jax.data.needle.text_prompt import fitting_prompt, largest_haystack
 from mla_jax.data.needle.vocabulary import PASSKEY_QUESTION
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.evals.task import Params, Prompt, Task, grid_index, require_room
-from mla_jax.evals.text_prompts import fitting_prompt, largest_haystack, require_needles_writable
+from mla_jax.evals.text_prompts import require_needles_writable
 
 NAME = "passkey"
 TITLE = "Passkey retrieval"

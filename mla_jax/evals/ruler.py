@@ -15,7 +15,7 @@ from mla_jax.config import ModelConfig, RulerConfig
 from mla_jax.config.evaluate import RULER_TASKS, RULER_WITH_TEXT
 from mla_jax.data.needle.generator import Purpose, make_rng
 from mla_jax.data.needle.ruler.niah import TASKS, Text, niah_prompt
-from mla_jax.data.needle.ruler.variable_tracking import EXAMPLE_TOKENS, HOPS, chain_prompt, variable_prompt
+from mla_jax.data.needle.ruler.variable_tracking import HOPS, example_size, variable_prompt
 from mla_jax.data.needle.ruler.word_counts import (
     COMMON_WORDS,
     FREQUENT_SIZE,
@@ -23,12 +23,12 @@ from mla_jax.data.needle.ruler.word_counts import (
     frequent_words_prompt,
 )
 from mla_jax.data.needle.ruler.words import wonderwords
-from mla_jax.data.needle.text_prompt import TextPrompt
+from mla_jax.data.needle.text_prompt import Maker, TextPrompt, encode_prompt, fitting_prompt, largest_haystack
 from mla_jax.data.text_folder import fingerprint, read_texts
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import UsageError
 from mla_jax.evals.task import Params, Prompt, Task, require_room
-from mla_jax.evals.text_prompts import Maker, encode_prompt, fitting_prompt, largest_haystack, require_writable
+from mla_jax.evals.text_prompts import require_writable
 
 NAME = "ruler"
 TITLE = "RULER"
@@ -162,7 +162,8 @@ class _Source:
     def _make_maker(self, length: int, name: str) -> Maker[TextPrompt]:
         match name:
             case "vt":
-                return functools.partial(variable_prompt, example_size=self._example_size())
+                size = example_size(self._tokenizer, functools.partial(self._rng, 0, _SIZING))
+                return functools.partial(variable_prompt, example_size=size)
             case "cwe":
                 return functools.partial(common_words_prompt, length=length, words=wonderwords())
             case "fwe":
@@ -170,8 +171,3 @@ class _Source:
                 return functools.partial(frequent_words_prompt, different=different)
         text = self._text if TASKS[name].haystack == "text" else None
         return functools.partial(niah_prompt, task=TASKS[name], words=wonderwords(), text=text)
-
-    def _example_size(self) -> int:
-        """Lines of noise in the solved example of variable tracking."""
-        make, rng = functools.partial(chain_prompt, letters=3), functools.partial(self._rng, 0, _SIZING)
-        return largest_haystack(self._tokenizer, make, rng, EXAMPLE_TOKENS, HOPS + 1)

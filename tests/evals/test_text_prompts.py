@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_jax.data.needle.text_prompt import TextPrompt
+from mla_jax.data.needle import text_prompt
+from mla_jax.data.needle.text_prompt import TextPrompt, encode_prompt, fitting_prompt, largest_haystack
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import UsageError
-from mla_jax.evals import text_prompts
-from mla_jax.evals.text_prompts import encode_prompt, fitting_prompt, largest_haystack, require_writable
+from mla_jax.evals.text_prompts import require_writable
 from needle_tokenizers import TOKENIZERS
 
 TEXT = (
@@ -23,7 +23,7 @@ TEXT = (
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 @pytest.mark.parametrize("piece", [1, 30, 1000])
 def test_pieces_give_the_ids_of_the_whole_text(tokenizer, piece, monkeypatch):
-    monkeypatch.setattr(text_prompts, "PIECE_CHARS", piece)
+    monkeypatch.setattr(text_prompt, "PIECE_CHARS", piece)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for text in (TEXT, TEXT.strip(), "one line " * 50, ""):
         assert encode_prompt(tokenizer, text) == bos + tokenizer.encode(text)
@@ -50,7 +50,7 @@ def test_a_haystack_that_does_not_fit_is_the_least():
 
 def test_few_prompts_are_encoded_to_find_the_size(monkeypatch):
     calls = []
-    monkeypatch.setattr(text_prompts, "encode_prompt", lambda *each: calls.append(each) or encode_prompt(*each))
+    monkeypatch.setattr(text_prompt, "encode_prompt", lambda *each: calls.append(each) or encode_prompt(*each))
     assert largest_haystack(BYTES, lines, lambda: np.random.default_rng(0), 60_000, 1) > 3_500
     assert len(calls) < 20
 

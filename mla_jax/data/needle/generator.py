@@ -2,6 +2,7 @@ r"""Synthetic retrieval data of an exact length: facts hidden in a haystack, the
 
     passkey     <bos>introduction \n filler \n needle \n filler \n question answer.<eos>
     all others  <bos>filler with needles between its sentences \n question answer. \n question answer. ...<eos>
+    but hashhop and ruler_vt, whose formats are those of `text_tasks`
 
 An example is a pure function of the config, the tokenizer and a random generator, which `make_rng` makes from a seed
 and indices. Evaluation prompts are held out: they come from generators that training never uses, whatever the seeds.
@@ -21,6 +22,7 @@ from mla_jax.data.needle import vocabulary as v
 from mla_jax.data.needle.haystack import Haystack, NeedlesHaystack, NoiseHaystack, TextHaystack, WordsHaystack
 from mla_jax.data.needle.lexicon import Lexicon, make_lexicon
 from mla_jax.data.needle.ring import Filler
+from mla_jax.data.needle.text_tasks import TEXT_TASK_CLASSES, text_example
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import UsageError
 
@@ -72,7 +74,12 @@ class NeedleGenerator:
         self._tasks = {name: weight for name, weight in config.tasks.items() if weight > 0}
         self._weights = {name: weight for name, weight in config.haystacks.items() if weight > 0}
         self._haystacks = {name: self._make_haystack(name) for name in self._weights}
-        self._shortest = {task: _shortest(tokenizer, self._lexicon, task) for task in self._tasks}
+        self._text_tasks = {task: make(tokenizer) for task, make in TEXT_TASK_CLASSES.items() if task in self._tasks}
+        self._shortest = {
+            task: self._text_tasks[task].shortest if task in self._text_tasks
+            else _shortest(tokenizer, self._lexicon, task)
+            for task in self._tasks
+        }  # fmt: skip
 
     def _make_haystack(self, name: str) -> Haystack:
         match name:
@@ -110,6 +117,8 @@ class NeedleGenerator:
         """
         self.check_length(length)
         task = draw(rng, {task: weight for task, weight in self._tasks.items() if self._shortest[task] <= length})
+        if task in self._text_tasks:
+            return Example(*text_example(rng, self._text_tasks[task], self._tokenizer, length))
         haystack = self.draw_haystack(rng, task)
         names = tasks.RandomNames(rng, self._lexicon)
         beginning = head(self._tokenizer, task)

@@ -1,11 +1,14 @@
 """RULER's variable tracking: which variables have a value, through four assignments from one to the next."""
 
+import functools
 import string
+from collections.abc import Callable
 
 import numpy as np
 
 from mla_jax.data.needle import vocabulary as v
-from mla_jax.data.needle.text_prompt import TextPrompt
+from mla_jax.data.needle.text_prompt import TextPrompt, largest_haystack
+from mla_jax.data.tokenizer import Tokenizer
 
 _TEMPLATE = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
@@ -35,3 +38,8 @@ def chain_prompt(rng: np.random.Generator, size: int, letters: int) -> TextPromp
     for i, place in enumerate(sorted(rng.choice(size, len(chain), replace=False))):
         lines.insert(place + i, chain[i])
     return TextPrompt(_TEMPLATE.format(context="\n".join(lines), value=value, count=len(names)), names)
+
+
+def example_size(tokenizer: Tokenizer, rng: Callable[[], np.random.Generator]) -> int:
+    """Lines of noise in the solved example; `rng` gives the same random generator each time."""
+    return largest_haystack(tokenizer, functools.partial(chain_prompt, letters=3), rng, EXAMPLE_TOKENS, HOPS + 1)
