@@ -1,5 +1,6 @@
 """What Prometheus is told of training: the exporter's own text, parsed by Prometheus' client library."""
 
+import dataclasses
 import json
 import socket
 import time
@@ -117,6 +118,26 @@ def test_a_file_tells_prometheus_of_a_run_until_it_is_finished(tmp_path):
         scrape(url_of(run_dir))
     Trackers(config(run_dir), run_dir, 4).close(finished=True)
     assert not target.exists()
+
+
+def test_runs_of_a_sweep_are_told_apart(tmp_path):
+    targets = tmp_path / "targets"
+    runs = [tmp_path / "sweep" / f"seed={seed}" for seed in (0, 1)]
+    tracked = []
+    for run_dir in runs:
+        swept = dataclasses.replace(config(run_dir, prometheus_targets=str(targets)), name="sweep")
+        tracked.append(Trackers(swept, run_dir, 0))
+        tracked[-1].log(1, {"train/loss": 1.0})
+    assert sorted(path.name for path in targets.iterdir()) == ["sweep_seed=0.json", "sweep_seed=1.json"]
+    assert [json.loads(path.read_text())[0]["labels"]["run"] for path in sorted(targets.iterdir())] == [
+        "sweep/seed=0",
+        "sweep/seed=1",
+    ]
+    for run_dir in runs:
+        with urllib.request.urlopen(url_of(run_dir), timeout=10) as response:
+            assert f'mla_jax_train_loss{{run="sweep/{run_dir.name}"}} 1.0' in response.read().decode()
+    for tracker in tracked:
+        tracker.close(finished=True)
 
 
 def test_other_machines_get_a_name_for_this_one(tmp_path):

@@ -32,7 +32,8 @@ class PrometheusTracker:
 
         tracker = config.tracker
         self._registry, self._gauges = CollectorRegistry(), {}
-        self._run = config.name
+        # Runs of a sweep have one name, and folders named by what is swept.
+        self._run = config.name if config.name == run_dir.name else f"{config.name}/{run_dir.name}"
         self._server, self._thread = start_http_server(
             tracker.prometheus_port, tracker.prometheus_host, registry=self._registry
         )
@@ -40,9 +41,9 @@ class PrometheusTracker:
         address = f"{f'[{host}]' if ':' in host else host}:{self._server.server_port}"
         known["url"] = f"http://{address}/metrics"
         print(f"Metrics for Prometheus: {known['url']}", flush=True)
-        self._target = targets_folder(tracker, run_dir) / f"{run_dir.name}.json"
+        self._target = targets_folder(tracker, run_dir) / f"{self._run.replace('/', '_')}.json"
         try:
-            write_json(self._target, [{"targets": [address], "labels": {"run": config.name}}])
+            write_json(self._target, [{"targets": [address], "labels": {"run": self._run}}])
         except InputError:
             self._stop()
             raise
