@@ -62,3 +62,14 @@ def test_objectives_are_bounds_of_the_servers_histograms(vllm):
         for part in ("base", "overlays/prod"):
             flags = yaml.safe_load((ROOT / "deploy" / "kubernetes" / part / "serve.yaml").read_text())
             assert float(bound) in flags["custom-histogram-buckets"][family]
+
+
+@pytest.mark.parametrize("path", sorted((DEPLOY / "prometheus" / "targets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_targets_are_told_apart_by_their_labels(path):
+    """Two paths of one address would have one `up`."""
+    labels = [
+        (target, *sorted(item for item in group.get("labels", {}).items() if not item[0].startswith("__")))
+        for group in yaml.safe_load(path.read_text())
+        for target in group["targets"]
+    ]
+    assert len(set(labels)) == len(labels) > 0
