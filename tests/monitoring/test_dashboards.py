@@ -1,11 +1,17 @@
 """Every query of rules and dashboards: parsed by Prometheus, and of metrics that a real exporter has."""
 
+import copy
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models import dashboard as dashboard_types
 
 from monitoring_servers import DEPLOY, MARKS, RULES, exported, run
 from promql import dashboard_queries, metric_names
@@ -72,6 +78,39 @@ def test_every_recording_is_used():
     used = set().union(*map(metric_names, queries))
     autoscaling = {name for name in RECORDED if name.startswith("pod:")}  # read by Kubernetes
     assert RECORDED - autoscaling <= used
+
+
+NEWER = {
+    "/annotations/list/step",
+    "/annotations/list/titleFormat",
+    "/templating/list/definition",
+    "/panels/options/tooltip/mode",
+}
+"""What Grafana reads though the types of version 10.1 do not have it."""
+
+
+def dropped(given: Any, kept: Any, path: str = "") -> Iterator[str]:
+    """Where `kept` lacks what was given, or has something else."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for key, value in given.items():
+            yield from dropped(value, kept.get(key), f"{path}/{key}")
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        for pair in zip(given, kept, strict=True):
+            yield from dropped(*pair, path)
+    elif given != kept:
+        yield path
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_grafanas_own_types_know_every_field(path):
+    register_default_plugins()
+    given = json.loads(path.read_text())
+    kept = json.loads(JSONEncoder().encode(dashboard_types.Dashboard.from_json(given)))
+    assert set(dropped(given, kept)) <= NEWER
+    broken = copy.deepcopy(given)
+    broken["panels"][1]["fieldConfig"]["defaults"]["units"] = "s"
+    kept = json.loads(JSONEncoder().encode(dashboard_types.Dashboard.from_json(broken)))
+    assert "/panels/fieldConfig/defaults/units" in set(dropped(broken, kept))
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
