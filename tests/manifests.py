@@ -14,6 +14,15 @@ TOOLS = ROOT / ".venv-kubernetes" / "bin"
 MODELS = ROOT / ".venv-kubernetes" / "crds" / "node_modules" / "@kubernetes-models"
 OVERLAYS = sorted(path.name for path in (FOLDER / "overlays").iterdir())
 RULES = ROOT / "deploy" / "monitoring" / "prometheus" / "rules" / "autoscaling.yaml"
+EXPORTED = {
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:request_prompt_tokens_sum",
+    "vllm:request_prompt_tokens_count",
+    "infinitecontext_queued_prompt_tokens",
+}
+"""Metrics that RULES read; tests/serving/test_vllm_rollout.py finds each on a vLLM that runs."""
 
 Manifest = dict
 """One Kubernetes object."""

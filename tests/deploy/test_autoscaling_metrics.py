@@ -6,19 +6,10 @@ import pytest
 import yaml
 
 from experiments.entry import compose_config
-from manifests import FOLDER, RULES, find, has, of_overlay, settings
+from manifests import EXPORTED, FOLDER, RULES, find, has, of_overlay, settings
 from mla_jax.inference.serving_plan import ServingPlan
 
 pytestmark = pytest.mark.kubernetes
-EXPORTED = {
-    "vllm:num_requests_running",
-    "vllm:num_requests_waiting",
-    "vllm:kv_cache_usage_perc",
-    "vllm:request_prompt_tokens_sum",
-    "vllm:request_prompt_tokens_count",
-    "infinitecontext_queued_prompt_tokens",
-}
-"""Of the rules; tests/serving/test_vllm_rollout.py finds each on a vLLM that runs."""
 
 
 def rules() -> dict[str, str]:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -132,10 +133,11 @@ def test_no_secret_is_in_the_manifests_and_a_missing_one_keeps_the_pod_from_star
 def test_a_pod_that_goes_has_time_for_what_it_took(overlay):
     """The last request may have come when preStop ended; SIGKILL must come after everything was answered."""
     manifests = of_overlay(overlay)
-    pre_stop = server(manifests)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    (config,) = (m["data"] for m in manifests if m["kind"] == "ConfigMap" and "serve.yaml" in m["data"])
+    script = Path(server(manifests)["lifecycle"]["preStop"]["exec"]["command"][-1])
+    assert script.parent == Path("/etc/vllm") and f"\nNOTICE = {PRE_STOP}\n" in config[script.name]
     shutdown = settings(manifests)["shutdown-timeout"]
-    assert pre_stop == PRE_STOP
-    assert pod(manifests)["terminationGracePeriodSeconds"] >= pre_stop + shutdown + MARGIN
+    assert pod(manifests)["terminationGracePeriodSeconds"] >= PRE_STOP + shutdown + MARGIN
     rolling = find(manifests, "Deployment")["spec"]["strategy"]["rollingUpdate"]
     assert rolling == {"maxSurge": 1, "maxUnavailable": 0}
 
@@ -192,6 +194,9 @@ def test_the_gateway_lets_through_what_the_key_guards_and_waits_as_long_as_a_pod
     assert int(rules[1]["timeouts"]["request"].removesuffix("s")) >= settings(manifests)["shutdown-timeout"]
     backends = [backend["name"] for rule in rules for backend in rule["backendRefs"]]
     assert set(backends) == {"vllm"}
+    kept = find(manifests, "BackendTrafficPolicy")["spec"]["timeout"]["http"]["connectionIdleTimeout"]
+    (by_vllm,) = (e["value"] for e in server(manifests)["env"] if e["name"] == "VLLM_HTTP_TIMEOUT_KEEP_ALIVE")
+    assert int(kept.removesuffix("s")) < int(by_vllm), "or a request meets a connection that is being closed"
     (listener,) = find(manifests, "Gateway")["spec"]["listeners"]
     assert listener["protocol"] == "HTTPS"
     assert find(manifests, "HTTPRoute")["spec"]["hostnames"] == [listener["hostname"]]
