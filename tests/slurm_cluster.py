@@ -1,5 +1,7 @@
 """What the tests do with a SLURM: submit a tiny run, look at its job, wait for its end."""
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ANSIBLE = ROOT / "deploy" / "ansible"
+LOCAL_CLUSTER = ROOT / "deploy" / "slurm" / "local_cluster.sh"
 SBATCH = ROOT / "deploy" / "slurm" / "train.sbatch"
 STEPS = 200
 MODEL = [
@@ -34,6 +38,22 @@ def until(condition: Callable[[], object], what: str, seconds: float = 300) -> N
     while not condition():
         assert time.monotonic() < end, f"within {seconds} s: not {what}"
         time.sleep(0.2)
+
+
+def ansible_environment() -> dict[str, str]:
+    """The environment in which ansible-playbook, installed beside this Python, runs."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"PATH": path, "ANSIBLE_CONFIG": str(ANSIBLE / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+
+
+def play(slurm: "Slurm", *arguments: str) -> dict[str, int]:
+    """Runs a playbook on the cluster; it must succeed. Returns how many tasks changed something on each host."""
+    command = [LOCAL_CLUSTER, "play", *arguments]
+    ran = subprocess.run(command, env=ansible_environment(), capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    changed = {host: int(n) for host, n in re.findall(r"^(\w+) +: ok=\d+ +changed=(\d+)", ran.stdout, re.M)}
+    assert changed, ran.stdout
+    return changed
 
 
 @dataclass

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from slurm_cluster import ROOT, Slurm
+from slurm_cluster import LOCAL_CLUSTER, ROOT, Slurm, ansible_environment
 
-SCRIPT = ROOT / "deploy" / "slurm" / "local_cluster.sh"
 CANNOT = 77
 
 
@@ -16,7 +15,9 @@ CANNOT = 77
 def cluster(tmp_path_factory) -> Iterator[Slurm]:
     """The cluster, for the whole session. Skips where a local SLURM cannot run."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install '.[slurm]'")
-    started = subprocess.run([SCRIPT, "start"], capture_output=True, text=True, timeout=600)
+    started = subprocess.run(
+        [LOCAL_CLUSTER, "start"], env=ansible_environment(), capture_output=True, text=True, timeout=900
+    )
     if started.returncode == CANNOT:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stderr
@@ -29,7 +30,7 @@ def cluster(tmp_path_factory) -> Iterator[Slurm]:
     slurm = Slurm(environment)
     yield slurm
     slurm.clear()
-    subprocess.run([SCRIPT, "stop"], capture_output=True, timeout=60)
+    subprocess.run([LOCAL_CLUSTER, "stop"], capture_output=True, timeout=60)
 
 
 @pytest.fixture
