@@ -23,7 +23,7 @@ KUBERNETES_INSTALL = $(KUBERNETES_VENV)/bin/python -m pip install --quiet --disa
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring lint format release-files clean
+.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -87,6 +87,10 @@ prometheus: $(VENV)/prometheus ## Debian's Prometheus, Alertmanager and node-exp
 test-monitoring: $(VENV)/.installed-dev $(VENV)/prometheus $(VLLM_VENV)/.installed ## rules, dashboards, and alerts of a vLLM server under load
 	$(BIN)/python -m pytest -m monitoring -rs tests/monitoring $(ARGS)
 
+docs: $(VENV)/.installed-dev ## the documentation as a site, in site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "site/index.html; to read it while writing: $(BIN)/mkdocs serve"
+
 lint: $(VENV)/.installed-dev ## formatting, style, types, and the security of workflows
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -112,7 +116,7 @@ release-files: $(RELEASE_VENV)/.installed ## what a release carries, in dist/ (T
 	cd dist && sha256sum *.whl *.tar.gz *.cdx.json > SHA256SUMS
 
 clean: ## remove the environment and all caches; runs/ and exports/ stay
-	rm -rf $(VENV) $(VLLM_VENV) $(RELEASE_VENV) $(KUBERNETES_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(RELEASE_VENV) $(KUBERNETES_VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -65,3 +65,8 @@ def test_the_map_names_every_tool():
     named = re.findall(r"`(\w+)`", row)
     runnable = [path.stem for path in (ROOT / "tools").rglob("*.py") if "__main__" in path.read_text()]
     assert sorted(named) == sorted(runnable)
+
+
+def test_every_page_has_its_place_in_the_site():
+    listed = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= listed

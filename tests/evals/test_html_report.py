@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -202,19 +201,6 @@ def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(InputError, match=r"could not write .*report\.html"):
         write_report([PASSKEY], tmp_path / "report.html")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A real Chromium, as the distribution has it."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine; `make chromium` installs Debian's")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"])  # which root needs
-        yield browser
-        browser.close()
 
 
 @pytest.mark.integration
