@@ -17,6 +17,7 @@ if shutil.which("nvidia-smi") is None:  # what runs on a GPU is tested as it run
     # Compiling takes longer than running: programs are optimised less, and compiled once for all tests, xdist's workers
     # and the processes that tests start, which inherit this. XLA passes the same to LLVM, which does less with it.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # those compile twice as long
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _compiled = tempfile.TemporaryDirectory(prefix="compiled-")

@@ -106,7 +106,7 @@ TINY = (
 def start_two(run_dir: Path, steps: int, *second: str, count: int = 2) -> list[subprocess.Popen]:
     """Two processes that train together; `second` are further overrides of the second one."""
     stages = f"train.stages=[{{seq_len: 96, batch_size: 8, steps: {steps}, learning_rate: 0.01}}]"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
     environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     environment |= {"JAX_PLATFORMS": "cpu", "MLA_JOIN_TIMEOUT_S": "60" if count == 2 else "10"}
     return [

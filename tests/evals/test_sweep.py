@@ -145,7 +145,7 @@ def test_the_sweep_example_and_its_report(tmp_path):
         "train.stages.0.steps=4 train.stages.0.batch_size=8 train.stages.0.learning_rate=0.01,0.03 "
         "model.kv_lora_rank=8,16"
     ).split()
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
     commands = [
         ["experiments.sft", "-m", "experiment=sweep_lr", f"run_dir={tmp_path}/sweep", *tiny],
         ["tools.sweep_report", f"{tmp_path}/sweep"],

@@ -16,7 +16,7 @@ from mla_jax.checkpoint.run_folder import load_run
 ROOT = Path(__file__).parent.parent.parent
 PROCESS = """
 import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
 import jax
 address, index, run_dir, steps, fault = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -21,7 +21,8 @@ def cluster(tmp_path_factory) -> Iterator[Slurm]:
     if started.returncode == CANNOT:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stderr
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}  # one device each
+    environment = {k: v for k, v in os.environ.items() if k != "NPROC"}
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
     environment["SLURM_CONF"] = started.stdout.strip().splitlines()[-1].removeprefix("export SLURM_CONF=")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     environment["JAX_PLATFORMS"] = "cpu"
