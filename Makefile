@@ -20,10 +20,13 @@ VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-vers
 
 KUBERNETES_INSTALL = $(KUBERNETES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-kubernetes.txt
 
+# Marks of the tests that have targets of their own.
+SUITES := ansible or kubernetes or llamacpp or monitoring or slurm or vllm
+
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
+.PHONY: help quickstart test integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -39,10 +42,13 @@ quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export 
 	@echo "weights   $(EXPORT) (Hugging Face format)"
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
-	$(BIN)/python -m pytest -m "not integration and not slurm and not ansible and not llamacpp and not vllm and not kubernetes and not monitoring" -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not (integration or $(SUITES))" -n 2 --dist worksteal $(ARGS)
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
-	$(BIN)/python -m pytest -m integration $(ARGS)
+	$(BIN)/python -m pytest -m integration -n 2 --dist loadfile $(ARGS)
+
+test-both: $(VENV)/.installed-dev ## what these two run, in one go, which takes less: they share what was compiled
+	$(BIN)/python -m pytest -m "not ($(SUITES))" -n 2 --dist worksteal $(ARGS)
 
 chromium: ## Debian's Chromium, in which `make integration` opens the report on evaluations (as root)
 	@command -v chromium >/dev/null || { apt-get update -qq && \

@@ -42,7 +42,7 @@ def train_together(run_dir: Path, steps: int, faults: tuple[str, str] = ("", "")
     pipes = {"cwd": ROOT, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     processes = [subprocess.Popen(command, **pipes) for command in commands]
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate(timeout=900)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
