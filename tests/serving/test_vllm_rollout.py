@@ -1,0 +1,266 @@
+"""A rollout for real: vLLM servers as the manifests start, drain and end them, behind the gateway that they describe.
+
+The test plays kubelet and controllers: it runs preStop, takes the pod out of the gateway's list late, sends SIGTERM
+when preStop has ended, and SIGKILL would follow after the grace period. The servers have the settings of overlays/dev
+and a tiny model.
+"""
+
+import dataclasses
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from envoy_gateway import POD, Gateway, free_port, gateway
+from manifests import EXPORTED, FOLDER, TOOLS, Manifest, of_overlay, pod, server, settings
+from mla_jax.bridge.hf.export import export
+from mla_jax.data.tokenizer import load_tokenizer
+from mla_jax.inference.serving_plan import PRE_STOP
+from vllm_server import LONGEST, MARKS, PYTHON, WIDTH_576, alive, healthy, random_params
+
+ENVOY = TOOLS / "envoy"
+pytestmark = [*MARKS, pytest.mark.skipif(not ENVOY.exists(), reason=f"{ENVOY} is missing; make kubernetes")]
+IN_FLIGHT = 100
+TOKENS = 64
+KEY = "a key for this test"
+LATE = 0.5
+"""Seconds before the end of the notice when the gateway hears that the pod goes."""
+
+
+@dataclasses.dataclass
+class Pod:
+    """A vLLM server with its processes."""
+
+    port: int
+    process: subprocess.Popen
+    config: Path
+    log: Path
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as response:
+            return response.read().decode()
+
+    def metric(self, name: str) -> float:
+        """The sum over labels."""
+        return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", self.metrics(), re.M))
+
+    def requests(self) -> int:
+        return int(self.metric("vllm:num_requests_running") + self.metric("vllm:num_requests_waiting"))
+
+    def kill(self) -> None:
+        if alive(self.process.pid):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def start(manifests: list[Manifest], model: Path, folder: Path, length: int = LONGEST) -> Pod:
+    """The container of the Deployment, with another model, port and greatest length."""
+    port = free_port()
+    changed = {"model": str(model), "served-model-name": "tiny", "port": port, "max-model-len": length}
+    config, log = folder / f"{port}.yaml", folder / f"{port}.log"
+    config.write_text(yaml.safe_dump({**settings(manifests), **changed, "host": "127.0.0.1"}))
+    container = {e["name"]: e["value"] for e in server(manifests)["env"] if "value" in e}
+    ours = ("INFINITECONTEXT_VLLM", "TRITON_INTERPRET")  # stock vLLM knows this model's width, and is faster
+    paths = {name for name, value in container.items() if value.startswith("/")}
+    variables = {name: value for name, value in container.items() if name not in paths.union(ours)}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "PYTHONPATH"))}
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--config", config]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, env={**kept, **variables, "VLLM_API_KEY": KEY}, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
+            start_new_session=True,
+        )  # fmt: skip
+    return Pod(port, process, config, log)
+
+
+@pytest.fixture(scope="module")
+def manifests() -> list[Manifest]:
+    """Of overlays/dev, with the gateway of overlays/prod."""
+    kinds = ("HTTPRoute", "BackendTrafficPolicy")
+    return of_overlay("dev") + [m for m in of_overlay("prod") if m["kind"] in kinds]
+
+
+@pytest.fixture(scope="module")
+def pods(manifests, tmp_path_factory) -> Iterator[list[Pod]]:
+    """Four that are ready: two that serve and two that will replace them."""
+    folder = tmp_path_factory.mktemp("pods")
+    model = export(WIDTH_576, random_params(WIDTH_576), load_tokenizer("bytes"), folder / "tiny")
+    started = [start(manifests, model, folder) for _ in range(4)]
+    try:
+        end = time.monotonic() + 600
+        for one in started:
+            while not healthy(one.port):
+                assert one.process.poll() is None, one.log.read_text()[-6000:]
+                assert time.monotonic() < end, one.log.read_text()[-6000:]
+                time.sleep(0.5)
+        yield started
+    finally:
+        for one in started:
+            one.kill()
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a request: `pod` is None where the gateway itself answered."""
+
+    begun: float
+    pod: int | None = None
+    status: int | None = None
+    whole: bool = False
+    text: str = ""
+    """What came, of an answer that is not whole."""
+
+
+def ask(port: int, host: str, stream: bool, tokens: int = TOKENS, prompt: int = 3, key: str = KEY) -> Outcome:
+    """A request for so many tokens; whole is an answer that has them all."""
+    body = {"model": "tiny", "prompt": [72] * prompt, "max_tokens": tokens, "ignore_eos": True, "stream": stream}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}", "Host": host}
+    outcome = Outcome(time.monotonic())
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        outcome.status = response.status
+        if (address := response.headers.get(POD)) and ":" in address:
+            outcome.pod = int(address.rpartition(":")[2])
+        text = response.read().decode()
+        if response.status == 200:
+            finished = text.rstrip().endswith("[DONE]") if stream else text.endswith("}")
+            outcome.whole = finished and '"finish_reason":"length"' in text
+        outcome.text = "" if outcome.whole else text[-300:]
+    except (http.client.HTTPException, OSError) as e:
+        outcome.text = repr(e)[-300:]
+    finally:
+        connection.close()
+    return outcome
+
+
+class Load:
+    """IN_FLIGHT clients, every second one streaming, each with a request in flight until the block ends."""
+
+    def __init__(self, running: Gateway):
+        self.outcomes: list[Outcome] = []
+        self._running, self._stop = running, threading.Event()
+        self._threads = [threading.Thread(target=self._client, args=(i % 2 == 0,)) for i in range(IN_FLIGHT)]
+
+    def _client(self, stream: bool) -> None:
+        while not self._stop.is_set():
+            self.outcomes.append(ask(self._running.port, self._running.host, stream))
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(300)
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def replace(running: Gateway, old: Pod, new: list[Pod], manifests: list[Manifest]) -> int:
+    """Ends a pod as kubelet does, `new` being the others. Gives the requests that it had when it got no more."""
+    end = time.monotonic() + pod(manifests)["terminationGracePeriodSeconds"]
+    interpreter, script = server(manifests)["lifecycle"]["preStop"]["exec"]["command"]
+    command = [interpreter, FOLDER / "base" / Path(script).name]
+    pre_stop = subprocess.Popen(command, env={**os.environ, "CONFIG": str(old.config)})
+    time.sleep(PRE_STOP - LATE)
+    running.pods(*(one.port for one in new))
+    running.wait_for(*(one.port for one in new))
+    in_flight = old.requests()
+    assert pre_stop.wait(end - time.monotonic()) == 0
+    os.kill(old.process.pid, signal.SIGTERM)
+    assert old.process.wait(end - time.monotonic()) == 0, "SIGKILL would have come"
+    return in_flight
+
+
+def test_the_server_takes_the_settings_and_exports_the_metrics(pods):
+    metrics = pods[0].metrics()
+    assert {name for name in EXPORTED if not re.search(rf"^{name}[ {{]", metrics, re.M)} == set()
+    assert re.search(r'^vllm:inter_token_latency_seconds_bucket\{.*le="0.05"', metrics, re.M)
+    assert ask(pods[0].port, "x", False).whole
+    assert ask(pods[0].port, "x", False, tokens=300).whole, "cut to the longest answer that is allowed"
+    assert ask(pods[0].port, "x", False, key="another").status == 401
+
+
+def test_a_server_that_cannot_start_ends_and_says_why_last(pods, manifests, tmp_path):
+    """`FallbackToLogsOnError` shows the last 2,048 bytes of the log in `kubectl describe pod`."""
+    failing = start(manifests, pods[0].config.parent / "tiny", tmp_path, length=1000 * LONGEST)
+    try:
+        assert failing.process.wait(240) != 0
+        assert "max_model_len" in failing.log.read_bytes()[-2048:].decode(errors="replace")
+    finally:
+        failing.kill()
+
+
+def test_an_overload_is_answered_with_503_and_counted(pods, manifests):
+    """80 prompts of 100 tokens at once, where 4,096 may queue."""
+    assert settings(manifests)["max-num-queued-tokens"] == 4096
+    outcomes, queued = [], []
+    clients = [
+        threading.Thread(target=lambda: outcomes.append(ask(pods[0].port, "x", False, prompt=100))) for _ in range(80)
+    ]
+    for client in clients:
+        client.start()
+    while any(client.is_alive() for client in clients):
+        queued.append(pods[0].metric("infinitecontext_queued_prompt_tokens"))
+    statuses = [outcome.status for outcome in outcomes]
+    refused = statuses.count(503)
+    assert 0 < refused < 80 and statuses.count(200) == 80 - refused
+    assert pods[0].metric("vllm:admission_rejections_total") == refused
+    assert 100 <= max(queued) <= 4096 + 100 and pods[0].metric("infinitecontext_queued_prompt_tokens") == 0
+
+
+def test_a_rollout_loses_no_request(pods, manifests, tmp_path):
+    first, second, third, fourth = pods
+    ports = [one.port for one in pods]
+    in_flight = []
+    with gateway(manifests, tmp_path, *ports[:2]) as running:
+        with Load(running) as load:
+            wait_until(lambda: first.requests() + second.requests() > IN_FLIGHT / 2)
+            running.pods(*ports[:3])
+            in_flight.append(replace(running, first, [second, third], manifests))
+            running.pods(*ports[1:])
+            in_flight.append(replace(running, second, [third, fourth], manifests))
+        lost = [outcome for outcome in load.outcomes if not outcome.whole]
+    print(f"{len(load.outcomes)} requests, {in_flight} in flight on those that went, {len(lost)} lost")
+    assert lost == []
+    assert min(in_flight) > 0, "there was nothing to lose"
+    assert len(load.outcomes) > 2 * IN_FLIGHT and {outcome.pod for outcome in load.outcomes} == set(ports)
+
+
+def test_a_killed_server_takes_only_its_own_requests_along(pods, manifests, tmp_path):
+    """After the rollout, in which the first two ended."""
+    *_, dies, stays = pods
+    with gateway(manifests, tmp_path, dies.port, stays.port) as running:
+        with Load(running) as load:
+            wait_until(lambda: min(dies.requests(), stays.requests()) > IN_FLIGHT / 4)
+            dies.kill()
+            killed = time.monotonic()
+            time.sleep(5)
+        failed = [outcome for outcome in load.outcomes if not outcome.whole]
+        print(f"{len(load.outcomes)} requests, {len(failed)} failed: {sorted(str(o.status) for o in failed)}")
+        assert 0 < len(failed) <= IN_FLIGHT
+        for outcome in failed:
+            assert outcome.begun < killed and outcome.pod in (None, dies.port)
+            # A status that clients try again, or a stream that was cut off.
+            assert (outcome.status, outcome.pod) in ((503, None), (503, dies.port), (200, dies.port))
+        again = [ask(running.port, running.host, True) for _ in range(5)]
+        assert all(outcome.whole and outcome.pod == stays.port for outcome in again)
