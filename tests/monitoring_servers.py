@@ -91,10 +91,10 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 300) -> A
 
 
 class Prometheus:
-    """A server to query."""
+    """A server to query, and its Alertmanager."""
 
-    def __init__(self, url: str):
-        self.url = url
+    def __init__(self, url: str, alertmanager: str):
+        self.url, self.alertmanager = url, alertmanager
 
     def api(self, path: str, **query: str) -> Any:
         with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=30) as answer:
@@ -105,6 +105,12 @@ class Prometheus:
         found = self.api("query", query=expr)
         assert found["resultType"] == "vector", expr
         return found["result"]
+
+    def suppressed(self, **labels: str) -> bool:
+        """Whether Alertmanager has such an alert, and keeps it from everyone."""
+        alerts = json.loads(get(f"{self.alertmanager}/api/v2/alerts"))
+        states = [alert["status"]["state"] for alert in alerts if labels.items() <= alert["labels"].items()]
+        return bool(states) and set(states) == {"suppressed"}
 
 
 class Webhook:

@@ -18,7 +18,7 @@ def vllm(tmp_path_factory):
     if not PYTHON.exists():
         pytest.skip(f"{PYTHON} is missing; make vllm")
     folder = export(WIDTH_576, random_params(WIDTH_576), load_tokenizer("bytes"), tmp_path_factory.mktemp("e") / "tiny")
-    with serve(folder, "--max-num-seqs", "1") as server:
+    with serve(folder, "--max-num-seqs", "1", seconds=900) as server:  # for a machine that does other things too
         yield f"127.0.0.1:{server.port}"
 
 
