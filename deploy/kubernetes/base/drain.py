@@ -1,8 +1,8 @@
 """The pod's preStop: ends when every request is answered, so that SIGTERM finds nothing to lose.
 
-vLLM 0.32 drains after SIGTERM too (--shutdown-timeout), but answers what comes meanwhile with status 200 and no text, and
-cancels its HTTP server when its engine has ended, whether answers are sent or not. So this waits first until gateways
-know that the pod goes; vLLM takes requests meanwhile, as ever.
+vLLM 0.32 drains after SIGTERM too (--shutdown-timeout), but answers what comes meanwhile with status 200 and no text,
+and cancels its HTTP server when its engine has ended, whether answers are sent or not. So this waits first until
+gateways know that the pod goes; vLLM takes requests meanwhile, as ever.
 """
 
 import os
