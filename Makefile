@@ -47,7 +47,7 @@ test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts s
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration -n 2 --dist loadfile $(ARGS)
 
-test-both: $(VENV)/.installed-dev ## what these two run, in one go, which takes less: they share what was compiled
+test-both: $(VENV)/.installed-dev ## `test` and `integration` in one go, which takes less: they share what was compiled
 	$(BIN)/python -m pytest -m "not ($(SUITES))" -n 2 --dist worksteal $(ARGS)
 
 chromium: ## Debian's Chromium, in which `make integration` opens the report on evaluations (as root)
