@@ -140,6 +140,7 @@ def test_a_pod_that_goes_has_time_for_what_it_took(overlay):
     assert pod(manifests)["terminationGracePeriodSeconds"] >= PRE_STOP + shutdown + MARGIN
     rolling = find(manifests, "Deployment")["spec"]["strategy"]["rollingUpdate"]
     assert rolling == {"maxSurge": 1, "maxUnavailable": 0}
+    assert PRE_STOP < server(manifests)["livenessProbe"]["terminationGracePeriodSeconds"] <= 60, "but not if it hangs"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
