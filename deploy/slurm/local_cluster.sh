@@ -23,6 +23,11 @@ cannot() {
     exit 77
 }
 
+failed() {
+    echo "error: the local SLURM does not work: $1" >&2
+    exit 1
+}
+
 running() { # NAME: whether the daemon whose process id NAME.pid holds is alive
     [[ -s $STATE/$1.pid ]] && kill -0 "$(cat "$STATE/$1.pid")" 2>/dev/null
 }
@@ -66,7 +71,7 @@ start() {
         stop
         for file in "$STATE"/kernel-n{0,1}.log; do : >"$file"; done
         rm -f "$STATE"/state/health-*.json # as after booting
-        play site.yml >"$STATE/play.log" 2>&1 || { tail -20 "$STATE/play.log" >&2; cannot "see $STATE/play.log"; }
+        play site.yml >"$STATE/play.log" 2>&1 || { tail -20 "$STATE/play.log" >&2; failed "see $STATE/play.log"; }
     fi
     for _ in $(seq 60); do
         if [[ $(timeout 5 sinfo -h -N -p main -t idle,alloc,mix -o %n 2>/dev/null | wc -l) == 2 ]]; then
@@ -75,7 +80,7 @@ start() {
         fi
         sleep 0.5
     done
-    cannot "the nodes did not come up within 30 s; see the logs in $STATE"
+    failed "the nodes did not come up within 30 s; see the logs in $STATE"
 }
 
 stop() {

@@ -65,7 +65,7 @@ def test_a_node_that_somebody_drained_stays_drained(slurm):
     slurm.run("scontrol", "update", "NodeName=n1", "State=RESUME")
 
 
-def test_the_health_check_says_what_is_wrong(slurm, tmp_path):
+def test_the_health_check_says_what_is_wrong(slurm, tmp_path, monkeypatch):
     log = tmp_path / "kernel.log"
     log.write_text(XID.format(1, 31) + XID.format(2, 48) + XID.format(3, 48) + "[4.2] usb 1-1: Xid\n")
     fresh = {"kernel_log": str(log), "memory": str(tmp_path / "memory.json")}
@@ -75,7 +75,13 @@ def test_the_health_check_says_what_is_wrong(slurm, tmp_path):
         1,
         f"XID 48 at PCI:0000:3b:00; no {tmp_path}/gpu7",
     )
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0: H200\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    two = {"gpus": ["/dev/null", "/dev/zero"], "memory": str(tmp_path / "none.json")}
+    assert health(slurm, "n0", "--look", **fresh | two) == (1, "nvidia-smi lists 1 of 2 GPUs")
     (tmp_path / "memory.json").write_text(json.dumps({"boot": "an earlier one", "seen": ["x"], "repaired": []}))
+    (tmp_path / "nvidia-smi").unlink()
     code, said = health(slurm, "n0", "--look", **fresh, disks=["/proc", "/"], disk_percent=1)
     assert code == 1 and re.fullmatch(r"/ is \d+ % full", said)
     assert health(slurm, "n0", "--look") == (0, "n0 is healthy")
