@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 
 import pytest
 
@@ -55,6 +56,8 @@ def test_a_lost_node_loses_no_job(slurm, tmp_path, job):
 
 
 def test_jobs_outlive_the_controller(slurm, tmp_path, job):
+    saved, started = state_dir(slurm) / "state" / "slurmctld" / "job_state", time.time()
+    until(lambda: saved.stat().st_mtime > started, "the jobs saved", 400)  # every 5 minutes at the latest
     kill(state_dir(slurm) / "slurmctld.pid", signal.SIGKILL)
     assert play(slurm, "site.yml") == UNCHANGED | {"head": 1}
     assert slurm.show(job)["JobState"] == "RUNNING" and slurm.show(job)["Restarts"] == "0"
