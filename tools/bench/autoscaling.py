@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from experiments.entry import compose_config
+from mla_jax.errors import one_line_errors
 from mla_jax.hardware import NOMINAL_PEAK
 from mla_jax.inference.serving_plan import PREFILL_SHARE
 from mla_jax.observability.flops import forward_flops
@@ -282,16 +283,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a picture of the replicas over time")
     parser.add_argument("--json", type=Path, help="the table's figures")
     args = parser.parse_args()
-    manifest = yaml.safe_load(HPA.read_text())
-    limits = manifest["spec"]["minReplicas"], manifest["spec"]["maxReplicas"]
-    runs = [(load, scaler) for load in args.loads for scaler in scalers(manifest)]
-    results = [simulate(scaler, load, seed, *limits) for load, scaler in runs for seed in range(args.seeds)]
-    rows = means(results)
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if args.plot:
-        plot([result for result in results if result.seed == 0], args.plot)
+    with one_line_errors():
+        manifest = yaml.safe_load(HPA.read_text())
+        limits = manifest["spec"]["minReplicas"], manifest["spec"]["maxReplicas"]
+        runs = [(load, scaler) for load in args.loads for scaler in scalers(manifest)]
+        results = [simulate(scaler, load, seed, *limits) for load, scaler in runs for seed in range(args.seeds)]
+        rows = means(results)
+        print(table(rows))
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if args.plot:
+            plot([result for result in results if result.seed == 0], args.plot)
 
 
 if __name__ == "__main__":
