@@ -116,8 +116,9 @@ class Slurm:
             process.wait()
         self.waiting = []
         for job in self.run("squeue", "-h", "-o", "%A").split():
-            self.run("scancel", "--signal=KILL", "--full", job)  # no time for saving
-            self.run("scancel", job)
+            for signal in (["--signal=KILL", "--full"], []):  # no time for saving
+                # It may end by itself meanwhile, and then there is no such job.
+                subprocess.run(["scancel", *signal, job], env=self.environment, capture_output=True, timeout=30)
         until(lambda: not self.run("squeue", "-h"), "an empty queue", 60)
 
 
