@@ -30,7 +30,7 @@ def images(node: object) -> Iterator[str]:
 
 
 def why_not_pinned(image: str) -> str | None:
-    """What is wrong with an image's name, or None."""
+    """The reason why an image's name does not pin what runs; None if it does."""
     name, at, digest = image.partition("@")
     if EXAMPLE.search(name):
         return "its registry is an example: name yours"

@@ -145,6 +145,6 @@ def _api_pages() -> Iterator[tuple[str, str]]:
 
 
 def _docstring(package: Path) -> str:
-    """What a package says of itself."""
+    """The docstring of a package, read without importing it; empty if it has none."""
     found = re.match(r'r?"""(.*?)"""', (package / "__init__.py").read_text(), re.DOTALL)
     return found[1].strip() if found else ""

@@ -150,7 +150,7 @@ def arrivals(load: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def reading_seconds(lengths: np.ndarray) -> np.ndarray:
-    """Of prompts of `infinite_1b` on an H200."""
+    """Seconds to read prompts of these lengths in tokens, by `infinite_1b` on an H200."""
     model = compose_config(["model=infinite_1b"]).model
     rate = PREFILL_SHARE * NOMINAL_PEAK["NVIDIA H200"]
     one, two = (forward_flops(model, 1, n, logits=1) / rate for n in (1024, 2048))
@@ -160,7 +160,7 @@ def reading_seconds(lengths: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass
 class Result:
-    """What came of a load under a scaler."""
+    """The outcome of one simulation: seconds of waiting by request, and (time, pods) at each change of their number."""
 
     load: str
     scaler: str
