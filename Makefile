@@ -1,5 +1,6 @@
 # Needs Python 3.11 or newer, make and pip; everything else goes into .venv.
-#   make quickstart                     train a tiny model, evaluate it, export it, check the export
+#   make try                            ask a tiny model that is here
+#   make quickstart                     train that model, evaluate it, export it
 #   make test                           the test suite
 #   make test PYTHON=python3.12 VENV=.venv312
 
@@ -26,20 +27,35 @@ SUITES := ansible or kubernetes or llamacpp or monitoring or slurm or vllm
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help quickstart test integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
+.PHONY: help try quickstart verify test integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.installed-hf ## train nano on needles, evaluate it, export it, check the export (minutes, on a CPU)
+try: $(VENV)/.installed ## ask the model in weights/nano for the number hidden in examples/haystack.txt
+	$(BIN)/python -m tools.generate weights/nano --file examples/haystack.txt
+	@echo
+	@echo "next      make quickstart       trains this model from random weights, in minutes"
+
+quickstart: $(VENV)/.installed ## train nano on needles, evaluate it, export it, ask the export (minutes, on a CPU)
+	@echo "== 1 of 4: train nano, from short sequences to longer ones"
 	$(BIN)/python -m experiments.sft run_dir=$(RUN)
+	@echo "== 2 of 4: 300 questions that it never saw, answered by generation"
 	$(BIN)/python -m experiments.evaluate run=$(RUN)
-	$(BIN)/python -m tools.export_hf $(RUN) $(EXPORT) --overwrite --verify
+	@echo "== 3 of 4: export to Hugging Face format"
+	$(BIN)/python -m tools.export_hf $(RUN) $(EXPORT) --overwrite
+	@echo "== 4 of 4: read the export and ask it for a number"
+	$(BIN)/python -m tools.generate $(EXPORT) --file examples/haystack.txt
 	@echo
 	@echo "heatmap   $(RUN)/eval/passkey.png"
 	@echo "results   $(RUN)/eval/passkey.json, $(RUN)/eval/report.html"
 	@echo "weights   $(EXPORT) (Hugging Face format)"
+	@echo "next      make verify           compares the export with transformers on PyTorch, which it installs"
+	@echo "          README.md#your-own-data   trains on a JSONL file"
+
+verify: $(VENV)/.installed-hf ## compare the export of `make quickstart` with transformers: logits, greedy tokens, token ids
+	$(BIN)/python -m tools.export_hf $(RUN) $(EXPORT) --overwrite --verify
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
 	$(BIN)/python -m pytest -m "not (integration or $(SUITES))" -n 2 --dist worksteal $(ARGS)
@@ -131,8 +147,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # setuptools comes first and pinned, so that building our own package needs no second, unpinned download.
-$(VENV)/.installed-hf: pyproject.toml setup.py constraints.txt | $(BIN)/python
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "== installing into $(VENV), which takes a minute or two"
 	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-hf: $(VENV)/.installed
 	$(INSTALL) --no-build-isolation -e '.[hf]'
 	@touch $@
 

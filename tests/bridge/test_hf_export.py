@@ -164,7 +164,7 @@ RESULTS = {
     "title": "Passkey retrieval",
     "description": "the key hidden; exact match",
     "model": {"step": 1200, "trained_lengths": [96, 256]},
-    "provenance": {"date": "2025-01-01T00:00:00+00:00", "hardware": "2 CPU cores (x86_64)"},
+    "provenance": {"date": "2025-01-01T00:00:00+00:00", "hardware": "2 CPU cores (x86_64)", "command": "evaluate me"},
     "cells": [{"length": 256, "depth": d, "n": 50, "correct": c} for d, c in ((0.0, 50), (1.0, 45))],
 }
 
@@ -175,6 +175,7 @@ def test_the_card_states_what_was_measured(params, tmp_path):
     ).read_text()
     assert "| 256 | correct | 100 | 95.0 % | 88.8 to 97.8 % |" in card
     assert "Trained at lengths up to 256.\nMeasured at step 1,200.\nMeasured on 2 CPU cores" in card
+    assert "Command: `evaluate me`." in card
     assert "Not evaluated" not in card
     assert "rounded" not in card
     out = export(MODEL, params, TOKENIZER, tmp_path / "half", results=[Results.from_json(RESULTS)], dtype="bfloat16")

@@ -115,13 +115,15 @@ def _rows(cell: Cell) -> Iterator[str]:
 
 
 def _details(results: Results, dtype: str) -> list[str]:
-    """Sentences on which weights were evaluated, where and when, as far as the results say."""
+    """Sentences on which weights were evaluated, where, when and how, as far as the results say."""
     sentences = []
     if results.model.get("trained_lengths"):
         sentences.append(f"Trained at lengths up to {max(results.model['trained_lengths']):,}.")
     sentences.append(f"Measured at step {results.model['step']:,}.")
     if {"hardware", "date"} <= results.provenance.keys():
         sentences.append("Measured on {hardware}, {date}.".format(**results.provenance))
+    if "command" in results.provenance:
+        sentences.append("Command: `{command}`.".format(**results.provenance))
     if results.config.get("cache_dtype"):
         sentences.append(f"Measured with a KV cache of {results.config['cache_dtype']}.")
     if dtype != "float32":
