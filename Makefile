@@ -27,7 +27,7 @@ SUITES := ansible or kubernetes or llamacpp or monitoring or slurm or vllm
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help try quickstart verify test integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
+.PHONY: help try quickstart verify test test-fast integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -59,6 +59,9 @@ verify: $(VENV)/.installed-hf ## compare the export of `make quickstart` with tr
 
 test: $(VENV)/.installed-dev ## the test suite, without what is slow or starts servers
 	$(BIN)/python -m pytest -m "not (integration or $(SUITES))" -n 2 --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/.installed-dev ## the quick tests of what changed since the branch left main (BASE=BRANCH), for a minute
+	$(BIN)/python tests/changed.py $(or $(BASE),main) -m "not (integration or $(SUITES))" -n 2 --dist worksteal -q $(ARGS)
 
 integration: $(VENV)/.installed-dev ## the slow tests and those that start servers
 	$(BIN)/python -m pytest -m integration -n 2 --dist loadfile $(ARGS)
