@@ -31,7 +31,7 @@ _OPTIONS = "scale seed dropout_rate variadic_args mask_type layout sliding_windo
 _SIGNATURES = {"fwd": [*_OPERANDS, *_OPTIONS, "is_training"], "bwd": [*_OPERANDS, *_RESIDUALS, *_OPTIONS]}
 """Signatures of the primitives in jax 0.10.2 and 0.11.2."""
 _UNEQUAL_WIDTHS = {(192, 128)}
-"""(K, V) with K != V that cuDNN supports, from Hopper and version 9.10 on."""
+"""(K, V) with K != V that cuDNN supports, from Hopper and version 9.10 on. Others are padded to the larger of the two."""
 _UNEQUAL_WIDTHS_SINCE = 91000
 _KEY_TILE = 128
 
@@ -78,9 +78,27 @@ def _bind(name: str, mask: str, scale: float, q, k, v, lengths_B: jax.Array | No
     return primitive.bind(q, k, v, unused, *seqlens, unused, unused, unused, unused, *residuals, **options)
 
 
+def _padded(width: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays [B, T, H, W] with zeros up to this width, which change neither scores nor outputs."""
+    return tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in arrays)
+
+
+def _run(name: str, mask: str, scale: float, q, k, v, lengths_B: jax.Array | None, *residuals) -> list[jax.Array]:
+    """`_bind` for any widths K of q and k, V of v and, among the residuals, of the output and its gradient."""
+    widths = k.shape[-1], v.shape[-1]
+    qk_width, v_width = widths if widths in _UNEQUAL_WIDTHS else (max(widths),) * 2
+    q, k, v = *_padded(qk_width, q, k), *_padded(v_width, v)
+    if name == "fwd":
+        out, lse = _bind(name, mask, scale, q, k, v, lengths_B)
+        return [out[..., : widths[1]], lse]
+    lse, *of_v_width = residuals
+    gradients = _bind(name, mask, scale, q, k, v, lengths_B, lse, *_padded(v_width, *of_v_width))
+    return [x[..., :width] for x, width in zip(gradients, (widths[0], *widths), strict=True)]
+
+
 def _attend(q, k, v, lengths_B: jax.Array | None, scale: float, mask: str) -> tuple[jax.Array, jax.Array]:
     """Forward pass: (out_BTHV, lse_BHT); lengths_B, if given, must be at least 1."""
-    out, lse = _bind("fwd", mask, scale, q, k, v, lengths_B)
+    out, lse = _run("fwd", mask, scale, q, k, v, lengths_B)
     return out, lse
 
 
@@ -111,7 +129,7 @@ def _backward(scale: float, mask: str, residuals, cotangents):
         ), None  # fmt: skip
     if isinstance(d_out, SymbolicZero):
         return *(jnp.zeros(x.shape, x.dtype) for x in (q, k, v)), None
-    return *_bind("bwd", mask, scale, q, k, v, lengths_B, lse, out, d_out), None
+    return *_run("bwd", mask, scale, q, k, v, lengths_B, lse, out, d_out), None
 
 
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -167,7 +185,7 @@ def attention_gradients(
         empty_B11 = (kv_lengths <= 0)[:, None, None]
         d_out_BTHV, lse_BTH = jnp.where(empty_B11[..., None], 0, d_out_BTHV), jnp.where(empty_B11, 0, lse_BTH)
     residuals = lse_BTH.swapaxes(1, 2), out_BTHV, d_out_BTHV
-    d_q, d_k, d_v = _bind("bwd", mask, float(scale), q_BTHK, k, v, lengths_B, *residuals)
+    d_q, d_k, d_v = _run("bwd", mask, float(scale), q_BTHK, k, v, lengths_B, *residuals)
     return d_q, *to_all_keys((d_k, d_v))
 
 
@@ -194,11 +212,9 @@ def why_not_attention(shape: AttentionShape, gpu: Gpu | None) -> str | None:
         return "cuDNN refuses a single query over a single key"
     if shape.qk_width % 8 or shape.v_width % 8:
         return f"cuDNN attention takes head widths that are multiples of 8, not {widths}"
-    if shape.qk_width != shape.v_width:
-        if widths not in _UNEQUAL_WIDTHS or gpu.capability[0] not in (9, 10):
-            return f"cuDNN attention takes unequal head widths only as (192, 128) on Hopper and newer, not {widths}"
+    if widths in _UNEQUAL_WIDTHS and gpu.capability[0] in (9, 10):
         if version is not None and version < _UNEQUAL_WIDTHS_SINCE:
             return f"unequal head widths need cuDNN 9.10, this is {version}"
-    elif shape.qk_width > (256 if gpu.capability[0] == 9 else 128):
-        return f"cuDNN's backward pass takes head widths up to 128 (256 on Hopper), not {shape.qk_width}"
+    elif max(widths) > (256 if gpu.capability[0] == 9 else 128):
+        return f"cuDNN's backward pass takes head widths up to 128 (256 on Hopper), not {max(widths)}"
     return None

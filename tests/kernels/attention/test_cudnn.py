@@ -50,6 +50,8 @@ def calls(function, *inputs) -> collections.Counter[str]:
         ((256, 256), False, 0, "CAUSAL"),
         ((100, 100), False, 0, "CAUSAL"),
         ((256, 256, 192, 128), False, 0, "CAUSAL"),
+        ((256, 256, 96, 64), False, 0, "CAUSAL"),
+        ((256, 512, 64, 96), False, 512, "NO_MASK"),
         ((256, 512), False, 0, "CAUSAL"),
         ((256, 256), True, 0, "PADDING_CAUSAL"),
         ((256, 512), False, 512, "NO_MASK"),
@@ -103,6 +105,7 @@ def test_on_a_mesh_every_device_runs_its_share(monkeypatch):
 
 def stand_in(name, mask, scale, q, k, v, lengths, *residuals):
     """Emulates cuDNN for `cudnn._bind`, with NaN where its results are undefined."""
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
     keys = k.shape[1]
     valid = jnp.arange(keys) < (jnp.full(q.shape[0], keys) if lengths is None else lengths)[:, None]
     assert (lengths is not None) == ("PADDING" in mask)
@@ -137,12 +140,14 @@ def stand_in(name, mask, scale, q, k, v, lengths, *residuals):
         (20, 128, 2**31 - 1, (0, 0), False),
     ],
 )
-def test_masks_and_lengths_mean_what_the_op_says(queries, keys, q_offset, lengths, with_lse, monkeypatch):
+@pytest.mark.parametrize("widths", [(8, 8), (12, 8), (8, 12)])
+def test_masks_and_lengths_mean_what_the_op_says(queries, keys, q_offset, lengths, with_lse, widths, monkeypatch):
     monkeypatch.setattr(cudnn, "_bind", stand_in)
     shape = AttentionShape(2, queries, keys, 3, 128, 128, "bfloat16", False, lengths is not None, q_offset)
     assert why_not_attention(shape, HOPPER) is None
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in (queries, keys, keys))
+    sizes = (queries, widths[0]), (keys, widths[0]), (keys, widths[1])
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, width)), jnp.float32) for n, width in sizes)
     lengths = None if lengths is None else np.array(lengths, np.int32)
     expected = attention_oracle(q, k, v, scale=SCALE, offset=q_offset, lengths=lengths)
     weights = [rng.normal(size=x.shape) for x in expected]
@@ -170,7 +175,7 @@ def test_gradients_of_parts_of_the_keys_add_up(lengths, monkeypatch):
     """20 queries see 40 keys before them and, causally, 20 more; a row has no keys in the second part."""
     monkeypatch.setattr(cudnn, "_bind", stand_in)
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in (20, 60, 60))
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, width)), jnp.float32) for n, width in ((20, 12), (60, 12), (60, 8)))
     lengths = None if lengths is None else np.array(lengths, np.int32)
     out, lse = attention_oracle(q, k, v, scale=SCALE, offset=40, lengths=lengths)
     d_out = rng.normal(size=out.shape)
@@ -199,8 +204,8 @@ def test_gradients_of_parts_of_the_keys_add_up(lengths, monkeypatch):
         ({"queries": 1, "keys": 1}, HOPPER, "a single query over a single key"),
         ({"queries": 1}, HOPPER, "a single query over a single key"),
         ({"qk_width": 100, "v_width": 100}, HOPPER, "multiples of 8, not (100, 100)"),
-        ({"qk_width": 192}, AMPERE, "on Hopper and newer, not (192, 128)"),
-        ({"qk_width": 96}, HOPPER, "not (96, 128)"),
+        ({"qk_width": 192}, AMPERE, "up to 128 (256 on Hopper), not 192"),
+        ({"v_width": 512}, HOPPER, "not 512"),
         ({"qk_width": 256, "v_width": 256}, AMPERE, "not 256"),
     ],
 )
@@ -213,6 +218,7 @@ def test_it_says_yes():
         ({}, AMPERE),
         ({"lengths": True, "dtype": "float16"}, AMPERE),
         ({"qk_width": 192}, HOPPER),
+        ({"qk_width": 96, "v_width": 64}, AMPERE),
         ({"qk_width": 256, "v_width": 256}, HOPPER),
         ({"offset": 255}, AMPERE),
         ({"keys": 1000}, AMPERE),
