@@ -1,6 +1,7 @@
 """Writes a run as a Hugging Face folder: `python -m tools.export_hf RUN OUT [--verify]`."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mla_jax.bridge.hf.export import export
 from mla_jax.checkpoint.run_folder import Run, load_run
 from mla_jax.errors import InputError, one_line_errors
 from mla_jax.evals.results import Results, results_of_run
+from mla_jax.model.mla import scale_queries
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -23,6 +25,17 @@ def parse_size(text: str) -> int:
             f"{text!r} is no size; expected a number with a unit, 4GB or 500MiB for instance"
         )
     return size
+
+
+def parse_factor(text: str) -> float:
+    """A positive number. Raises ArgumentTypeError for anything else."""
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return factor
 
 
 def _results(run: Run) -> list[Results]:
@@ -49,6 +62,10 @@ def main() -> None:
     parser.add_argument(
         "--max-shard-size", type=parse_size, default="4GB", help="the most weights in a file (default: 4GB)"
     )
+    parser.add_argument(
+        "--query-scale", type=parse_factor, default=1.0, metavar="FACTOR",
+        help="multiply the queries, which makes the softmax sharper: for contexts longer than those trained on",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an export")
     parser.add_argument("--verify", action="store_true", help="compare with transformers (needs the hf extra)")
     args = parser.parse_args()
@@ -56,19 +73,24 @@ def main() -> None:
         if args.verify:
             verify.import_transformers()  # its absence is better known before than after
         run = load_run(args.run, args.step, on_disk=True)
+        params, results = run.params, _results(run)
+        if args.query_scale != 1:
+            params = scale_queries(load_run(args.run, str(run.step)).params, args.query_scale)
+            results = []  # they are of the run as it is
         out = export(
             run.model,
-            run.params,
+            params,
             run.tokenizer,
             args.out,
-            results=_results(run),
+            results=results,
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_size,
             overwrite=args.overwrite,
         )
         print(f"wrote step {run.step} of {args.run} to {out}")
         if args.verify:
-            params = load_run(args.run, str(run.step)).params
+            if args.query_scale == 1:
+                params = load_run(args.run, str(run.step)).params
             verification = verify.verify(out, run.model, params, run.tokenizer, dtype=args.dtype)
             print(verification)
             if not verification.passed:

@@ -188,3 +188,14 @@ class MLA(nnx.Module):
         q_BTHW = jnp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
         out_BTHC = mesh.per_device(attend, q_BTHW, cache, lengths_B)
         return jnp.einsum("bthc,chv->bthv", out_BTHC, v_b_CHV)
+
+
+def scale_queries(params: dict, factor: float) -> dict:
+    """Parameters whose attention scores are `factor` times as large, which makes the softmax sharper.
+
+    That is a softmax scale times `factor`, without a word in any config. `params` are laid out as `init_params` does.
+    """
+    attention = params["layers"]["self_attn"]
+    key = "q_b_proj" if "q_b_proj" in attention else "q_proj"
+    attention = attention | {key: attention[key] * factor}
+    return params | {"layers": params["layers"] | {"self_attn": attention}}

@@ -4,9 +4,10 @@ import json
 import sys
 
 import jax
+import numpy as np
 import pytest
 
-from mla_jax.bridge.hf import verify
+from mla_jax.bridge.hf import reader, verify
 from mla_jax.bridge.hf.export import export
 from mla_jax.checkpoint.run_folder import load_run, save_imported
 from mla_jax.data.tokenizer import load_tokenizer
@@ -71,6 +72,21 @@ def test_a_disagreement_is_an_error(call, run_dir, tmp_path, monkeypatch):
     assert code == 1
     assert "2.0e-04" in out
     assert "does not agree with transformers" in err
+
+
+def test_scaled_queries_are_what_is_exported_and_verified(call, run_dir, tmp_path):
+    code, out, err = call(export_hf, run_dir, tmp_path / "sharper", "--query-scale", "1.5", "--verify")
+    assert code == 0, err
+    assert "prompts with the same 16 greedy tokens" in out
+    queries = reader.load(tmp_path / "sharper")[1]["layers"]["self_attn"]["q_proj"]
+    np.testing.assert_allclose(queries, 1.5 * load_run(run_dir).params["layers"]["self_attn"]["q_proj"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", ["0", "-1", "nan", "inf", "a"])
+def test_factors_that_are_none(call, run_dir, tmp_path, factor):
+    code, _, err = call(export_hf, run_dir, tmp_path / "out", f"--query-scale={factor}")
+    assert code == 2
+    assert "is no positive number" in err
 
 
 def test_verify_without_transformers(call, run_dir, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from mla_jax.config import ModelConfig, YarnConfig, register_schemas
 from mla_jax.errors import UsageError
 from mla_jax.model import decoder
+from mla_jax.model.mla import scale_queries
+from mla_jax.model.rope import softmax_scale
 from mla_jax.model.transformer import abstract_params, bind, init_params
 from tiny import MODEL, empty_cache, random_params
 
@@ -266,3 +268,18 @@ def test_an_unknown_attention_implementation_is_a_usage_error():
     config = dataclasses.replace(MODEL, attention="flash")
     with pytest.raises(UsageError, match="model.attention: implementation='flash' is unknown"):
         bind(config, random_params(MODEL))(random_tokens(1, 4))
+
+
+@pytest.mark.parametrize("config", [MODELS["plain"], dataclasses.replace(PEAKY, q_lora_rank=12)], ids=["q", "q_lora"])
+def test_scaled_queries_are_a_softmax_scale_times_the_factor(config):
+    """YaRN with `mscale` changes the scale alone where all pairs rotate more often than `beta_fast`."""
+    yarn = YarnConfig(
+        factor=2.0, original_max_position_embeddings=512, beta_fast=0.25, beta_slow=1e-4, mscale=2.0, mscale_all_dim=2.0
+    )
+    sharper = dataclasses.replace(config, rope_scaling=yarn)
+    params, tokens = random_params(config), random_tokens(2, 24)
+    factor = softmax_scale(sharper) / softmax_scale(config)
+    assert factor > 1.2
+    expected = logits(sharper, params, tokens)
+    assert np.abs(expected - logits(config, params, tokens)).max() > 0.1
+    assert_close(logits(config, scale_queries(params, factor), tokens), expected)

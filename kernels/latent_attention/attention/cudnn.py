@@ -31,7 +31,7 @@ _OPTIONS = "scale seed dropout_rate variadic_args mask_type layout sliding_windo
 _SIGNATURES = {"fwd": [*_OPERANDS, *_OPTIONS, "is_training"], "bwd": [*_OPERANDS, *_RESIDUALS, *_OPTIONS]}
 """Signatures of the primitives in jax 0.10.2 and 0.11.2."""
 _UNEQUAL_WIDTHS = {(192, 128)}
-"""(K, V) with K != V that cuDNN supports, from Hopper and version 9.10 on. Others are padded to the larger of the two."""
+"""(K, V) with K != V that cuDNN supports, from Hopper and version 9.10 on. Others are padded to the larger."""
 _UNEQUAL_WIDTHS_SINCE = 91000
 _KEY_TILE = 128
 

@@ -175,7 +175,9 @@ def test_gradients_of_parts_of_the_keys_add_up(lengths, monkeypatch):
     """20 queries see 40 keys before them and, causally, 20 more; a row has no keys in the second part."""
     monkeypatch.setattr(cudnn, "_bind", stand_in)
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, width)), jnp.float32) for n, width in ((20, 12), (60, 12), (60, 8)))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, n, 3, width)), jnp.float32) for n, width in ((20, 12), (60, 12), (60, 8))
+    )
     lengths = None if lengths is None else np.array(lengths, np.int32)
     out, lse = attention_oracle(q, k, v, scale=SCALE, offset=40, lengths=lengths)
     d_out = rng.normal(size=out.shape)
