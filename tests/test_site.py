@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGES = " architecture/ results/ api/latent_attention/ api/mla_jax.model/ CONTRIBUTING/ notebooks/mla_in_ten_minutes/"
 pytestmark = pytest.mark.integration
 
 
@@ -42,7 +43,7 @@ def test_in_a_browser(browser, site, width):
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: request.url.startswith(site) or foreign.append(request.url))
-    for path in ("", "architecture/", "results/", "api/latent_attention/", "api/mla_jax.model/", "CONTRIBUTING/"):
+    for path in PAGES.split(" "):
         response = page.goto(f"{site}/{path}")
         assert response.status == 200, path
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{path} scrolls sideways"

@@ -1,13 +1,16 @@
 """Hooks of MkDocs: pages and links that GitHub shows by itself, formulas, and the reference of the API.
 
 On GitHub the pages of docs/ link to files of the repository, and formulas are written between dollars and backticks.
-The site has a page for each file that a page links to, and MathML, which browsers draw without a script.
+The site has a page for each file that a page links to, notebooks with what they printed and drew, and MathML, which
+browsers draw without a script.
 """
 
+import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -23,6 +26,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", 
 _FENCE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\])\(([^()\s:]+)\)")
 _FORMULA = re.compile(r"\$`([^`]+)`\$")
+_NOTEBOOK_FORMULA = re.compile(r"\$(?P<block>\$)?\s*(?P<formula>[^$]+?)\s*\$(?(block)\$)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -45,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if files.get_file_from_path(uri) is None and (ROOT / path).exists():
                 page = File.generated(config, uri, content=_content(path))
                 files.append(page)
-                waiting += [page] if path.endswith(".md") else []
+                waiting += [page] if path.endswith((".md", ".ipynb")) else []
     return files
 
 
@@ -92,6 +96,9 @@ def _repository_path(uri: str) -> str:
     """The file of the repository that a page shows."""
     if uri == "index.md":
         return HOME
+    notebook = uri.removesuffix(".md") + ".ipynb"
+    if (ROOT / notebook).exists():
+        return notebook
     return f"docs/{uri}" if (ROOT / "docs" / uri).exists() else uri
 
 
@@ -101,6 +108,8 @@ def _uri(path: str) -> str:
         return "index.md"
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
+    if path.endswith(".ipynb"):
+        return path.removesuffix(".ipynb") + ".md"
     return path if path.endswith(".md") and "/" not in path else f"source/{path.lstrip('.')}.md"
 
 
@@ -114,8 +123,10 @@ def _linked(origin: str, markdown: str) -> Iterator[str]:
 
 
 def _content(path: str) -> str:
-    """The page of a file or folder of the repository, which the search leaves out."""
+    """The page of a file or folder of the repository, which the search leaves out unless it is prose."""
     file = ROOT / path
+    if path.endswith(".ipynb"):
+        return _notebook(json.loads(file.read_text()))
     if path.endswith(".md") and "/" not in path:
         return file.read_text()
     if file.is_dir():
@@ -127,6 +138,28 @@ def _content(path: str) -> str:
         fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
         body = f"{fence}{LANGUAGES.get(file.suffix, 'text')}\n{text.rstrip()}\n{fence}"
     return f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{body}\n"
+
+
+def _notebook(notebook: dict[str, Any]) -> str:
+    """A notebook as Markdown, with formulas as GitHub's pages have them."""
+
+    def formula(match: re.Match) -> str:
+        return f"\n```math\n{match['formula']}\n```\n" if match["block"] else f"$`{match['formula']}`$"
+
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(_NOTEBOOK_FORMULA.sub(formula, text))
+            continue
+        parts.append(f"```python\n{text}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![What this cell draws](data:image/png;base64,{''.join(data['image/png']).strip()})")
+            else:
+                parts.append(f"```text\n{''.join(output.get('text', data.get('text/plain', ''))).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def _api_pages() -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """JSONL documents: what is learned, compared with transformers; what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -52,6 +53,11 @@ def test_assistant_turns_are_learned_with_their_end(tmp_path, spec):
     assert ids[loss_mask].tolist() == tokenizer.encode("5<|eos|>")
     ids, loss_mask = documents[1]
     assert ids[loss_mask].tolist() == tokenizer.encode(" Grüß Gott \n<|eos|><|eos|>")
+
+
+def test_the_conversations_of_the_example_fit_the_rows_of_its_command():
+    documents = load_documents(str(Path(__file__).parents[2] / "examples" / "chats.jsonl"), BYTES)
+    assert len(documents) == 20 and max(len(ids) for ids, _ in documents) <= 256
 
 
 @pytest.mark.parametrize("chat", CHATS, ids=["short", "long"])
