@@ -85,11 +85,11 @@ class Slurm:
         self.waiting.append(process)
         return process
 
-    def train_detached(self, run_dir: Path) -> None:
+    def train_detached(self, run_dir: Path, *overrides: str) -> None:
         """Submits the tiny run on two nodes by sbatch."""
         options = f"--job-name={run_dir.name} --nodes=2 --cpus-per-task=1 --output={run_dir}-%j_log.out".split()
-        overrides = [*TINY, f"run_dir={run_dir}"]
-        self.run("sbatch", f"--export=ALL,PYTHON={sys.executable}", *options, str(SBATCH), *overrides)
+        command = [str(SBATCH), *TINY, f"run_dir={run_dir}", *overrides]
+        self.run("sbatch", f"--export=ALL,PYTHON={sys.executable}", *options, *command)
 
     def job(self, name: str) -> str:
         """The id of the one job of that name, once it was submitted."""

@@ -70,20 +70,11 @@ def assert_it_resumed(slurm, job: str, run_dir: Path) -> None:
     assert stopped and resumed and stopped[1] == resumed[1], printed
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_requeued_job_goes_on_where_it_stopped(slurm, whole, tmp_path, workers):
+def test_a_requeued_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
     run_dir = tmp_path / "requeued"
-    job = interrupted(slurm, run_dir, f"data.workers={workers}")  # SLURM sends SIGTERM to workers too
-    slurm.run("scontrol", "requeue", job)
-    assert_it_resumed(slurm, job, run_dir)
-    assert_equal(params_of(run_dir), whole)
-
-
-def test_a_preempted_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
-    run_dir = tmp_path / "preempted"
-    slurm.train_detached(run_dir)
+    slurm.train_detached(run_dir, "data.workers=1")  # SLURM sends SIGTERM to workers too
     job = once_saved(slurm, run_dir)
-    preempt(slurm, tmp_path)
+    slurm.run("scontrol", "requeue", job)
     assert_it_resumed(slurm, job, run_dir)
     assert_equal(params_of(run_dir), whole)
 
@@ -95,25 +86,24 @@ def preempt(slurm, tmp_path: Path) -> None:
 
 
 def test_preference_optimisation_goes_on_where_it_was_preempted(slurm, whole_run, tmp_path):
-    """While the reference reads its batches, and while it trains; two processes share one file."""
+    """Once while the reference reads its batches, once while it trains; two processes share one file."""
     start = f"init_from={whole_run}"
     slurm.train(tmp_path / "dpo-whole", TWO, start, entry="dpo")
     slurm.finish(slurm.job("dpo-whole"))
     (reference,) = (tmp_path / "dpo-whole" / "reference").iterdir()
-    for name, happened in (
-        ("dpo-early", lambda run_dir: any(run_dir.glob("reference/*.bin"))),
-        ("dpo-late", lambda run_dir: has_checkpoint(run_dir, 10)),
-    ):
-        run_dir = tmp_path / name
-        slurm.train(run_dir, TWO, start, entry="dpo")
-        job = slurm.job(name)
-        until(lambda run_dir=run_dir, happened=happened: happened(run_dir), "something to interrupt")
-        preempt(slurm, tmp_path)
-        shown = slurm.finish(job)
-        printed = log(Path(shown["StdOut"]))
-        assert shown["Restarts"] == "1" and "All processes stop at " in printed and f"Resuming {run_dir}" in printed
-        assert_equal(params_of(run_dir, DPO_STEPS), params_of(tmp_path / "dpo-whole", DPO_STEPS))
-        assert (run_dir / "reference" / reference.name).read_bytes() == reference.read_bytes()
+    run_dir = tmp_path / "dpo"
+    slurm.train(run_dir, TWO, start, entry="dpo")
+    job = slurm.job("dpo")
+    until(lambda: any(run_dir.glob("reference/*.bin")), "the reference at work")
+    preempt(slurm, tmp_path)
+    until(lambda: has_checkpoint(run_dir, 10), "a first checkpoint")
+    preempt(slurm, tmp_path)
+    shown = slurm.finish(job)
+    printed = log(Path(shown["StdOut"]))
+    assert shown["Restarts"] == "2" and printed.count("All processes stop at ") == 2, printed
+    assert f"Resuming {run_dir}" in printed
+    assert_equal(params_of(run_dir, DPO_STEPS), params_of(tmp_path / "dpo-whole", DPO_STEPS))
+    assert (run_dir / "reference" / reference.name).read_bytes() == reference.read_bytes()
 
 
 def test_a_job_at_its_time_limit_requeues_itself_and_goes_on(slurm, whole, tmp_path):
