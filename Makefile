@@ -22,12 +22,12 @@ VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-vers
 KUBERNETES_INSTALL = $(KUBERNETES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-kubernetes.txt
 
 # Marks of the tests that have targets of their own.
-SUITES := ansible or kubernetes or llamacpp or monitoring or slurm or vllm
+SUITES := ansible or docker or kubernetes or llamacpp or monitoring or slurm or vllm
 
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help try quickstart verify test test-fast integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
+.PHONY: help try quickstart verify test test-fast integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible docker test-docker llamacpp test-llamacpp judge-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -88,6 +88,13 @@ debootstrap: ## what `make test-ansible` makes a throwaway Debian with (as root)
 
 test-ansible: $(VENV)/.installed-slurm debootstrap ## all of deploy/ansible, on this machine and in a throwaway Debian (as root, on Debian)
 	$(BIN)/python -m pytest -m ansible -rs tests/slurm $(ARGS)
+
+docker: ## Docker, and what `make test-docker` makes a base image with (as root, on Debian or Ubuntu)
+	@command -v docker >/dev/null && command -v debootstrap >/dev/null || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends docker.io debootstrap; }
+
+test-docker: $(VENV)/.installed-dev $(RELEASE_VENV)/.installed docker ## images for CPUs: built, and from training to an answer without rights (BASE=IMAGE)
+	$(BIN)/python -m pytest -m docker -rs tests/docker $(ARGS)
 
 llamacpp: $(VENV)/.installed-llamacpp ## a real llama.cpp in the environment (a prebuilt wheel)
 

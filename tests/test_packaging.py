@@ -206,3 +206,13 @@ def test_every_tool_of_an_installed_wheel_has_help(installed):
     for tool in tools:
         usage = "usage: lm-eval" if tool == "tools.lm_eval" else "usage: python -m"  # the harness' own
         assert usage in installed("-m", tool, "--help"), tool
+
+
+def pins(name: str) -> dict[str, str]:
+    return dict(line.split("==") for line in (ROOT / name).read_text().splitlines())
+
+
+def test_pins_for_cuda_are_those_that_are_tested_but_for_jax():
+    tested, cuda = pins("constraints.txt"), pins("constraints-cuda.txt")
+    assert {n for n in cuda.keys() & tested.keys() if cuda[n] != tested[n]} == {"flax", "jax", "jaxlib", "triton"}
+    assert all(name.startswith(("jax-", "nvidia-")) for name in cuda.keys() - tested.keys())
