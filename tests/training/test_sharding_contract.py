@@ -20,8 +20,8 @@ from mla_jax.training.step import make_train_step
 
 @pytest.mark.parametrize(
     ("data", "fsdp", "context", "batch", "tokens"),
-    [(1, 8, 1, 8, 8192), (8, 8, 1, 64, 8192), (8, 8, 8, 64, 2**20)],
-    ids=["8 GPUs", "64 GPUs", "512 GPUs, 1M tokens"],
+    [(1, 8, 1, 8, 8192), (64, 8, 1, 512, 8192), (8, 8, 8, 64, 2**20)],
+    ids=["8 GPUs", "512 GPUs", "512 GPUs, 1M tokens"],
 )
 def test_no_weight_or_moment_is_replicated_within_a_replica(data, fsdp, context, batch, tokens):
     register_schemas()
