@@ -102,6 +102,11 @@ def all_gather(w: jax.Array) -> jax.Array:
     return reshard(w, P(*(None,) * w.ndim)) if has_mesh() else w
 
 
+def replicate(arrays: Any) -> Any:
+    """Puts a pytree of arrays of the host on every device of the mesh."""
+    return jax.device_put(arrays, NamedSharding(jax.sharding.get_mesh(), REPLICATED))
+
+
 def sharding_of(x: jax.Array) -> P | None:
     """The `out_sharding` for a result that is sharded as x is, None without a mesh."""
     return jax.typeof(x).sharding.spec if has_mesh() else None

@@ -13,6 +13,10 @@ class MeanSquare:
     branch_tokens = 0
     totals = ("seen",)
 
+    @property
+    def shared(self):
+        return {}
+
     def sums(self, transformer, rows):
         square_BT = jnp.mean(transformer(rows["tokens"], rows["positions"]) ** 2, axis=-1)
         return {

@@ -19,6 +19,7 @@ from mla_jax.config import (
     SftConfig,
     register_schemas,
 )
+from mla_jax.config.loss import SFT_LOSSES
 from mla_jax.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -60,8 +61,12 @@ def test_every_experiment_composes(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "loss").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_loss_of_pairs_composes(path):
-    """The default is that of the file rpo."""
+def test_every_loss_composes(path):
+    """Of the losses of pairs, the default is that of the file rpo."""
+    if path.stem in SFT_LOSSES:
+        source = ["loss.source=folder"] if path.stem == "distill" else []
+        assert _compose(f"loss={path.stem}", *source).loss.name == path.stem
+        return
     loss = _compose("init_from=run", f"loss={path.stem}", entry="dpo").loss
     assert loss.name == {"rpo": "sigmoid"}.get(path.stem, path.stem)
     assert (loss == _compose("init_from=run", entry="dpo").loss) == (path.stem == "rpo")

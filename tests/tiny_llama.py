@@ -1,12 +1,14 @@
 """Small Llamas that transformers itself makes, and synthetic texts to train and calibrate them on."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from mla_jax.bridge.llama import attention as llama_attention
+from mla_jax.bridge.llama import source as llama_source
+from mla_jax.bridge.llama.config import LlamaConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 _NAMES = "anna ben carl dora emil fay gus hana ivan jill kurt lena".split()
@@ -77,9 +79,14 @@ def save_llama(folder: Path, kind: str = "llama", **changes) -> transformers.Pre
 
 
 def leave_positions_out(monkeypatch) -> None:
-    """Decouples as if all tokens of a text were in one place: nothing turns, and nothing is damped."""
-    whole = llama_attention.decouple
-    monkeypatch.setattr(llama_attention, "decouple", lambda *a: whole(*a[:4], 1, *a[5:]))
+    """Reads checkpoints as if nothing turned with position: nothing is left for the RoPE key."""
+    whole = llama_source.read_config
+
+    def read_config(hf: dict) -> LlamaConfig:
+        config = whole(hf)
+        return dataclasses.replace(config, inv_freq=0 * config.inv_freq)
+
+    monkeypatch.setattr(llama_source, "read_config", read_config)
 
 
 def train_llama(

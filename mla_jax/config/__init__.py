@@ -17,7 +17,7 @@ from mla_jax.config.evaluate import (
     RulerConfig,
 )
 from mla_jax.config.judge import EndpointConfig, JudgeConfig
-from mla_jax.config.loss import PreferenceLossConfig
+from mla_jax.config.loss import PreferenceLossConfig, SftLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import NUMERICALLY_NEUTRAL_KEYS, REMAT_NAMES, WEIGHT_KEYS, ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
@@ -59,6 +59,7 @@ __all__ = [
     "RulerConfig",
     "RunConfig",
     "SftConfig",
+    "SftLossConfig",
     "StageConfig",
     "TrackerConfig",
     "TrainConfig",

@@ -1,4 +1,6 @@
-"""The objective of preference optimisation."""
+"""The objectives of fine-tuning and of preference optimisation."""
+
+from typing import Optional
 
 from omegaconf import MISSING
 
@@ -36,3 +38,26 @@ class PreferenceLossConfig:
             f"loss.label_smoothing is of the losses {' and '.join(SMOOTHED)}; loss.name={self.name} ignores it, "
             "so leave it at 0",
         )
+
+
+SFT_LOSSES = ("cross_entropy", "distill")
+
+
+@schema
+class SftLossConfig:
+    """The loss of supervised fine-tuning."""
+
+    name: str = "cross_entropy"
+    """`cross_entropy`, or `distill`: cross-entropy mixed with the divergence from another model's predictions."""
+    source: Optional[str] = None
+    """Under `distill`: the Hugging Face folder of the Llama, Mistral or Qwen that the run was converted from."""
+    kl_weight: float = 0.9
+    """Under `distill`: share of KL(source || model) in the loss; the rest is cross-entropy."""
+
+    def __post_init__(self):
+        require_choice("loss.name", self.name, SFT_LOSSES)
+        require(0 <= self.kl_weight <= 1, f"loss.kl_weight must be from 0 to 1, got {self.kl_weight}")
+        if self.name == "distill":
+            require(bool(self.source), "loss=distill needs loss.source=HF_FOLDER, the model to learn from")
+        else:
+            require(self.source is None, "loss.source is of loss=distill; cross-entropy has no use for it")

@@ -20,7 +20,7 @@ from mla_jax.config.evaluate import (
     RulerConfig,
 )
 from mla_jax.config.judge import JudgeConfig
-from mla_jax.config.loss import PreferenceLossConfig
+from mla_jax.config.loss import PreferenceLossConfig, SftLossConfig
 from mla_jax.config.mesh import MeshConfig
 from mla_jax.config.model import ModelConfig, YarnConfig
 from mla_jax.config.optim import OptimConfig
@@ -46,6 +46,7 @@ def register_schemas() -> None:
         ("data", "mined_schema", MinedPairsConfig),
         ("data", "preference_jsonl_schema", PreferenceJsonlConfig),
         ("loss", "schema", PreferenceLossConfig),
+        ("loss", "sft_schema", SftLossConfig),
         ("optim", "schema", OptimConfig),
         ("mesh", "schema", MeshConfig),
         ("tracker", "schema", TrackerConfig),

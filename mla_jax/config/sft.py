@@ -1,8 +1,10 @@
 """Configuration of `experiments.sft`."""
 
+from dataclasses import field
 from typing import ClassVar
 
 from mla_jax.config.data import JsonlDataConfig, ValidationConfig
+from mla_jax.config.loss import SftLossConfig
 from mla_jax.config.run import RunConfig
 from mla_jax.config.schema import require, schema
 
@@ -12,6 +14,8 @@ class SftConfig(RunConfig):
     """Configuration of `python -m experiments.sft`."""
 
     METRICS: ClassVar[tuple[str, ...]] = ("answer_accuracy", "loss")
+
+    loss: SftLossConfig = field(default_factory=SftLossConfig)
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,11 @@ class CrossEntropy:
     def branch_tokens(self) -> int:
         """None: rows have no branches."""
         return 0
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
     def sums(self, transformer: Transformer, rows: Arrays) -> dict[str, jax.Array]:
         """The fields of `LossSums`."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -39,6 +39,11 @@ class Loss(Protocol):
     @property
     def branch_tokens(self) -> int:
         """Tokens at the end of each row that are its branch region (see `model.branches`); 0 for ordinary rows."""
+        ...
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Arrays (pytrees) that `sums` finds in every micro-batch's rows beside its own, such as another model's."""
         ...
 
     totals: ClassVar[tuple[str, ...]]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,11 @@ class PreferenceLoss:
     def statistics(self, transformer: Transformer, rows: Arrays) -> TokenStatistics:
         """Log-probabilities and other statistics of the targets [B, R] of the branch region."""
         return branch_log_probs(transformer, rows, self.branch_tokens, self.packed, self.chunk)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
     def sums(self, transformer: Transformer, rows: Arrays) -> dict[str, jax.Array]:
         """Sums over pairs and tokens; `loss` has gradients."""

@@ -26,7 +26,7 @@ from mla_jax.distributed.join import is_main, print_on_main
 from mla_jax.distributed.preemption import Stopped, StopRequest
 from mla_jax.errors import InputError
 from mla_jax.losses.loss import VALIDATION, Loss, goodness
-from mla_jax.mesh import check_batch, make_mesh, place_batch, rows_here
+from mla_jax.mesh import check_batch, make_mesh, place_batch, replicate, rows_here
 from mla_jax.observability.metrics import ProgressDisplay
 from mla_jax.observability.telemetry import Telemetry
 from mla_jax.observability.trackers import check_installed
@@ -93,6 +93,7 @@ class _Trainer:
         self.tokenizer = tokenizer
         optimizer = make_optimizer(config.optim)
         self.train_step = make_train_step(config.model, optimizer, loss, config.train.nonfinite == "skip")
+        self.shared = replicate(loss.shared)
         for stage in config.train.stages:
             check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation, loss.branch_tokens)
         self.loop = LoopState()
@@ -100,7 +101,7 @@ class _Trainer:
         self.validation: Validation | None = None
         if config.train.validate_every:
             held_out = functools.partial(self._pipeline, validation=True)
-            self.validation = on_all(lambda: Validation(config, loss, held_out, 0))
+            self.validation = on_all(lambda: Validation(config, loss, held_out, 0, self.shared))
         self.held_out: dict[str, float] = {}  # the means of the last validation
         check_run(config, tokenizer)
         self.run_dir = Path(config.run_dir)
@@ -187,7 +188,7 @@ class _Trainer:
         batch = place_batch(rows, c.train.grad_accumulation, self.loss.branch_tokens)
         rate = learning_rate(c.optim, c.train.stages, loop.stage, loop.stage_step)
         with self.telemetry.dispatch(batch["tokens"].shape, self.pending):
-            self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate))
+            self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate), self.shared)
             self.pending.append(metrics)
         # Steps that are queued must run before a checkpoint can be saved.
         jax.block_until_ready(self.pending[:-MAX_STEPS_IN_FLIGHT][-1:])

@@ -14,12 +14,12 @@ from mla_jax.optim import apply_updates
 from mla_jax.state import TrainState
 
 
-def make_forward_step(model: ModelConfig, loss: Loss) -> Callable[[dict, dict], dict[str, jax.Array]]:
-    """The jitted forward pass: (parameters, batch [A, B / A, T]) -> sums of the loss over the batch."""
+def make_forward_step(model: ModelConfig, loss: Loss) -> Callable[..., dict[str, jax.Array]]:
+    """The jitted forward pass: (parameters, batch [A, B / A, T], `Loss.shared`) -> sums of the loss over the batch."""
 
     @jax.jit
-    def forward_step(params: dict, batch: dict) -> dict[str, jax.Array]:
-        by_micro_batch = jax.lax.map(lambda rows: loss.sums(bind(model, params), rows), batch)
+    def forward_step(params: dict, batch: dict, shared: dict | None = None) -> dict[str, jax.Array]:
+        by_micro_batch = jax.lax.map(lambda rows: loss.sums(bind(model, params), {**rows, **(shared or {})}), batch)
         return jax.tree.map(lambda x: x.sum(axis=0), by_micro_batch)
 
     return forward_step
@@ -27,8 +27,10 @@ def make_forward_step(model: ModelConfig, loss: Loss) -> Callable[[dict, dict], 
 
 def make_train_step(
     model: ModelConfig, optimizer: optax.GradientTransformation, loss: Loss, skip_nonfinite: bool = False
-) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
-    """The jitted step: (state, batch, learning_rate) -> (state, sums of the loss with grad_norm and skipped).
+) -> Callable[..., tuple[TrainState, dict]]:
+    """The jitted step: (state, batch, learning_rate, `Loss.shared`) -> (state, sums).
+
+    The sums are those of the loss, with grad_norm and skipped.
 
     Batch arrays are [A, B / A, T] with A gradient accumulation steps. The loss is normalised over the whole batch, so A
     does not change it. The state is donated.
@@ -39,21 +41,24 @@ def make_train_step(
     `skipped` is 1.
     """
 
-    def objective(params: dict, rows: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-        sums = loss.sums(bind(model, params), rows)
+    def objective(params: dict, rows: dict, shared: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        sums = loss.sums(bind(model, params), {**rows, **shared})
         return sums["loss"], sums
 
     grad = jax.grad(objective, has_aux=True)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: dict, rate: jax.Array) -> tuple[TrainState, dict]:
+    def train_step(
+        state: TrainState, batch: dict, rate: jax.Array, shared: dict | None = None
+    ) -> tuple[TrainState, dict]:
+        shared = shared or {}
         normalizer = loss.normalizer(batch)
 
         def first() -> tuple[dict, dict[str, jax.Array]]:
-            return grad(state.params, jax.tree.map(lambda x: x[0], batch))
+            return grad(state.params, jax.tree.map(lambda x: x[0], batch), shared)
 
         def accumulate(total, rows):
-            new = grad(state.params, rows)
+            new = grad(state.params, rows, shared)
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
 
         if batch["tokens"].shape[0] == 1:

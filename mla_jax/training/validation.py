@@ -24,16 +24,19 @@ class Validation:
         loss: what is trained.
         make_pipeline: makes the held-out batches of a stage, given its number.
         stage: the stage to begin with.
+        shared: `Loss.shared`, on the mesh.
 
     Raises:
         InputError: held-out data that cannot be used.
         UsageError: the data holds nothing out.
     """
 
-    def __init__(self, config: RunConfig, loss: Loss, make_pipeline: Callable[[int], Pipeline], stage: int):
+    def __init__(
+        self, config: RunConfig, loss: Loss, make_pipeline: Callable[[int], Pipeline], stage: int, shared: dict
+    ):
         self._train, self._loss, self._make_pipeline = config.train, loss, make_pipeline
         self._sums = make_forward_step(config.model, loss)
-        self._stage, self._data = stage, make_pipeline(stage)
+        self._stage, self._data, self._shared = stage, make_pipeline(stage), shared
 
     def means(self, params: dict, stage: int) -> dict[str, float]:
         """The means of the loss, as it names them, over at most `train.validation_batches` batches."""
@@ -43,7 +46,7 @@ class Validation:
         with self._batches() as batches:
             for rows in batches:
                 batch = place_batch(rows, self._train.grad_accumulation, self._loss.branch_tokens)
-                sums = jax.device_get(self._sums(params, batch))
+                sums = jax.device_get(self._sums(params, batch, self._shared))
                 window.add({name: float(value) for name, value in sums.items()})
         return self._loss.means(window.sums)
 

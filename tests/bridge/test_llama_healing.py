@@ -17,7 +17,7 @@ from mla_jax.bridge.llama.convert import convert, converted_perplexity
 from mla_jax.checkpoint.run_folder import load_run, save_imported
 from mla_jax.config import JsonlDataConfig, OptimConfig
 from tiny import make_config, train
-from tiny_llama import SIZES, leave_positions_out, stories, stories_tokenizer, train_llama
+from tiny_llama import SIZES, stories, stories_tokenizer, train_llama
 
 LENGTH, BATCH, HEALING = 128, 16, 100
 RATE = 2e-3
@@ -88,7 +88,7 @@ def heal(run_dir, folder, name):
 
 
 @pytest.mark.integration
-def test_what_conversion_costs_and_healing_wins_back(source, tmp_path, monkeypatch):
+def test_what_conversion_costs_and_healing_wins_back(source, tmp_path):
     folder, model, data = source
     table = {}
     for name, rank in (("full rank", 32), ("half rank", 16)):
@@ -104,23 +104,14 @@ def test_what_conversion_costs_and_healing_wins_back(source, tmp_path, monkeypat
     train_llama(model, data, steps=HEALING, rate=RATE, batch=BATCH, seed=1)
     longer = source_perplexity(model, held_out)
 
-    leave_positions_out(monkeypatch)
-    config, params, _, _ = convert(folder, Ranks(32), folder / "calibration.txt", tokens=16_384, length=LENGTH)
-    stopped = converted_perplexity(config, params, held_out)
-
     print(f"\n{'':<14}{'converted':>12}{'healed':>12}{'won back':>12}")
     print(f"{'source':<14}{original:>12.3f}{longer:>12.3f}")
     for name, (before, after, report) in table.items():
         print(f"{name:<14}{before:>12.3f}{after:>12.3f}{(before - after) / (before - longer):>12.0%}")
         print(report)
 
-    print(f"{'not damped':<14}{stopped:>12.3f}")
-
-    (full, full_healed, report), (half, half_healed, _) = table.values()
-    # At full rank nothing but the decoupled positions costs anything.
-    assert report.perplexity["converted"] == pytest.approx(report.perplexity["positions_decoupled"], rel=1e-3)
+    (full, full_healed, _), (half, half_healed, _) = table.values()
     assert original * 1.02 < full < 1.5 * original
-    assert full < stopped
     assert full < half < 3 * original
     for before, after in ((full, full_healed), (half, half_healed)):
         # Against the source that has been trained as much longer: healing is not just more training.

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mla_jax.bridge.llama.config import WIDEST_ROPE, Ranks, frequency_error, read_config, target_config
-from mla_jax.bridge.llama.convert import convert
+from mla_jax.bridge.llama.convert import choose_theta, convert
 from mla_jax.bridge.llama.source import LlamaCheckpoint
 from mla_jax.config import ModelConfig
 from mla_jax.errors import InputError, UsageError
@@ -139,13 +139,33 @@ def test_the_scaling_of_llama_3_is_near_a_yarn():
         "rope_scaling": {**LLAMA3, "rope_theta": None, "factor": 32.0, "original_max_position_embeddings": 8192},
     }  # fmt: skip
     source = read_config(hf)
-    target = target_config(hf, source, Ranks(512), tied=True, dtype="bfloat16")
+    target = target_config(hf, source, Ranks(512, rope_theta=500_000.0), tied=True, dtype="bfloat16")
     assert (target.qk_nope_head_dim, target.qk_rope_head_dim, target.v_head_dim) == (64, 64, 64)
     kept = inv_freq(target)
     different = np.abs(kept / source.inv_freq - 1) > 1e-6
     assert 0 < different.sum() <= 5
     assert frequency_error(source, target) < 0.9
     assert frequency_error(source, target) == pytest.approx(np.abs(kept / source.inv_freq - 1).max())
+
+
+def test_the_base_of_the_rotary_key():
+    """The source's base keeps its scaling, another is plain."""
+    hf = {**SIZES, "model_type": "llama", "num_key_value_heads": 2, "rope_theta": 400.0}
+    for scaling, ranks, theta, scaled in (
+        ({}, Ranks(32), 400, False), ({"rope_scaling": {**YARN, "rope_theta": None}}, Ranks(32), 400, True),
+        ({"rope_scaling": {**YARN, "rope_theta": None}}, Ranks(32, rope_theta=50.0), 50, False),
+    ):  # fmt: skip
+        source = read_config({**hf, **scaling})
+        target = target_config({**hf, **scaling}, source, ranks, tied=True, dtype="float32")
+        assert (target.rope_theta, target.rope_scaling is not None) == (theta, scaled)
+        assert frequency_error(source, target) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("theta", "kv_heads", "chosen"), [(1e6, 4, 1e3), (4.0, 4, 4.0), (1e6, 1, 1e6)])
+def test_the_base_is_chosen(theta, kv_heads, chosen, tmp_path):
+    """The root where half of the frequencies hardly turn; the source's own where they do, and where it is exact."""
+    save_llama(tmp_path, num_key_value_heads=kv_heads, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    assert choose_theta(LlamaCheckpoint(tmp_path), Ranks(32), 64).rope_theta == pytest.approx(chosen)
 
 
 HF = {**SIZES, "model_type": "llama", "num_key_value_heads": 2}
@@ -182,6 +202,7 @@ def test_configs_that_cannot_be_converted(changes, message):
         (Ranks(65), "--kv-lora-rank 65 must be from 1 to hidden_size=64"),
         (Ranks(0), "--kv-lora-rank 0"),
         (Ranks(32, 16, 100), "--q-lora-rank 100"),
+        (Ranks(32, rope_theta=1.0), "--rope-theta 1.0 must be above 1"),
     ],
 )
 def test_ranks_that_are_impossible(ranks, message):

@@ -4,20 +4,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mla_jax.bridge.llama.config import LlamaConfig
+from mla_jax.bridge.llama.config import LlamaConfig, Method
 from mla_jax.bridge.llama.layer import LlamaLayer
 from mla_jax.bridge.llama.low_rank import low_rank_factors, rms_normalize, second_moment
-from mla_jax.bridge.llama.rope import Decoupled, decouple
+from mla_jax.bridge.llama.rope import decouple
 from mla_jax.config import ModelConfig
-from mla_jax.model.rope import softmax_scale
+from mla_jax.model.rope import inv_freq, softmax_scale
 
 
 class Converted(NamedTuple):
     """The latent attention of one layer."""
 
     weights: dict[str, np.ndarray]
-    """Weights of `self_attn` by name, [in, out], float64."""
-    decoupled: Decoupled
+    """Weights of `self_attn` by name, [in, out], float32."""
     errors: dict[str, float]
     """By the names of `docs/importing.md`."""
 
@@ -29,6 +28,7 @@ def convert_attention(
     length: int,
     x_ND: np.ndarray,
     held_out_ND: np.ndarray,
+    method: Method,
 ) -> Converted:
     """Converts the attention of one layer.
 
@@ -39,11 +39,14 @@ def convert_attention(
         length: distances in tokens up to which decoupled RoPE is fitted.
         x_ND: normalised inputs of the layer over calibration texts, float32.
         held_out_ND: the same over held-out texts, for the errors.
+        method: what is left out.
     """
     q_HND, k_GND, v_GND, o_DHN = (np.asarray(w, np.float64) for w in layer[:4])
     d, groups = target.hidden_size, source.kv_heads
     moment_DD = second_moment(x_ND)
-    decoupled = decouple(q_HND, k_GND, moment_DD, source.inv_freq, length, target.qk_rope_head_dim)
+    decoupled = decouple(
+        q_HND, k_GND, moment_DD, source.inv_freq, inv_freq(target), length, fit=method.fitted_positions
+    )
 
     key_cost, value_cost = _costs(q_HND, v_GND, o_DHN, moment_DD, source.softmax_scale)
     k_nope_GND = decoupled.k_nope_GND
@@ -51,7 +54,7 @@ def convert_attention(
     for w, cost in zip((*k_nope_GND, *v_GND), (*key_cost, *value_cost), strict=True):
         cost_DD += w.T @ cost @ w
     kv_YD = np.concatenate([k_nope_GND, v_GND], axis=1).reshape(-1, d)  # of each key head: key, then value
-    kv = low_rank_factors(kv_YD, cost_DD, x_ND, moment_DD, target.kv_lora_rank)
+    kv = low_rank_factors(kv_YD, cost_DD, x_ND, moment_DD, target.kv_lora_rank, constant=method.constant_latent)
     kv_up_RGX = kv.up_YR.T.reshape(target.kv_lora_rank, groups, -1)
     weights = {
         "kv_a_proj_with_mqa": np.concatenate([kv.down_RD, decoupled.k_rope_RD]).T,
@@ -65,7 +68,9 @@ def convert_attention(
     if target.q_lora_rank is None:
         weights["q_proj"] = queries.T
     else:
-        q = low_rank_factors(queries, queries.T @ queries, x_ND, moment_DD, target.q_lora_rank)
+        q = low_rank_factors(
+            queries, queries.T @ queries, x_ND, moment_DD, target.q_lora_rank, constant=method.constant_latent
+        )
         weights |= {
             "q_a_proj": q.down_RD.T, "q_a_layernorm": np.ones(target.q_lora_rank), "q_b_proj": q.up_YR.T
         }  # fmt: skip
@@ -76,7 +81,7 @@ def convert_attention(
     for name, rows in (("key_error", key_rows), ("value_error", value_rows)):
         errors[name] = _error(kv_YD[rows], kv.down_RD, kv.up_YR[rows], held_out_ND)
     errors |= {"rotary_share": decoupled.share, "latent_rms_variation": kv.rms_variation}
-    return Converted(weights, decoupled, errors)
+    return Converted({name: w.astype(np.float32) for name, w in weights.items()}, errors)
 
 
 def _costs(q_HND, v_GND, o_DHN, moment_DD, scale: float) -> tuple[np.ndarray, np.ndarray]:

@@ -21,12 +21,32 @@ WIDEST_ROPE = 64
 
 @dataclass(frozen=True)
 class Ranks:
-    """Widths of the latent attention to make."""
+    """Widths and positions of the latent attention to make."""
 
     kv_lora_rank: int
     qk_rope_head_dim: int | None = None
     """None for the source's head width, WIDEST_ROPE at most."""
     q_lora_rank: int | None = None
+    rope_theta: float | None = None
+    """Base of the RoPE frequencies; the source's own keeps its RoPE with its scaling, others are plain RoPE.
+
+    None for the source's own or its square root, whichever `convert` finds to be better.
+    """
+
+
+@dataclass(frozen=True)
+class Method:
+    """Parts of a conversion, each of which can be left out to see what it brings."""
+
+    constant_latent: bool = True
+    """See `low_rank`."""
+    fitted_positions: bool = True
+    """See `rope`; without, slots stay as they begin."""
+    refit: bool = True
+    """See `refit`; without, layers are converted for the source's own hidden states."""
+
+
+WHOLE_METHOD = Method()
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,8 @@ class LlamaConfig:
     rms_norm_eps: float
     inv_freq: np.ndarray
     """Frequencies of the head_dim / 2 RoPE pairs, radians per token."""
+    rope_theta: float
+    """Base of the frequencies, before scaling."""
     softmax_scale: float
     """Factor of the attention scores: head_dim^-1/2, times the square of YaRN's attention_factor."""
 
@@ -74,6 +96,7 @@ def read_config(hf: dict[str, Any]) -> LlamaConfig:
         head_dim=head_dim,
         rms_norm_eps=float(hf.get("rms_norm_eps") or NORM_EPS),
         inv_freq=inv_freq,
+        rope_theta=_rope(hf)["rope_theta"],
         softmax_scale=head_dim**-0.5 * attention_factor**2,
     )
 
@@ -93,6 +116,8 @@ def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied
             f"--rope-dim {ranks.qk_rope_head_dim} cannot hold every s-th frequency of heads {source.head_dim} wide; "
             f"possible are {', '.join(map(str, possible))}"
         )
+    if ranks.rope_theta is not None and not ranks.rope_theta > 1:
+        raise UsageError(f"--rope-theta {ranks.rope_theta} must be above 1")
     for flag, rank in (("--kv-lora-rank", ranks.kv_lora_rank), ("--q-lora-rank", ranks.q_lora_rank)):
         if rank is not None and not 1 <= rank <= _integer(hf, "hidden_size"):
             raise UsageError(f"{flag} {rank} must be from 1 to hidden_size={hf['hidden_size']}")
@@ -105,9 +130,11 @@ def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied
             "rms_norm_eps": NORM_EPS,
             "qk_nope_head_dim": source.head_dim,
             "v_head_dim": source.head_dim,
-            **dataclasses.asdict(ranks),
+            "kv_lora_rank": ranks.kv_lora_rank,
+            "qk_rope_head_dim": ranks.qk_rope_head_dim,
+            "q_lora_rank": ranks.q_lora_rank,
             "rope_scaling": None,
-            "rope_parameters": _target_rope(hf, source.inv_freq[:: source.head_dim // ranks.qk_rope_head_dim]),
+            "rope_parameters": _target_rope(hf, source, ranks),
         },
         tied=tied,
         dtype=dtype,
@@ -115,7 +142,9 @@ def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied
 
 
 def frequency_error(source: LlamaConfig, target: ModelConfig) -> float:
-    """Largest relative difference between a kept frequency and the target's; 0 unless RoPE is scaled."""
+    """Largest relative difference between a kept frequency and the target's; 0 unless a scaled RoPE is kept."""
+    if target.rope_theta != source.rope_theta:
+        return 0.0
     kept = source.inv_freq[:: source.head_dim // target.qk_rope_head_dim]
     return float(np.abs(rope.inv_freq(target) / kept - 1).max())
 
@@ -142,13 +171,17 @@ def _rope(hf: dict) -> dict[str, Any]:
     return {**settings, "rope_type": rope_type, "rope_theta": float(theta)}
 
 
-def _target_rope(hf: dict, kept: np.ndarray) -> dict[str, Any]:
-    """The target's rope_parameters: for Llama 3's scaling the YaRN whose frequencies are nearest to those `kept`.
+def _target_rope(hf: dict, source: LlamaConfig, ranks: Ranks) -> dict[str, Any]:
+    """The target's rope_parameters: for Llama 3's scaling the YaRN whose frequencies are nearest to those kept.
 
     With both mscale keys attention_factor is 1; the queries are divided by the temperature that the keys give.
     """
     settings = _rope(hf)
+    if ranks.rope_theta not in (None, source.rope_theta):
+        return {"rope_type": "default", "rope_theta": ranks.rope_theta}
     if settings["rope_type"] == "llama3":
+        assert ranks.qk_rope_head_dim is not None
+        kept = source.inv_freq[:: source.head_dim // ranks.qk_rope_head_dim]
         settings = {
             "rope_type": "yarn",
             **_nearest_yarn(kept, settings["rope_theta"], settings["factor"], settings[_ORIGINAL]),

@@ -4,6 +4,7 @@ The residual stream is scaled so that norms with the epsilon of the source do th
 of s h with epsilon s^2 e is the norm of h with epsilon e.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -13,9 +14,11 @@ from tqdm import tqdm
 from mla_jax.bridge.hf.layout import EMBEDDING, HEAD
 from mla_jax.bridge.llama.attention import convert_attention
 from mla_jax.bridge.llama.calibration import Calibration, in_batches, perplexity, read_calibration
-from mla_jax.bridge.llama.config import Ranks, frequency_error, target_config
-from mla_jax.bridge.llama.layer import LlamaLayer, Rotary, cos_sin, forward, forward_decoupled, norm
+from mla_jax.bridge.llama.config import WHOLE_METHOD, Method, Ranks, frequency_error, target_config
+from mla_jax.bridge.llama.layer import LlamaLayer, attention, cos_sin, gated, latent_heads, norm
+from mla_jax.bridge.llama.refit import follow, refit
 from mla_jax.bridge.llama.report import Report
+from mla_jax.bridge.llama.rope import decouple
 from mla_jax.bridge.llama.source import FINAL_NORM, LlamaCheckpoint
 from mla_jax.checkpoint.run_folder import check_tokenizer
 from mla_jax.config import ModelConfig
@@ -26,7 +29,13 @@ from mla_jax.model.transformer import abstract_params, bind
 
 
 def convert(
-    hf_dir: str | Path, ranks: Ranks, texts: str | Path, *, tokens: int = 65_536, length: int = 1024
+    hf_dir: str | Path,
+    ranks: Ranks,
+    texts: str | Path,
+    *,
+    tokens: int = 65_536,
+    length: int = 1024,
+    method: Method = WHOLE_METHOD,
 ) -> tuple[ModelConfig, dict, Tokenizer, Report]:
     """Reads and converts a checkpoint, and measures what the conversion costs.
 
@@ -36,6 +45,7 @@ def convert(
         texts: file of UTF-8 text, of the kind that the model is for.
         tokens: the most tokens of the text to use.
         length: tokens of a calibration sequence.
+        method: what is left out, for comparison.
 
     Returns:
         Config, parameters and tokenizer as `bridge.hf.reader.load` returns them, and the report.
@@ -45,18 +55,49 @@ def convert(
         UsageError: ranks that this checkpoint cannot have.
     """
     source = LlamaCheckpoint(Path(hf_dir))
-    target = target_config(source.hf, source.config, ranks, tied=source.tied, dtype=source.dtype)
+    target = _target(source, ranks)
     source.check(target)
     check_tokenizer(source.tokenizer, target)
     calibration = read_calibration(texts, source.tokenizer, tokens, min(length, target.max_position_embeddings))
-    params, report = _Conversion(source, target, calibration).run()
+    if ranks.rope_theta is None:
+        target = _target(source, choose_theta(source, ranks, calibration.tokens_BT.shape[1]))
+    params, report = _Conversion(source, target, calibration, method).run()
     return target, params, source.tokenizer, report
+
+
+def _target(source: LlamaCheckpoint, ranks: Ranks) -> ModelConfig:
+    return target_config(source.hf, source.config, ranks, tied=source.tied, dtype=source.dtype)
+
+
+def choose_theta(source: LlamaCheckpoint, ranks: Ranks, length: int) -> Ranks:
+    """The ranks with the base of RoPE, of the source's and its square root, that explains more of the source's scores.
+
+    The root has the faster half of the frequencies, two slots each where the RoPE key is as wide as a head: better
+    where the slower half hardly turn over `length` tokens. Three layers are looked at, for inputs of all directions.
+    """
+    theta = source.config.rope_theta
+    if source.config.kv_heads == 1:  # the source's own frequencies are exact
+        return dataclasses.replace(ranks, rope_theta=theta)
+    last = source.hf["num_hidden_layers"] - 1
+    layers = [source.layer(i) for i in {0, last // 2, last}]
+
+    def share(theta: float) -> float:
+        slots = inv_freq(_target(source, dataclasses.replace(ranks, rope_theta=theta)))
+        return sum(
+            decouple(
+                layer.q_HND, layer.k_GND, np.eye(layer.q_HND.shape[-1]), source.config.inv_freq, slots, length
+            ).share
+            for layer in layers
+        )
+
+    return dataclasses.replace(ranks, rope_theta=max(theta, theta**0.5, key=share))
 
 
 class _Conversion:
     """The conversion of one checkpoint: what its layers share, and the parameters being filled."""
 
-    def __init__(self, source: LlamaCheckpoint, target: ModelConfig, calibration: Calibration):
+    def __init__(self, source: LlamaCheckpoint, target: ModelConfig, calibration: Calibration, method: Method):
+        self.method = method
         self.source, self.target, self.calibration = source, target, calibration
         self.scale = (target.rms_norm_eps / source.config.rms_norm_eps) ** 0.5
         self.norm_and_scale = {"eps": source.config.rms_norm_eps, "scale": source.config.softmax_scale}
@@ -70,12 +111,11 @@ class _Conversion:
         embedding_XD, final_norm_D = self.source.read(EMBEDDING), self.source.read(FINAL_NORM)
         head_XD = embedding_XD if self.source.tied else self.source.read(HEAD)
         fitted, held_out = self.calibration.fitted, self.calibration.tokens_BT[self.calibration.fitted :]
-        h_BTD = embedding_XD[self.calibration.tokens_BT]
-        decoupled_BTD = h_BTD[fitted:]
+        source_BTD = h_BTD = embedding_XD[self.calibration.tokens_BT]
         errors = []
         for i in tqdm(range(self.target.num_hidden_layers), desc="converting layers", leave=False):
             layer = self.source.layer(i)
-            h_BTD, decoupled_BTD, layer_errors = self._layer(i, layer, h_BTD, decoupled_BTD)
+            source_BTD, h_BTD, layer_errors = self._layer(i, layer, source_BTD, h_BTD)
             errors.append(layer_errors)
 
         self.params["embed_tokens"][:] = embedding_XD * self.scale
@@ -90,40 +130,59 @@ class _Conversion:
             return perplexity(norm(h_BTD, self.norm_and_scale["eps"]) * final_norm_D, head_XD.T, held_out)
 
         perplexities = {
-            "source": held_out_perplexity(h_BTD[fitted:]),
-            "positions_decoupled": held_out_perplexity(decoupled_BTD),
+            "source": held_out_perplexity(source_BTD[fitted:]),
             "converted": converted_perplexity(self.target, params, held_out),
         }
         return params, self._report(errors, perplexities)
 
-    def _layer(self, i: int, layer: LlamaLayer, h_BTD, decoupled_BTD):
-        """Converts layer i. Returns the hidden states after it, of the source and with decoupled RoPE, and errors."""
-        x_BTD = norm(h_BTD, self.norm_and_scale["eps"])
-        x_ND, held_out_ND = (
-            x.reshape(-1, x.shape[-1]) for x in (x_BTD[: self.calibration.fitted], x_BTD[self.calibration.fitted :])
+    def _layer(self, i: int, layer: LlamaLayer, source_BTD: np.ndarray, h_BTD: np.ndarray):
+        """Converts layer i.
+
+        Args:
+            i: its number.
+            layer: its weights.
+            source_BTD: hidden states before it, of the source.
+            h_BTD: those of the layers that are converted already.
+
+        Returns:
+            The two kinds of hidden states after it, and its errors.
+        """
+        eps, fitted = self.norm_and_scale["eps"], self.calibration.fitted
+        x_ND, held_out_ND = (_rows(norm(h, eps)) for h in np.split(h_BTD, [fitted]))
+        seen = layer
+        if self.method.refit:
+            map_DD = follow(x_ND, _rows(norm(source_BTD[:fitted], eps)))
+            seen = layer._replace(q_HND=layer.q_HND @ map_DD, k_GND=layer.k_GND @ map_DD, v_GND=layer.v_GND @ map_DD)
+        weights, errors = convert_attention(
+            self.source.config, self.target, seen, h_BTD.shape[1], x_ND, held_out_ND, self.method
         )
-        attention, decoupled, errors = convert_attention(
-            self.source.config, self.target, layer, h_BTD.shape[1], x_ND, held_out_ND
+
+        wanted_BTD = in_batches(lambda h: attention(h, layer, self.source_rope, **self.norm_and_scale), source_BTD)
+        heads_BTX = in_batches(lambda h: latent_heads(h, weights, self.target_rope, config=self.target, eps=eps), h_BTD)
+        weights["o_proj"] = self._refit(weights["o_proj"], heads_BTX, wanted_BTD - h_BTD)
+        h_BTD = h_BTD + heads_BTX @ weights["o_proj"]
+        wanted_BTD += in_batches(lambda h: gated(h, layer, eps=eps), wanted_BTD) @ layer.down_DF.T
+        gated_BTF = in_batches(lambda h: gated(h, layer, eps=eps), h_BTD)
+        down_FD = self._refit(layer.down_DF.T, gated_BTF, wanted_BTD - h_BTD)
+        h_BTD = h_BTD + gated_BTF @ down_FD
+        errors["hidden_error"] = float(
+            np.square(h_BTD[fitted:] - wanted_BTD[fitted:]).sum() / np.square(wanted_BTD[fitted:]).sum()
         )
 
         layers = self.params["layers"]
-        for name, weight in attention.items():
+        for name, weight in weights.items():
             layers["self_attn"][name][i] = weight * (self.scale if name == "o_proj" else 1)
         layers["input_layernorm"][i] = 1
         layers["post_attention_layernorm"][i] = layer.mlp_norm_D
         layers["mlp"]["gate_proj"][i] = layer.gate_FD.T
         layers["mlp"]["up_proj"][i] = layer.up_FD.T
-        layers["mlp"]["down_proj"][i] = layer.down_DF.T * self.scale
+        layers["mlp"]["down_proj"][i] = down_FD * self.scale
+        return wanted_BTD, h_BTD, errors
 
-        rotary = Rotary(
-            decoupled.q_rope_HRD.astype(np.float32), decoupled.k_rope_RD.astype(np.float32), self.target_rope
-        )
-        k_nope_GND = decoupled.k_nope_GND.astype(np.float32)
-        after = in_batches(lambda h: forward(h, layer, self.source_rope, **self.norm_and_scale), h_BTD)
-        decoupled_after = in_batches(
-            lambda h: forward_decoupled(h, layer, k_nope_GND, rotary, **self.norm_and_scale), decoupled_BTD
-        )
-        return after, decoupled_after, errors
+    def _refit(self, w_XD: np.ndarray, x_BTX: np.ndarray, wanted_BTD: np.ndarray) -> np.ndarray:
+        if not self.method.refit:
+            return w_XD
+        return refit(w_XD, *(_rows(rows[: self.calibration.fitted]) for rows in (x_BTX, wanted_BTD)))
 
     def _report(self, errors: list[dict[str, float]], perplexities: dict[str, float]) -> Report:
         sequences, length = self.calibration.tokens_BT.shape
@@ -140,6 +199,10 @@ class _Conversion:
             perplexity=perplexities,
             layers=errors,
         )
+
+
+def _rows(x_BTX: np.ndarray) -> np.ndarray:
+    return x_BTX.reshape(-1, x_BTX.shape[-1])
 
 
 def converted_perplexity(config: ModelConfig, params: dict, tokens_BT: np.ndarray) -> float:

@@ -13,6 +13,7 @@ _COLUMNS = {
     "query_error": "queries",
     "rotary_share": "rotary share",
     "latent_rms_variation": "latent RMS",
+    "hidden_error": "hidden state",
 }
 
 
@@ -31,7 +32,7 @@ class Report:
     held_out_tokens: int
     frequency_error: float
     perplexity: dict[str, float]
-    """On the held-out text: `source`, `positions_decoupled` with full ranks, `converted`."""
+    """On the held-out text: `source`, `converted`."""
     layers: list[dict[str, float]]
 
     def write(self, run_dir: Path) -> None:
@@ -48,7 +49,6 @@ class Report:
             "",
             f"{'perplexity of ' + format(self.held_out_tokens, ',') + ' held-out tokens':<44}",
             f"  {'source':<42}{self.perplexity['source']:>10.3f}",
-            f"  {'positions decoupled, nothing factored':<42}{self.perplexity['positions_decoupled']:>10.3f}",
             f"  {'converted':<42}{self.perplexity['converted']:>10.3f}",
             f"cached elements per token and layer: {before} before, {after} after ({after / before:.1%})",
         ]
