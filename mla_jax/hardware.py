@@ -1,5 +1,7 @@
 """Peak throughput and memory of known GPUs, and the memory of the devices at hand."""
 
+from pathlib import Path
+
 import jax
 
 GIB = 2**30
@@ -49,6 +51,16 @@ def available_memory() -> int | None:
     """Bytes that JAX may still allocate on the default device; None where JAX does not count (CPUs)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
+
+def available_host_memory() -> int | None:
+    """Bytes that this machine's programs may still take without swapping; None where Linux does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def peak_memory() -> int | None:

@@ -176,7 +176,6 @@ HF = {**SIZES, "model_type": "llama", "num_key_value_heads": 2}
     [
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
         ({"head_dim": 7}, "head_dim is 7"),
         ({"sliding_window": 100}, "sliding_window is 100"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'; only default, llama3 and yarn"),
@@ -184,6 +183,7 @@ HF = {**SIZES, "model_type": "llama", "num_key_value_heads": 2}
         ({"rope_scaling": {**YARN, "mscale": 1.0}}, "yarn with mscale=1.0"),
         ({"rope_scaling": 3}, "rope_parameters is 3; expected an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.5}}, "with partial_rotary_factor=0.5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is"),
         ({"num_attention_heads": "4"}, "num_attention_heads is '4'; expected a positive integer"),
     ],

@@ -4,9 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from mla_jax.bridge.llama import convert
 from mla_jax.bridge.llama.calibration import read_calibration
+from mla_jax.bridge.llama.config import Ranks, target_config
+from mla_jax.bridge.llama.source import LlamaCheckpoint
 from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import load_tokenizer
@@ -66,6 +70,76 @@ def test_errors_are_one_line(call, llama, tmp_path):
         assert message in err
         assert err.count("\n") == 1
         assert not (tmp_path / "run").exists()
+
+
+def converting(call, folder, run, texts):
+    """The one line of an error, with nothing written."""
+    code, _, err = call(import_hf, folder, run, "--kv-lora-rank", 8, "--calibration", texts)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert not run.exists()
+    return err
+
+
+def test_texts_shorter_than_the_model_is_wide(call, llama, tmp_path):
+    (tmp_path / "short.txt").write_text(stories(0, 1))
+    options = ("--kv-lora-rank", 8, "--calibration-length", 16, "--calibration-tokens", 48)
+    code, _, err = call(import_hf, llama, tmp_path / "run", *options, "--calibration", tmp_path / "short.txt")
+    assert code == 1
+    assert "gives 32 tokens to fit; at least hidden_size=64 are needed" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory(call, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "available_host_memory", lambda: 2**20)
+    assert "GiB of memory, and 0.0 are left" in converting(call, llama, tmp_path / "run", llama / "texts.txt")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_named(value, call, llama, tmp_path):
+    model = save_llama(tmp_path / "llama", num_key_value_heads=2)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3, 4] = value
+    model.save_pretrained(tmp_path / "llama")
+    err = converting(call, tmp_path / "llama", tmp_path / "run", llama / "texts.txt")
+    assert "model.layers.1.self_attn.v_proj.weight" in err and "holds NaN or infinity" in err
+
+
+def test_other_formats_say_what_to_do(call, llama, tmp_path):
+    for name, advice in (("pytorch_model.bin", "from_pretrained("), ("model.gguf", "gguf_file='model.gguf'")):
+        folder = tmp_path / name
+        save_llama(folder, num_key_value_heads=2)
+        (folder / "model.safetensors").rename(folder / name)
+        err = converting(call, folder, tmp_path / "run", llama / "texts.txt")
+        assert f"transformers converts {name}" in err and advice in err
+
+
+def test_a_folder_without_a_tokenizer_says_what_to_do(call, llama, tmp_path):
+    save_llama(tmp_path / "llama", num_key_value_heads=2)
+    (tmp_path / "llama" / "tokenizer.json").unlink()
+    err = converting(call, tmp_path / "llama", tmp_path / "run", llama / "texts.txt")
+    assert "has no tokenizer.json: copy the model's into it" in err
+
+
+def test_foreign_architectures_hear_what_can_be_imported(call, llama, tmp_path):
+    save_llama(tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    (tmp_path / "llama" / "config.json").write_text(json.dumps({**config, "model_type": "gemma3_text"}))
+    err = converting(call, tmp_path / "llama", tmp_path / "run", llama / "texts.txt")
+    assert "'gemma3_text'" in err and "llama, mistral and qwen2 converted" in err
+
+
+def test_biases_of_zero_are_taken(tmp_path):
+    model = save_llama(tmp_path, num_key_value_heads=2, attention_bias=True)
+    with pytest.raises(InputError, match="has biases"):
+        LlamaCheckpoint(tmp_path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    model.save_pretrained(tmp_path)
+    source = LlamaCheckpoint(tmp_path)
+    source.check(target_config(source.hf, source.config, Ranks(32), tied=source.tied, dtype="float32"))
 
 
 def test_missing_and_damaged_tensors(call, llama, tmp_path):

@@ -90,7 +90,10 @@ def from_hf(hf: dict[str, Any], *, tied: bool, dtype: str) -> ModelConfig:
     """
     model_type = hf.get("model_type")
     if model_type not in _FIRST_MOE_LAYER:
-        raise InputError(f"model_type is {model_type!r}; only {' and '.join(_FIRST_MOE_LAYER)} can be imported")
+        raise InputError(
+            f"model_type is {model_type!r}; only {' and '.join(_FIRST_MOE_LAYER)} can be imported "
+            "as they are, and llama, mistral and qwen2 converted"
+        )
     sizes: dict[str, Any] = {key: _size(hf, key) for key in _SIZES}
     _refuse_experts(hf, _FIRST_MOE_LAYER[model_type], sizes["num_hidden_layers"])
     heads = sizes["num_attention_heads"]

@@ -16,7 +16,7 @@ from mla_jax.bridge.hf.layout import EMBEDDING, HEAD, HfTensor, tensors
 from mla_jax.checkpoint.run_folder import check_tokenizer
 from mla_jax.checkpoint.streaming import CHUNK_BYTES, LazyArray, Leaf, chunk_slices
 from mla_jax.config import ModelConfig
-from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mla_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
 from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.transformer import abstract_params
@@ -106,7 +106,7 @@ def open_checkpoint(hf_dir: str | Path) -> HfCheckpoint:
     config = _model_config(folder, hf, weights)
     expected = [t for t in tensors(config) if t.name != HEAD or not config.tie_word_embeddings]
     weights.check(expected, config)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = read_tokenizer(folder)
     check_tokenizer(tokenizer, config)
     interleaved = hf["model_type"] == "deepseek_v2" or bool(hf.get("rope_interleave", True))
     return HfCheckpoint(config, expected, tokenizer, weights, interleaved)
@@ -128,10 +128,13 @@ class SafetensorsFolder:
                     self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> np.ndarray:
-        """One tensor, or a part of it, in the type it is stored in."""
+        """One tensor, or a part of it, in the type it is stored in. Raises InputError if it holds NaN or infinity."""
         # Opened anew: pages of a file that stays mapped count as memory of the process.
         with _opened(self._paths[name]) as file:
-            return file.get_tensor(name) if part is None else file.get_slice(name)[part]
+            array = file.get_tensor(name) if part is None else file.get_slice(name)[part]
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} in {self._paths[name]} holds NaN or infinity: this checkpoint computes nothing")
+        return array
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two matrices have the same values."""
@@ -200,11 +203,29 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if not index.exists():
-        raise InputError(f"{folder} has neither model.safetensors nor {index.name}; other formats cannot be imported")
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(pattern))
+        load = f"gguf_file={others[0]!r}, " if others and others[0].endswith(".gguf") else ""
+        advice = (
+            f"; transformers converts {others[0]}: AutoModelForCausalLM.from_pretrained({str(folder)!r}, {load}"
+            "dtype='auto').save_pretrained(NEW), and the same of AutoTokenizer"
+            if others
+            else "; other formats cannot be imported"
+        )
+        raise InputError(f"{folder} has neither model.safetensors nor {index.name}{advice}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index} has no weight_map of tensor names to file names")
     return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder. Raises InputError if there is none, or none that can be read."""
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise InputError(
+            f"{folder} has no {TOKENIZER_FILE}: copy the model's into it, or write it there with transformers: "
+            f"AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(folder)!r})"
+        )
+    return load_tokenizer(str(folder))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Calibration:
         return len(self.tokens_BT) - self.held_out
 
 
-def read_calibration(path: str | Path, tokenizer: Tokenizer, tokens: int, length: int) -> Calibration:
+def read_calibration(path: str | Path, tokenizer: Tokenizer, tokens: int, length: int, least: int = 1) -> Calibration:
     """Cuts the beginning of a text file into sequences.
 
     Args:
@@ -42,9 +42,10 @@ def read_calibration(path: str | Path, tokenizer: Tokenizer, tokens: int, length
         tokenizer: the checkpoint's.
         tokens: the most tokens to take, held-out ones included.
         length: tokens of a sequence.
+        least: tokens that there must be beside those held out.
 
     Raises:
-        InputError: no such file, no UTF-8, or too short for two sequences.
+        InputError: no such file, no UTF-8, or too short for two sequences or for `least`.
     """
     try:
         with Path(path).open(encoding="utf-8") as file:
@@ -59,9 +60,15 @@ def read_calibration(path: str | Path, tokenizer: Tokenizer, tokens: int, length
             f"{path} gives {len(ids)} tokens, {count} sequences of {length}; at least 2 are needed, and many more "
             "tokens than hidden_size for a fit that means something: use a longer text"
         )
+    held_out = -(-count // HELD_OUT)
+    if (count - held_out) * length < least:
+        raise InputError(
+            f"{path} gives {(count - held_out) * length} tokens to fit; at least hidden_size={least} are needed, and "
+            "many times as many for a fit that means something: use a longer text and more --calibration-tokens"
+        )
     rows = np.array(ids[: count * cut], np.int32).reshape(count, cut)
     rows = np.concatenate([np.tile(np.array(begin, np.int32), (count, 1)), rows], axis=1)
-    return Calibration(rows, held_out=-(-count // HELD_OUT))
+    return Calibration(rows, held_out)
 
 
 def in_batches(function: Callable, rows_BTX: np.ndarray) -> np.ndarray:

@@ -14,6 +14,8 @@ from mla_jax.model import rope
 
 LLAMA_STYLE = ("llama", "mistral", "qwen2", "qwen3")
 """Values of model_type that are converted."""
+_NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+"""`LlamaCheckpoint` has refused biases that are not 0."""
 _ORIGINAL = "original_max_position_embeddings"
 WIDEST_ROPE = 64
 """The default of the RoPE key's width: DeepSeek's own, which vLLM's and FlashAttention's kernels support."""
@@ -133,6 +135,7 @@ def target_config(hf: dict[str, Any], source: LlamaConfig, ranks: Ranks, *, tied
             "kv_lora_rank": ranks.kv_lora_rank,
             "qk_rope_head_dim": ranks.qk_rope_head_dim,
             "q_lora_rank": ranks.q_lora_rank,
+            **_NO_BIASES,
             "rope_scaling": None,
             "rope_parameters": _target_rope(hf, source, ranks),
         },
@@ -165,8 +168,8 @@ def _rope(hf: dict) -> dict[str, Any]:
     rope_type = settings.get("rope_type") or settings.get("type") or "default"
     if rope_type not in ("default", "llama3", "yarn"):
         raise InputError(f"rope_type is {rope_type!r}; only default, llama3 and yarn can be converted")
-    for key in ("mscale", "mscale_all_dim", "attention_factor"):
-        if settings.get(key) is not None:
+    for key in ("mscale", "mscale_all_dim", "attention_factor", "partial_rotary_factor"):
+        if settings.get(key) is not None and (key, settings[key]) != ("partial_rotary_factor", 1):
             raise InputError(f"rope_type {rope_type} with {key}={settings[key]!r} cannot be converted")
     return {**settings, "rope_type": rope_type, "rope_theta": float(theta)}
 
@@ -230,7 +233,7 @@ def _source_rope(hf: dict, head_dim: int) -> tuple[np.ndarray, float]:
         **hf, "model_type": "deepseek_v3", "first_k_dense_replace": hf.get("num_hidden_layers"),
         "num_key_value_heads": None, "rms_norm_eps": NORM_EPS, "qk_nope_head_dim": 1, "v_head_dim": 1,
         "kv_lora_rank": 1, "q_lora_rank": None, "qk_rope_head_dim": head_dim,
-        "rope_scaling": None, "rope_parameters": settings,
+        "rope_scaling": None, "rope_parameters": settings, **_NO_BIASES,
     }  # fmt: skip
     config = from_hf(as_deepseek, tied=False, dtype="float32")
     return rope.inv_freq(config), rope.attention_factor(config.rope_scaling)

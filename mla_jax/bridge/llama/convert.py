@@ -23,6 +23,8 @@ from mla_jax.bridge.llama.source import FINAL_NORM, LlamaCheckpoint
 from mla_jax.checkpoint.run_folder import check_tokenizer
 from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import Tokenizer
+from mla_jax.errors import InputError
+from mla_jax.hardware import GIB, available_host_memory
 from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.rope import inv_freq
 from mla_jax.model.transformer import abstract_params, bind
@@ -51,14 +53,16 @@ def convert(
         Config, parameters and tokenizer as `bridge.hf.reader.load` returns them, and the report.
 
     Raises:
-        InputError: the checkpoint cannot be read or represented, or the text is too short.
+        InputError: the checkpoint cannot be read or represented, the text is too short, or the memory too small.
         UsageError: ranks that this checkpoint cannot have.
     """
     source = LlamaCheckpoint(Path(hf_dir))
     target = _target(source, ranks)
     source.check(target)
     check_tokenizer(source.tokenizer, target)
-    calibration = read_calibration(texts, source.tokenizer, tokens, min(length, target.max_position_embeddings))
+    length = min(length, target.max_position_embeddings)
+    calibration = read_calibration(texts, source.tokenizer, tokens, length, least=target.hidden_size)
+    _check_memory(target, calibration.tokens_BT.size)
     if ranks.rope_theta is None:
         target = _target(source, choose_theta(source, ranks, calibration.tokens_BT.shape[1]))
     params, report = _Conversion(source, target, calibration, method).run()
@@ -67,6 +71,19 @@ def convert(
 
 def _target(source: LlamaCheckpoint, ranks: Ranks) -> ModelConfig:
     return target_config(source.hf, source.config, ranks, tied=source.tied, dtype=source.dtype)
+
+
+def _check_memory(target: ModelConfig, tokens: int) -> None:
+    """Raises InputError if the parameters and what is kept of all tokens do not fit the memory that is left."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(target)))
+    widths = _HIDDEN_ARRAYS * target.hidden_size + 2 * target.intermediate_size
+    needed, left = 4 * (_COPIES * parameters + tokens * widths), available_host_memory()
+    if left is not None and needed > left:
+        raise InputError(
+            f"converting needs about {needed / GIB:.1f} GiB of memory, and {left / GIB:.1f} are left: "
+            f"{4 * _COPIES * parameters / GIB:.1f} for {parameters:,} parameters in float32, the rest for {tokens:,} "
+            "tokens of calibration, which --calibration-tokens makes fewer"
+        )
 
 
 def choose_theta(source: LlamaCheckpoint, ranks: Ranks, length: int) -> Ranks:
@@ -91,6 +108,12 @@ def choose_theta(source: LlamaCheckpoint, ranks: Ranks, length: int) -> Ranks:
         )
 
     return dataclasses.replace(ranks, rope_theta=max(theta, theta**0.5, key=share))
+
+
+_COPIES = 2
+"""Copies of the parameters at one time: being filled, and on the device."""
+_HIDDEN_ARRAYS = 8
+"""Arrays as wide as the hidden state that exist of every token at one time."""
 
 
 class _Conversion:

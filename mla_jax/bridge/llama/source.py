@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from mla_jax.bridge.hf.layout import EMBEDDING, HEAD, HfTensor
-from mla_jax.bridge.hf.reader import STORED_DTYPES, SafetensorsFolder, read_json
+from mla_jax.bridge.hf.reader import STORED_DTYPES, SafetensorsFolder, read_json, read_tokenizer
 from mla_jax.bridge.llama.config import LLAMA_STYLE, LlamaConfig, read_config
 from mla_jax.bridge.llama.layer import LlamaLayer
 from mla_jax.config import ModelConfig
-from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.errors import InputError
 
 FINAL_NORM = "model.norm.weight"
@@ -42,7 +42,7 @@ class LlamaCheckpoint:
             EMBEDDING in shapes and self._weights.equal(EMBEDDING, HEAD)
         )  # fmt: skip
         self.dtype = STORED_DTYPES.get(self._weights.dtypes.get(EMBEDDING, ""), "float32")
-        self.tokenizer: Tokenizer = load_tokenizer(str(folder))
+        self.tokenizer: Tokenizer = read_tokenizer(folder)
 
     def check(self, target: ModelConfig) -> None:
         """Raises InputError, naming tensors, unless exactly those of a Llama of these sizes are there."""
