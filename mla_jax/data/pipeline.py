@@ -52,24 +52,26 @@ class Pipeline:
         return self
 
     def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = self._start()
         try:
-            batch = next(self._batches)
+            batch = next(self.start())
         except BaseException:
             self.close()  # Grain has gone on to the batch after this one
             raise
         self._next += 1
         return batch
 
-    def _start(self) -> grain.DatasetIterator:
-        make = self._source.__getitem__
-        if self._workers:
-            self._processes = WorkerProcesses(self._source, self._workers)
-            make = self._processes.__getitem__
-        threads = max(self._workers, 1)  # with workers, they read what those have made
-        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        return iter(grain.MapDataset.range(self._next, len(self._source)).map(make).to_iter_dataset(ahead))
+    def start(self) -> grain.DatasetIterator:
+        """Starts threads and worker processes, unless they run; the first batch does it too."""
+        if self._batches is None:
+            make = self._source.__getitem__
+            if self._workers:
+                self._processes = WorkerProcesses(self._source, self._workers)
+                make = self._processes.__getitem__
+            threads = max(self._workers, 1)  # with workers, they read what those have made
+            ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+            batches = grain.MapDataset.range(self._next, len(self._source)).map(make).to_iter_dataset(ahead)
+            self._batches = iter(batches)
+        return self._batches
 
     def fresh(self) -> "Pipeline":
         """Another iterator over the same batches, from the first on."""

@@ -32,6 +32,7 @@ from mla_jax.observability.telemetry import Telemetry
 from mla_jax.observability.trackers import check_installed
 from mla_jax.optim import learning_rate, make_optimizer
 from mla_jax.state import TrainState, abstract_state, init_state, with_params
+from mla_jax.training.ahead import Ahead
 from mla_jax.training.loop_state import LoopState
 from mla_jax.training.resume import data_settings, describe_changes
 from mla_jax.training.step import make_train_step
@@ -92,7 +93,8 @@ class _Trainer:
         check_tokenizer(tokenizer, config.model)
         self.tokenizer = tokenizer
         optimizer = make_optimizer(config.optim)
-        self.train_step = make_train_step(config.model, optimizer, loss, config.train.nonfinite == "skip")
+        self.train_step = Ahead(make_train_step(config.model, optimizer, loss, config.train.nonfinite == "skip"))
+        self.prepared = 0  # the last stage that was made ready before its first step
         self.shared = replicate(loss.shared)
         for stage in config.train.stages:
             check_batch(stage.batch_size, stage.seq_len, config.train.grad_accumulation, loss.branch_tokens)
@@ -165,6 +167,7 @@ class _Trainer:
                     self.checkpoints.wait()
         finally:
             self.data.close()
+            self.train_step.close()
             display.close()
             self.telemetry.close(self._finished())
             self.checkpoints.close()
@@ -186,21 +189,32 @@ class _Trainer:
         with self.telemetry.clock.wait_for_data(self.pending):
             rows = next(self.data)
         batch = place_batch(rows, c.train.grad_accumulation, self.loss.branch_tokens)
-        rate = learning_rate(c.optim, c.train.stages, loop.stage, loop.stage_step)
+        rate = jnp.float32(learning_rate(c.optim, c.train.stages, loop.stage, loop.stage_step))
         with self.telemetry.dispatch(batch["tokens"].shape, self.pending):
-            self.state, metrics = self.train_step(self.state, batch, jnp.float32(rate), self.shared)
+            self.state, metrics = self.train_step(self.state, batch, rate, self.shared)
             self.pending.append(metrics)
+        self._prepare_next_stage(batch, rate)
         # Steps that are queued must run before a checkpoint can be saved.
         jax.block_until_ready(self.pending[:-MAX_STEPS_IN_FLIGHT][-1:])
         loop.step += 1
         loop.stage_step += 1
+
+    def _prepare_next_stage(self, batch: dict, rate: jax.Array) -> None:
+        stages, number = self.config.train.stages, self.loop.stage + 1
+        if self.prepared < number < len(stages):
+            self.prepared, stage = number, stages[number]
+            # Other pipelines do more at their beginning: a reference model reads all of the stage, for instance.
+            plain = type(self.data) is Pipeline and self.config.data.workers > 0
+            make_data = functools.partial(self._pipeline, number) if plain else None
+            arguments = self.state, batch, rate, self.shared
+            self.train_step.prepare(arguments, stage.batch_size, stage.seq_len, make_data)
 
     def _next_stage(self) -> None:
         self.loop.stage += 1
         self.loop.stage_step = 0
         self.loop.best, self.loop.waited = None, 0
         self.data.close()
-        self.data = self._pipeline(self.loop.stage)
+        self.data = self.train_step.take_data() or self._pipeline(self.loop.stage)
 
     def _read_pending(self) -> None:
         """Moves the metrics of finished steps into the window; a loss that is not finite ends the run."""
