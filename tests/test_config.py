@@ -153,6 +153,11 @@ def test_impossible_values_of_preference_optimisation_are_named(overrides, named
         _compose("init_from=run", *overrides, entry="dpo")
 
 
+def test_distillation_wants_whole_sequences():
+    with pytest.raises(UsageError, match=r"loss=distill needs mesh\.context=1, got 2"):
+        _compose("loss=distill", "loss.source=folder", "mesh.context=2")
+
+
 def test_a_step_to_evaluate_is_a_number_or_a_name():
     register_schemas()
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):

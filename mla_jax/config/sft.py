@@ -24,3 +24,7 @@ class SftConfig(RunConfig):
             self.train.validate_every > 0 or validation == ValidationConfig(),
             "data.validation is never evaluated; set train.validate_every=STEPS",
         )
+        require(
+            self.loss.name != "distill" or self.mesh.context == 1,
+            f"loss=distill needs mesh.context=1, got {self.mesh.context}: the other model reads whole sequences",
+        )
