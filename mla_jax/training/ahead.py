@@ -10,6 +10,11 @@ import jax
 from mla_jax.data.pipeline import Pipeline
 from mla_jax.state import TrainState
 
+MOST_MEMORY = 0.7
+"""The share of a device's memory that training may have used for a program to be compiled beside it.
+
+Compiling runs kernels on the device, to choose the fastest; where memory is short, that could end the run.
+"""
 Step = Callable[..., tuple[TrainState, dict]]
 """As `make_train_step` has it: (state, batch, learning_rate, `Loss.shared`) -> (state, sums)."""
 
@@ -35,9 +40,7 @@ class Ahead:
             return self._step(state, batch, rate, shared)
         try:
             step = program.result()
-        except (
-            Exception
-        ):  # memory, perhaps, which training held as well: compiled alone it may fit, or say what is wrong
+        except Exception:  # of memory, perhaps, which training held too: compiled alone it fits, or says what is wrong
             del self._programs[batch["tokens"].shape]
             step = self._step
         return step(state, batch, rate, shared)
@@ -47,6 +50,8 @@ class Ahead:
         make_data: Callable[[], Pipeline] | None,
     ) -> None:  # fmt: skip
         """Begins to compile for [batch_size, seq_len], and to start the workers of the pipeline that `make_data` makes.
+
+        Waits for the step that the state comes from.
 
         Args:
             arguments: those of a step, of which only the batch has another shape.
@@ -59,7 +64,7 @@ class Ahead:
         state, batch, rate, shared = arguments
         accumulation = batch["tokens"].shape[0]
         shape = accumulation, batch_size // accumulation, seq_len
-        if shape not in self._programs:
+        if shape not in self._programs and _memory_used(state) <= MOST_MEMORY:
             batch = {name: _abstract(x, shape) for name, x in batch.items()}
             state, shared = jax.tree.map(lambda x: _abstract(x, x.shape), (state, shared))
             rate = jax.ShapeDtypeStruct(rate.shape, rate.dtype)  # of no sharding, as numbers are
@@ -92,3 +97,10 @@ class Ahead:
 
 def _abstract(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+
+
+def _memory_used(state: TrainState) -> float:
+    """The largest share of a device's memory that was in use at a time, up to the step that the state comes from."""
+    jax.block_until_ready(state)
+    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    return max((each["peak_bytes_in_use"] / each["bytes_limit"] for each in stats), default=0.0)

@@ -5,6 +5,7 @@ import multiprocessing
 
 import pytest
 
+from mla_jax.training import ahead as module
 from mla_jax.training import loop
 from mla_jax.training.ahead import Ahead
 from tiny import DATA, assert_equal, make_config, params_of, train
@@ -78,3 +79,10 @@ def test_a_program_that_cannot_be_compiled_ahead_is_compiled_at_its_stage(ahead,
     monkeypatch.setattr(Ahead, "_compile", out_of_memory)
     assert train(make_config(tmp_path / "run", STAGES)).finished
     assert_equal(params_of(tmp_path / "run"), usual)
+
+
+def test_where_memory_is_short_nothing_is_compiled_beside_training(ahead, usual, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_memory_used", lambda state: 0.9)
+    assert train(make_config(tmp_path / "run", STAGES)).finished
+    assert_equal(params_of(tmp_path / "run"), usual)
+    assert ahead[0]._step._cache_size() == 2
