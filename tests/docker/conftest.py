@@ -39,6 +39,8 @@ def docker(tmp_path_factory) -> Iterator[None]:
     finally:
         daemon.terminate()
         daemon.wait(60)
+        subprocess.run(["umount", state / "exec" / "netns" / "default"], capture_output=True)
+        shutil.rmtree(state)  # gigabytes
         del os.environ["DOCKER_HOST"]
 
 

@@ -67,7 +67,7 @@ def test_nano_is_trained_exported_and_served_and_answers_as_where_it_was_trained
             assert run("docker", "inspect", "--format={{.State.Running}}", server).strip() == "true", logs(server)
             return not subprocess.run([*inside, health], capture_output=True).returncode
 
-        until(ready, "vLLM ready", 300)
+        until(ready, "vLLM ready", 600)
         assert run(*inside, ASK.format(prompt=PROMPT, new=NEW)).rstrip("\n") == expected.rstrip("\n")
     finally:
         run("docker", "rm", "--force", server)
