@@ -13,8 +13,6 @@ from mla_jax.errors import InputError, one_line_errors
 
 SHORTEST = 200
 """Characters of the shortest docstring that is taken."""
-PIECE = 3000
-"""Characters of the longest line of texts.jsonl: about 800 tokens."""
 HELD_OUT = 50
 """One in this many modules is held out."""
 
@@ -28,6 +26,9 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="folder to create")
     parser.add_argument("--megabytes", type=float, default=20, help="of texts.jsonl, at most; default %(default)s")
+    parser.add_argument(
+        "--characters", type=int, default=3000, help="of the longest text in texts.jsonl; default 3000, some 800 tokens"
+    )
     args = parser.parse_args()
     with one_line_errors():
         if args.folder.exists():
@@ -44,7 +45,11 @@ def main() -> None:
         args.folder.mkdir(parents=True)
         (args.folder / "held_out.txt").write_text("\n\n".join(held_out), encoding="utf-8")
         (args.folder / "calibration.txt").write_text("\n\n".join(texts)[:4_000_000], encoding="utf-8")
-        lines = (json.dumps({"prompt": "", "completion": piece}) for text in texts for piece in _pieces(text))
+        lines = (
+            json.dumps({"prompt": "", "completion": piece})
+            for text in texts
+            for piece in _pieces(text, args.characters)
+        )
         (args.folder / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         characters = (sum(map(len, kind)) for kind in (texts, held_out))
         print("characters: {:,} to learn from, {:,} held out".format(*characters))
@@ -68,14 +73,14 @@ def _texts(paths: list[Path]) -> Iterator[str]:
             yield "\n\n".join(new)
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _pieces(text: str, longest: int) -> Iterator[str]:
     """Whole lines of a text, as many as fit a piece; lines that do not are left out."""
     piece = ""
     for line in text.splitlines(keepends=True):
-        if piece and len(piece) + len(line) > PIECE:
+        if piece and len(piece) + len(line) > longest:
             yield piece
             piece = ""
-        if len(line) <= PIECE:
+        if len(line) <= longest:
             piece += line
     if piece.strip():
         yield piece

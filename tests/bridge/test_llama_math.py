@@ -241,10 +241,32 @@ def test_least_squares_bring_back_what_a_linear_map_took(x_ND):
     assert np.square(seen_ND @ follow(seen_ND, x_ND).T - x_ND).sum() < 0.05 * before
     w_DY = RNG.normal(size=(D, 7))
     before = np.square(seen_ND @ w_DY - x_ND @ w_DY).sum()
-    assert np.square(seen_ND @ refit(w_DY, seen_ND, x_ND @ w_DY) - x_ND @ w_DY).sum() < 0.05 * before
+    h_NY = RNG.normal(size=(len(x_ND), 7))
+    refitted_DY = refit(w_DY, seen_ND, h_NY, h_NY + x_ND @ w_DY)
+    assert np.square((seen_ND @ refitted_DY) - x_ND @ w_DY).sum() < 0.05 * before
 
 
 def test_least_squares_change_nothing_that_is_right(x_ND):
     np.testing.assert_allclose(follow(x_ND, x_ND), np.eye(D), atol=1e-12)
     w_DY = RNG.normal(size=(D, 7)).astype(np.float32)
-    np.testing.assert_allclose(refit(w_DY, x_ND, x_ND @ w_DY), w_DY, atol=1e-6)
+    h_NY = RNG.normal(size=(len(x_ND), 7))
+    np.testing.assert_allclose(refit(w_DY, x_ND, h_NY, h_NY + x_ND @ w_DY), w_DY, atol=1e-6)
+
+
+def test_least_squares_leave_alone_what_only_these_texts_have():
+    """More directions than rows, and nothing to find in them: a fit would be to noise."""
+    x_ND, y_ND = RNG.normal(size=(2, 40, D))
+    np.testing.assert_array_equal(follow(x_ND, x_ND + y_ND), np.eye(D))
+
+
+def test_tokens_count_by_their_hidden_states_inverse(x_ND):
+    """One token a hundred times as long as the others does not decide the fit."""
+    w_DY, lost_DY = RNG.normal(size=(2, D, 7))
+    wanted_NY = x_ND @ w_DY
+    long_N = np.arange(len(x_ND)) % 64 == 0
+    seen_ND = np.where(long_N[:, None], 100 * x_ND[::-1], x_ND)
+    wanted_NY[long_N] = 100 * RNG.normal(size=(long_N.sum(), 7))
+    refitted_DY = refit(lost_DY, seen_ND, 0 * wanted_NY, wanted_NY)
+    others = ~long_N
+    error = np.square(seen_ND[others] @ refitted_DY - wanted_NY[others]).sum()
+    assert error < 0.1 * np.square(wanted_NY[others]).sum()

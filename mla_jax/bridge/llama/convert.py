@@ -182,11 +182,11 @@ class _Conversion:
 
         wanted_BTD = in_batches(lambda h: attention(h, layer, self.source_rope, **self.norm_and_scale), source_BTD)
         heads_BTX = in_batches(lambda h: latent_heads(h, weights, self.target_rope, config=self.target, eps=eps), h_BTD)
-        weights["o_proj"] = self._refit(weights["o_proj"], heads_BTX, wanted_BTD - h_BTD)
+        weights["o_proj"] = self._refit(weights["o_proj"], heads_BTX, h_BTD, wanted_BTD)
         h_BTD = h_BTD + heads_BTX @ weights["o_proj"]
         wanted_BTD += in_batches(lambda h: gated(h, layer, eps=eps), wanted_BTD) @ layer.down_DF.T
         gated_BTF = in_batches(lambda h: gated(h, layer, eps=eps), h_BTD)
-        down_FD = self._refit(layer.down_DF.T, gated_BTF, wanted_BTD - h_BTD)
+        down_FD = self._refit(layer.down_DF.T, gated_BTF, h_BTD, wanted_BTD)
         h_BTD = h_BTD + gated_BTF @ down_FD
         errors["hidden_error"] = float(
             np.square(h_BTD[fitted:] - wanted_BTD[fitted:]).sum() / np.square(wanted_BTD[fitted:]).sum()
@@ -202,10 +202,10 @@ class _Conversion:
         layers["mlp"]["down_proj"][i] = down_FD * self.scale
         return wanted_BTD, h_BTD, errors
 
-    def _refit(self, w_XD: np.ndarray, x_BTX: np.ndarray, wanted_BTD: np.ndarray) -> np.ndarray:
+    def _refit(self, w_XD: np.ndarray, *arrays_BTX: np.ndarray) -> np.ndarray:
         if not self.method.refit:
             return w_XD
-        return refit(w_XD, *(_rows(rows[: self.calibration.fitted]) for rows in (x_BTX, wanted_BTD)))
+        return refit(w_XD, *(_rows(rows[: self.calibration.fitted]) for rows in arrays_BTX))
 
     def _report(self, errors: list[dict[str, float]], perplexities: dict[str, float]) -> Report:
         sequences, length = self.calibration.tokens_BT.shape

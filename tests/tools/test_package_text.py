@@ -1,0 +1,31 @@
+"""The text of installed packages: real docstrings, cut to length; what is held out is nowhere else."""
+
+import inspect
+import json
+
+from tools import package_text
+
+
+def test_docstrings_are_cut_and_some_are_held_out(call, tmp_path, monkeypatch):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    sentence = "A sentence of several words that says what this returns. " * 4
+    for i in range(60):
+        docstrings = (
+            f'"""Module {i}. {sentence}"""',
+            f'def f():\n    """Of f in {i}.\n\n    {sentence}\n    {sentence}\n    """',
+        )
+        (packages / f"m{i}.py").write_text("\n\n".join((*docstrings, 'class C:\n    """short"""\n')))
+    (packages / "broken.py").write_text("def (")
+    (packages / "again.py").write_text((packages / "m0.py").read_text())
+    monkeypatch.setattr(package_text.sysconfig, "get_path", lambda name: str(packages))
+    code, _, err = call(package_text, tmp_path / "texts", "--characters", 400)
+    assert code == 0, err
+    held_out, calibration = ((tmp_path / "texts" / f"{name}.txt").read_text() for name in ("held_out", "calibration"))
+    pieces = [json.loads(line)["completion"] for line in (tmp_path / "texts" / "texts.jsonl").read_text().splitlines()]
+    assert (held_out.count("Module "), calibration.count("Module ")) == (2, 58)
+    assert max(map(len, pieces)) <= 400 and "".join(pieces).count("Of f in ") == 58
+    assert not any(f"Module {i}." in calibration for i in range(60) if f"Module {i}." in held_out)
+    assert "short" not in calibration and inspect.cleandoc(sentence) in calibration
+    code, _, err = call(package_text, tmp_path / "texts")
+    assert code == 1 and "exists; choose another folder" in err
