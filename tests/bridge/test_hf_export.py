@@ -74,6 +74,14 @@ def test_shards_are_within_the_limit_and_indexed(params, tmp_path):
     assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
 
 
+@pytest.mark.parametrize("max_shard_bytes", [10**9, SHARD], ids=["one file", "shards"])
+def test_all_files_are_for_the_same_readers(max_shard_bytes, params, tmp_path):
+    """A server runs as another user than who exported."""
+    out = export(MODEL, params, TOKENIZER, tmp_path / "out", max_shard_bytes=max_shard_bytes)
+    (tmp_path / "any").touch()
+    assert {file.stat().st_mode for file in out.iterdir()} == {(tmp_path / "any").stat().st_mode}
+
+
 def test_tied_models_are_written_untied(params, tmp_path):
     out = export(MODEL, params, TOKENIZER, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False

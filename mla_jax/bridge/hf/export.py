@@ -106,6 +106,7 @@ def _write_weights(config: ModelConfig, params: dict, folder: Path, dtype: str, 
             save_file(arrays, folder / file, metadata={"format": "pt"})
         except SafetensorError as e:  # a full disk, for instance
             raise OSError(str(e)) from e
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
         weight_map |= {t.name: file for t in shard}
     if len(shards) > 1:
         total = sum(t.size for shard in shards for t in shard) * itemsize
