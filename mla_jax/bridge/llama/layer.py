@@ -75,7 +75,8 @@ def latent_heads(h_BTD: jax.Array, weights: dict, rope: CosSin, *, config: Model
     k_rope = jnp.broadcast_to(_apply_rope(k_rope_BTR[:, :, None], rope), (*k_nope.shape[:3], k_rope_BTR.shape[-1]))
     q = jnp.concatenate([q_nope, _apply_rope(q_rope, rope)], axis=-1)
     out = latent_attention.attention(q, jnp.concatenate([k_nope, k_rope], axis=-1), v, scale=softmax_scale(config))
-    return jnp.reshape(out, (*h_BTD.shape[:2], -1))
+    assert isinstance(out, jax.Array)  # no log-sum-exp was asked for
+    return out.reshape(*h_BTD.shape[:2], -1)
 
 
 def _project(x_BTD: jax.Array, w_HND: jax.Array | np.ndarray) -> jax.Array:
