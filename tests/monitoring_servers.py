@@ -49,12 +49,22 @@ def run(tool: str, *args: str | Path) -> str:
     return done.stdout
 
 
+def _command(tool: str) -> list[str]:
+    """Debian's Alertmanager reads a template in /usr/share: only unpacked, it gets the /usr/share beside it there."""
+    path, share = str(_TOOLS[tool]), Path("/usr/share")
+    if tool != "prometheus-alertmanager" or (share / "prometheus/alertmanager/default.tmpl").exists():
+        return [path]
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    seen = 'mount --bind "$0" /usr/share && exec "$@"'
+    return ["unshare", *as_root, "--mount", "sh", "-c", seen, str(Path(path).parents[1] / "share"), path]
+
+
 @contextlib.contextmanager
 def start(tool: str, ready: str, log: Path, *args: str | Path) -> Iterator[subprocess.Popen]:
     """A server, from when the URL `ready` answers; ended afterwards."""
     with log.open("w") as out:
         process = subprocess.Popen(
-            [_TOOLS[tool], *map(str, args)], stdout=out, stderr=subprocess.STDOUT, cwd=log.parent
+            [*_command(tool), *map(str, args)], stdout=out, stderr=subprocess.STDOUT, cwd=log.parent
         )
     try:
         wait_for(lambda: process.poll() is not None or answers(ready), f"{tool} to start")
