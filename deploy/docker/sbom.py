@@ -19,13 +19,13 @@ def component(kind: str, name: str, version: str, namespace: str = "", qualifier
 
 
 def python_packages() -> list[dict]:
-    """What Python can import here."""
+    """Components of the distributions that Python can import."""
     found = {(re.sub(r"[-_.]+", "-", d.name).lower(), d.version) for d in importlib.metadata.distributions()}
     return [component("pypi", name, version) for name, version in sorted(found)]
 
 
 def debian_packages() -> list[dict]:
-    """What dpkg has installed."""
+    """Components of the packages that dpkg has installed."""
     system = platform.freedesktop_os_release()
     query = ["dpkg-query", "--show", "--showformat=${db:Status-Abbrev}|${Package}|${Version}|${Architecture}\n"]
     lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()

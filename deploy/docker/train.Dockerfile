@@ -22,11 +22,11 @@ COPY . /src
 RUN /opt/pip/bin/pip install --no-cache-dir --no-build-isolation --no-deps --target /opt/infinitecontext /src
 
 FROM ${BASE}
-RUN echo 'infinitecontext:x:2000:2000::/tmp:/usr/sbin/nologin' >>/etc/passwd && mkdir --mode=1777 /work
+RUN echo 'infinitecontext:x:2000:2000::/tmp:/usr/sbin/nologin' >>/etc/passwd && mkdir --mode=1777 /workspace
 COPY --from=dependencies /opt/python /opt/python
 COPY --from=code /opt/infinitecontext /opt/infinitecontext
 ENV PATH=/opt/python/bin:$PATH PYTHONPATH=/opt/infinitecontext HOME=/tmp
-WORKDIR /work
+WORKDIR /workspace
 USER 2000:2000
 ENTRYPOINT ["python3", "-m"]
 CMD ["experiments.sft", "--help"]

@@ -1,4 +1,4 @@
-"""From random weights to an answer in the images of deploy/docker, with no right that they do not need."""
+"""From training to an answer in the images of deploy/docker, with no right that they do not need."""
 
 import json
 import os
@@ -15,10 +15,17 @@ pytestmark = pytest.mark.docker
 ROOT = Path(__file__).resolve().parent.parent.parent
 USER = 2000
 HARDENED = "--read-only --cap-drop=ALL --security-opt=no-new-privileges --network=none --tmpfs=/tmp".split()
-PROMPT = "The pass key is"
+PROMPT = """There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. \
+I will quiz you about the important information there.
+The grass is green.
+The pass key is 15471. Remember it. 15471 is the pass key.
+The grass is green. The
+What is the pass key? The pass key is"""
 NEW = 4
+ANSWER = " 154"
+"""A space and three digits are so many tokens."""
 SERVER = [
-    *"--served-model-name nano --host 127.0.0.1 --port 8000 --dtype float32 --max-model-len 64".split(),
+    *"--served-model-name nano --host 127.0.0.1 --port 8000 --dtype float32 --max-model-len 96".split(),
     *"--max-num-seqs 1 --enforce-eager --attention-backend CPU_MLA".split(),
     *["--compilation-config", '{"custom_ops":["-rotary_embedding"]}'],
 ]
@@ -49,16 +56,19 @@ def once(image: str, *command: str, options: tuple[str, ...] = (), **variables) 
     return run("docker", "run", "--rm", *HARDENED, *options, image, *command, **variables)
 
 
-def test_nano_is_trained_exported_and_served_and_answers_as_where_it_was_trained(train, serve, work):
-    runs, exports = f"--volume={work}/runs:/work/runs", f"--volume={work}/exports:/work/exports"
-    stage = "train.stages=[{seq_len: 96, batch_size: 8, steps: 20, learning_rate: 0.01}]"
-    once(train, "experiments.sft", "model=nano", "name=nano", stage, options=(runs,))
+def test_nano_is_trained_on_exported_and_served_and_finds_the_key(train, serve, work):
+    runs, exports = f"--volume={work}/runs:/workspace/runs", f"--volume={work}/exports:/workspace/exports"
+    weights = f"--volume={ROOT}/weights:/weights:ro"
+    once(train, "tools.import_hf", "/weights/nano", "runs/start", options=(runs, weights))
+    stage = "train.stages=[{seq_len: 96, batch_size: 8, steps: 5, learning_rate: 0.0001}]"
+    once(train, "experiments.sft", "model=nano", "name=nano", "init_from=runs/start", stage, options=(runs,))
     once(train, "tools.export_hf", "runs/nano", "exports/nano", options=(f"{runs}:ro", exports))
     new = ["--max-new-tokens", str(NEW), "--temperature", "0", "--dtype", "float32", "--quiet"]
-    expected = once(train, "tools.generate", "exports/nano", PROMPT, *new, options=(f"{exports}:ro",))
+    answer = once(train, "tools.generate", "exports/nano", PROMPT, *new, options=(f"{exports}:ro",))
+    assert answer.rstrip("\n") == ANSWER
     variables = [f"--env={v}" for v in VARIABLES]
     start = ["docker", "run", "--detach", *HARDENED, "--shm-size=1g", f"{exports}:ro", *variables]
-    server = run(*start, serve, "/work/exports/nano", *SERVER).strip()
+    server = run(*start, serve, "/workspace/exports/nano", *SERVER).strip()
     try:
         inside = ["docker", "exec", server, "python3", "-c"]
         health = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=5)"
@@ -68,7 +78,7 @@ def test_nano_is_trained_exported_and_served_and_answers_as_where_it_was_trained
             return not subprocess.run([*inside, health], capture_output=True).returncode
 
         until(ready, "vLLM ready", 600)
-        assert run(*inside, ASK.format(prompt=PROMPT, new=NEW)).rstrip("\n") == expected.rstrip("\n")
+        assert run(*inside, ASK.format(prompt=PROMPT, new=NEW)).rstrip("\n") == ANSWER
     finally:
         run("docker", "rm", "--force", server)
 
