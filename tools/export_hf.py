@@ -1,6 +1,7 @@
 """Writes a run as a Hugging Face folder: `python -m tools.export_hf RUN OUT [--verify]`."""
 
 import argparse
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -73,13 +74,14 @@ def main() -> None:
         if args.verify:
             verify.import_transformers()  # its absence is better known before than after
         run = load_run(args.run, args.step, on_disk=True)
-        params, results = run.params, _results(run)
+        results = _results(run)
         if args.query_scale != 1:
-            params = scale_queries(load_run(args.run, str(run.step)).params, args.query_scale)
+            run = load_run(args.run, str(run.step))
+            run = dataclasses.replace(run, params=scale_queries(run.params, args.query_scale))
             results = []  # they are of the run as it is
         out = export(
             run.model,
-            params,
+            run.params,
             run.tokenizer,
             args.out,
             results=results,
@@ -89,8 +91,7 @@ def main() -> None:
         )
         print(f"wrote step {run.step} of {args.run} to {out}")
         if args.verify:
-            if args.query_scale == 1:
-                params = load_run(args.run, str(run.step)).params
+            params = run.params if args.query_scale != 1 else load_run(args.run, str(run.step)).params
             verification = verify.verify(out, run.model, params, run.tokenizer, dtype=args.dtype)
             print(verification)
             if not verification.passed:

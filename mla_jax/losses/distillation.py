@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mla_jax import mesh
+from mla_jax.losses.cross_entropy import CrossEntropy
 from mla_jax.losses.log_probs import target_log_probs
 from mla_jax.losses.loss import Arrays, mean
 from mla_jax.model.layers import matmul, split_tokens
@@ -26,24 +27,15 @@ class Teacher(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(CrossEntropy):
     """(1 - w) cross-entropy + w KL(teacher || model), the `Loss`: a weighted mean over the batch, in nats.
 
     Batches are those of `CrossEntropy`, and their weights count for both parts.
     """
 
-    chunk: int
-    """Tokens of a sequence whose logits exist at one time, of both models."""
     teacher: Teacher
     kl_weight: float
     """w, from 0 to 1."""
-    accuracy_metric: ClassVar[str] = "answer_accuracy"
-    totals: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def branch_tokens(self) -> int:
-        """None: rows have no branches."""
-        return 0
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -65,24 +57,14 @@ class Distillation:
         loss = (1 - self.kl_weight) * sums.cross_entropy + self.kl_weight * sums.kl
         return {"loss": loss, **jax.lax.stop_gradient(sums._asdict())}
 
-    def normalizer(self, batch: Arrays) -> jax.Array:
-        """The loss weight of all targets."""
-        return jnp.maximum(batch["weights"].sum(), 1e-9)
-
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The loss and its two parts in nats per weighted token; the share of answer tokens predicted right."""
-        by_weight = {
-            name: mean(sums.get(name, 0.0), sums.get("weight", 0.0)) for name in ("loss", "cross_entropy", "kl")
-        }
-        return by_weight | {"answer_accuracy": mean(sums.get("correct", 0.0), sums.get("answers", 0.0))}
+        weight = sums.get("weight", 0.0)
+        return super().means(sums) | {name: mean(sums.get(name, 0.0), weight) for name in ("cross_entropy", "kl")}
 
     def progress(self, means: Mapping[str, float]) -> str:
         """Loss and its two parts."""
         return f"loss {means['loss']:.3f}  KL {means['kl']:.3f}  cross-entropy {means['cross_entropy']:.3f}"
-
-    def warning(self, before: Mapping[str, float], now: Mapping[str, float]) -> str | None:
-        """None: its curve says it all."""
-        return None
 
 
 class DistillationSums(NamedTuple):

@@ -79,6 +79,15 @@ def test_a_requeued_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
     assert_equal(params_of(run_dir), whole)
 
 
+def test_a_preempted_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
+    run_dir = tmp_path / "preempted"
+    slurm.train_detached(run_dir)
+    job = once_saved(slurm, run_dir)
+    preempt(slurm, tmp_path)
+    assert_it_resumed(slurm, job, run_dir)
+    assert_equal(params_of(run_dir), whole)
+
+
 def preempt(slurm, tmp_path: Path) -> None:
     """Takes both nodes for a moment."""
     urgent = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", f"--output={tmp_path}/urgent"]

@@ -29,6 +29,11 @@ from mla_jax.mesh import with_concrete_shardings
 from mla_jax.model.rope import inv_freq
 from mla_jax.model.transformer import abstract_params, bind
 
+_COPIES = 2
+"""Copies of the parameters at one time: being filled, and on the device."""
+_HIDDEN_ARRAYS = 8
+"""Arrays as wide as the hidden state that exist of every token at one time."""
+
 
 def convert(
     hf_dir: str | Path,
@@ -108,12 +113,6 @@ def choose_theta(source: LlamaCheckpoint, ranks: Ranks, length: int) -> Ranks:
         )
 
     return dataclasses.replace(ranks, rope_theta=max(theta, theta**0.5, key=share))
-
-
-_COPIES = 2
-"""Copies of the parameters at one time: being filled, and on the device."""
-_HIDDEN_ARRAYS = 8
-"""Arrays as wide as the hidden state that exist of every token at one time."""
 
 
 class _Conversion:
