@@ -25,7 +25,7 @@ def main() -> None:
     conversion.add_argument("--kv-lora-rank", type=int, help="width of the latent of keys and values; needed")
     conversion.add_argument("--rope-dim", type=int, help="width of the RoPE key; default: that of a head, 64 at most")
     conversion.add_argument("--rope-theta", type=float, help="RoPE's base; default: the checkpoint's or its root")
-    conversion.add_argument("--q-lora-rank", type=int, help="also factor queries (llama.cpp needs it); default: no")
+    conversion.add_argument("--q-lora-rank", type=int, help="also factor queries; default: no")
     conversion.add_argument("--calibration", type=Path, metavar="TEXT_FILE", help="UTF-8 text for fit and test; needed")
     conversion.add_argument("--calibration-tokens", type=int, default=65_536, help="tokens to use; default %(default)s")
     conversion.add_argument("--calibration-length", type=int, default=1024, help="tokens of a sequence; default 1024")

@@ -158,6 +158,37 @@ def test_yarn_as_deepseek_writes_it(tmp_path):
     }
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_queries_of_one_matrix_become_two(tied, tmp_path, capsys):
+    """In float64, of any hidden state: the same queries, latents and RoPE keys."""
+    config = dataclasses.replace(CONFIG, q_lora_rank=None, tie_word_embeddings=tied)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype("float16").astype(leaf.dtype), abstract_params(config)
+    )
+    fields, stored = read(export_gguf(export(config, params, TOKENIZER, tmp_path / "hf"), tmp_path / "out.gguf"))
+    assert fields["deepseek2.attention.q_lora_rank"] == config.hidden_size
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"written as {config.hidden_size}" in said
+    assert ("output.weight" in stored) != tied
+
+    def normed(h_ND):
+        return h_ND / np.sqrt(np.square(h_ND).mean(-1, keepdims=True) + config.rms_norm_eps)
+
+    h_ND = rng.normal(size=(50, config.hidden_size))
+    for i in range(config.num_hidden_layers):
+        layer = {
+            name.split(".")[2]: array.astype(np.float64) for name, (array, _) in stored.items() if f"blk.{i}." in name
+        }
+        ours = jax.tree.map(lambda leaf, i=i: np.float64(leaf[i]), params["layers"])
+        x_ND = normed(h_ND) * ours["input_layernorm"]
+        y_ND = normed(h_ND) * layer["attn_norm"]
+        queries_NX = (normed(y_ND @ layer["attn_q_a"].T) * layer["attn_q_a_norm"]) @ layer["attn_q_b"].T
+        for got, weight in ((queries_NX, "q_proj"), (y_ND @ layer["attn_kv_a_mqa"].T, "kv_a_proj_with_mqa")):
+            np.testing.assert_allclose(got, x_ND @ ours["self_attn"][weight], atol=0.02)  # half floats, of some 40
+        np.testing.assert_array_equal(layer["attn_kv_a_norm"], ours["self_attn"]["kv_a_layernorm"])
+
+
 def test_a_tied_head_is_written_once(tmp_path):
     _, stored = read(export_gguf(exported(tmp_path, CONFIG, tie_word_embeddings=True), tmp_path / "out.gguf"))
     assert "token_embd.weight" in stored and "output.weight" not in stored
@@ -166,7 +197,6 @@ def test_a_tied_head_is_written_once(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q_lora_rank": None}, "q_lora_rank is null, and its deepseek2 architecture wants"),
         ({"num_hidden_layers": 27}, "takes a deepseek2 of 27 layers for a kind of"),
         ({"rope_scaling": dataclasses.replace(YARN, beta_slow=2.0)}, "beta_fast=32 and beta_slow=2, and its"),
     ],
@@ -177,8 +207,8 @@ def test_what_llama_cpp_cannot_represent(changes, message):
 
 
 def test_a_refused_export_leaves_nothing(tmp_path):
-    with pytest.raises(InputError, match="q_lora_rank is null"):
-        export_gguf(exported(tmp_path, CONFIG, q_lora_rank=None), tmp_path / "out.gguf")
+    with pytest.raises(InputError, match="27 layers"):
+        export_gguf(exported(tmp_path, CONFIG, num_hidden_layers=27), tmp_path / "out.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 

@@ -92,6 +92,12 @@ def test_tokens_and_log_probabilities(config, type, tmp_path):
     compare(hf_dir, model, config, TOLERANCES[type])
 
 
+def test_queries_of_one_matrix(tmp_path):
+    config = dataclasses.replace(W320, q_lora_rank=None)
+    hf_dir, model = export_both(config, tmp_path)
+    compare(hf_dir, model, config, TOLERANCES["f16"])
+
+
 def test_width_256_with_a_tied_head(tmp_path):
     hf_dir, model = export_both(W256, tmp_path)
     compare(hf_dir, model, W256, TOLERANCES["f16"])
@@ -123,6 +129,7 @@ def test_what_is_refused_would_not_load(changes, tmp_path, monkeypatch):
     import gguf
 
     monkeypatch.setattr(bridge, "check_representable", lambda config: None)
+    monkeypatch.setattr(bridge, "WithQueryLatent", lambda checkpoint: checkpoint)
     write = gguf.GGUFWriter.add_q_lora_rank
     monkeypatch.setattr(gguf.GGUFWriter, "add_q_lora_rank", lambda self, rank: rank and write(self, rank))
     _, model = export_both(dataclasses.replace(MODEL, **{"q_lora_rank": 8, **changes}), tmp_path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mla_jax.bridge.gguf.query_latent import WithQueryLatent
 from mla_jax.bridge.gguf.tokenizer import add_tokenizer
 from mla_jax.bridge.hf.export import check_values
 from mla_jax.bridge.hf.layout import HfTensor
@@ -28,12 +29,15 @@ _LITE_LAYERS, _LITE_SIZES = (26, 27), (48, 128_256)
 """Numbers of layers, and of layers and tokens, by which llama.cpp recognises DeepSeek-V2-Lite, GigaChat3, Kanana-2."""
 _BETAS = (32.0, 1.0)
 
+_Checkpoint = HfCheckpoint | WithQueryLatent
+
 
 def export_gguf(hf_dir: str | Path, out: str | Path, *, type: str = "f16", overwrite: bool = False) -> Path:
     """Writes one file, a tensor at a time; it appears under its name only when it is complete.
 
     Args:
-        hf_dir: folder of a dense DeepSeek-V2 or -V3 with q_lora_rank, as `bridge.hf.export` writes it.
+        hf_dir: folder of a dense DeepSeek-V2 or -V3, as `bridge.hf.export` writes it. Without q_lora_rank it is written
+            `WithQueryLatent`, and a line on stdout says so.
         out: the file to create.
         type: f16, bf16 or q8_0 (blocks of 32 signed bytes with one scale) for matrices; vectors stay float32, and
             matrices whose rows are no multiple of 32 long are f16 in q8_0 files.
@@ -52,6 +56,12 @@ def export_gguf(hf_dir: str | Path, out: str | Path, *, type: str = "f16", overw
     out = Path(out)
     _check_free(out, overwrite)
     checkpoint = open_checkpoint(hf_dir)
+    if checkpoint.config.q_lora_rank is None:
+        checkpoint = WithQueryLatent(checkpoint)
+        print(
+            "q_lora_rank is null, and llama.cpp loads no such model: written as "
+            f"{checkpoint.config.q_lora_rank}, an identity before the queries of each layer, which changes nothing"
+        )
     with atomic_file(out) as partial:
         check_representable(checkpoint.config)
         writer = gguf.GGUFWriter(partial, "deepseek2")
@@ -77,11 +87,6 @@ def import_gguf() -> ModuleType:
 
 def check_representable(config: ModelConfig) -> None:
     """Raises InputError, with the reason, for a model that llama.cpp would not load or would compute otherwise."""
-    if config.q_lora_rank is None:
-        raise InputError(
-            "llama.cpp cannot run this model: q_lora_rank is null, and its deepseek2 architecture wants the query in "
-            "two low-rank matrices; train with model.q_lora_rank=768, for instance"
-        )
     if config.num_hidden_layers in _LITE_LAYERS or (config.num_hidden_layers, config.vocab_size) == _LITE_SIZES:
         raise InputError(
             f"llama.cpp cannot run this model: it takes a deepseek2 of {config.num_hidden_layers} layers for a kind of "
@@ -153,7 +158,7 @@ class _GgufTensor:
     convert: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
-def _gguf_tensors(checkpoint: HfCheckpoint, gguf: ModuleType) -> Iterator[_GgufTensor]:
+def _gguf_tensors(checkpoint: _Checkpoint, gguf: ModuleType) -> Iterator[_GgufTensor]:
     config = checkpoint.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config.num_hidden_layers)
     heads, nope, v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
@@ -172,7 +177,7 @@ def _gguf_tensors(checkpoint: HfCheckpoint, gguf: ModuleType) -> Iterator[_GgufT
             yield _GgufTensor(name, tensor.shape, tensor)
 
 
-def _write_tensors(writer: Any, checkpoint: HfCheckpoint, gguf: ModuleType, type: str) -> None:
+def _write_tensors(writer: Any, checkpoint: _Checkpoint, gguf: ModuleType, type: str) -> None:
     """Writes names, shapes and types first, as the format wants, then the data."""
     kinds = gguf.GGMLQuantizationType
     tensors = [(tensor, _kind(tensor, kinds, type)) for tensor in _gguf_tensors(checkpoint, gguf)]
