@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 import latent_attention
-from cudnn_kernels import cudnn_kernels
+from cudnn_kernels import cudnn_kernels, stand_in
 from kernels_gradients import attention_gradients_oracle
 from kernels_oracle import attention_oracle
 from latent_attention import dispatch
+from latent_attention.attention import cudnn
 from latent_attention.gpu import make_gpu
 from mla_jax import mesh
 from mla_jax.config import MeshConfig, OptimConfig
@@ -90,10 +91,22 @@ def in_zig_zag(*arrays):
     return [reshard(x, P("data", "context")) for x in put], np.argsort(order)
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("context", "implementation"), [(2, "xla"), (4, "reference"), (8, "xla")])
-def test_outputs_and_gradients_equal_float64(context, implementation, documents):
-    rng, rows, tokens = np.random.default_rng(0), 8 // context, 48
+@pytest.mark.parametrize(
+    ("context", "implementation", "documents", "tokens"),
+    [
+        *((context, "xla", documents, 48) for context in (2, 8) for documents in (False, True)),
+        *((4, "reference", documents, 48) for documents in (False, True)),
+        (4, "xla", True, 520),  # chunks of several blocks, the last not whole
+        *((context, "cudnn", False, 48) for context in (2, 4, 8)),
+        (2, "cudnn", False, 512),  # whole tiles of keys: no mask where all are seen
+        (8, "cudnn", False, 16),  # chunks of one token
+    ],
+)
+def test_outputs_and_gradients_equal_float64(context, implementation, documents, tokens, monkeypatch):
+    """Of queries and keys 12 wide and values 6 wide, which are padded for cuDNN; its kernels have a stand-in."""
+    monkeypatch.setattr(cudnn, "_bind", stand_in)
+    monkeypatch.setattr(cudnn, "why_not_attention", lambda shape, gpu: "segments" if shape.segments else None)
+    rng, rows = np.random.default_rng(0), 8 // context
     q, c, k_rope, d_out = (
         rng.normal(size=(rows, tokens, *widths)) for widths in ((HEADS, N + R), (C,), (R,), (HEADS, V))
     )
@@ -176,10 +189,11 @@ def test_all_devices_visit_as_many_pairs_of_tokens_and_none_that_causality_hides
         assert [expanded[op, i] for i in range(context)] == [tokens - i * 8 for i in range(context)]
 
 
-def test_on_a_gpu_every_part_runs_on_cudnn(monkeypatch):
+@pytest.mark.parametrize("widths", [(64, 64, 128), (64, 32, 64)], ids=["infinite_1b", "small"])
+def test_on_a_gpu_every_part_runs_on_cudnn(widths, monkeypatch):
     """A causal kernel for the tokens of the device itself and one without a mask for each kind of other tokens."""
     monkeypatch.setattr(dispatch, "local_gpu", lambda: make_gpu((9, 0), 132))
-    heads = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    heads = dict(zip(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), widths, strict=True))
     config = dataclasses.replace(MODEL, **heads, dtype="bfloat16", remat="names", saved=("latent_attention",))
     with on_mesh(8):
         params = mesh.with_concrete_shardings(abstract_params(config))

@@ -74,13 +74,11 @@ def print_memory(config: RunConfig, shape: Shape, models: dict[str, ModelConfig]
 
 
 def bench(
-    config: RunConfig, shape: Shape, models: dict[str, ModelConfig], peak: float, trace: Path | None
+    config: RunConfig, shape: Shape, models: dict[str, ModelConfig], work: float, peak: float, trace: Path | None
 ) -> list[dict[str, Any]]:
-    """The rows of one shape; `peak` is the measured ceiling in FLOP/s of a device."""
+    """The rows of one shape; `work` is the FLOPs of a device's step, `peak` its measured ceiling in FLOP/s."""
     rows: list[dict[str, Any]] = []
-    devices = jax.device_count()
     nominal = nominal_peak(jax.devices()[0].device_kind)
-    work = train_flops(config.model, shape.batch, shape.tokens) / devices
     for name, model in models.items():
         row = {"shape": str(shape), "implementation": name, "peer": False, "seconds": None, "reason": None}
         folder = trace / f"{shape}, {name.replace('/', ' offloaded ')}" if trace else None
@@ -154,7 +152,8 @@ def main() -> None:
             results = {"provenance": report.origin(), "matmul_ceiling": peak, "rows": []}
             print(f"ceiling: {peak / 1e12:,.1f} TFLOP/s, matmul of bfloat16\n", flush=True)
             for shape in shapes:
-                rows = bench(config, shape, models, peak, args.trace)
+                work = train_flops(config.model, shape.batch, shape.tokens) / jax.device_count()
+                rows = bench(config, shape, models, work, peak, args.trace)
                 report.publish(str(shape), COLUMNS, rows, results, args.json)
 
 

@@ -3,7 +3,6 @@
 import collections
 import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import latent_attention
-from cudnn_kernels import cudnn_kernels
+from cudnn_kernels import cudnn_kernels, stand_in
 from kernels_gradients import attention_gradients_oracle, gradients_by_parts
 from kernels_oracle import attention_oracle
-from latent_attention import dispatch, reference
+from latent_attention import dispatch
 from latent_attention.attention import cudnn, xla
 from latent_attention.attention.cudnn import why_not_attention
 from latent_attention.call_shapes import AttentionShape
@@ -101,27 +100,6 @@ def test_on_a_mesh_every_device_runs_its_share(monkeypatch):
         text = grad.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     (types,) = re.findall(r"@__cudnn\$fmhaSoftmaxBackward\(.*: \((.*?)\) ->", text)
     assert types.startswith("tensor<2x256x2x128xbf16>, ")
-
-
-def stand_in(name, mask, scale, q, k, v, lengths, *residuals):
-    """Emulates cuDNN for `cudnn._bind`, with NaN where its results are undefined."""
-    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
-    keys = k.shape[1]
-    valid = jnp.arange(keys) < (jnp.full(q.shape[0], keys) if lengths is None else lengths)[:, None]
-    assert (lengths is not None) == ("PADDING" in mask)
-
-    options: dict[str, Any] = {"scale": scale, "q_offset": 0 if "CAUSAL" in mask else keys, "kv_lengths": lengths}
-    options |= {"q_segments": None, "kv_segments": None}
-    # It multiplies what lies beyond the lengths by zero.
-    reached = jnp.where(jnp.isfinite(k).all() & jnp.isfinite(v).all(), 0, jnp.nan)
-    nothing = jnp.where(valid.any(-1), 0, jnp.nan)[:, None, None] + reached
-    if name == "fwd":
-        out, lse = reference.attention(q, k, v, **options)
-        return out + nothing[..., None], (lse + nothing).swapaxes(1, 2)
-    lse, out, d_out = residuals
-    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
-    d_q, d_k, d_v = reference.attention_gradients(q, k, v, out, lse.swapaxes(1, 2), d_out, **options)
-    return d_q, *(jnp.where(valid[..., None, None], x, jnp.nan) for x in (d_k, d_v))
 
 
 @pytest.mark.parametrize(
