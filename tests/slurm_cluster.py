@@ -32,11 +32,13 @@ TINY_DPO = [
 ]
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 300) -> None:
-    """Waits until `condition()` is true; fails saying `what` did not happen."""
+def until(
+    condition: Callable[[], object], what: str, seconds: float = 300, explain: Callable[[], object] = lambda: ""
+) -> None:
+    """Waits until `condition()` is true; fails saying `what` did not happen, and what `explain()` says."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"within {seconds} s: not {what}"
+        assert time.monotonic() < end, f"within {seconds} s: not {what}\n{explain()}"
         time.sleep(0.2)
 
 
@@ -104,10 +106,16 @@ class Slurm:
     def finish(self, job: str, state: str = "COMPLETED", seconds: float = 300) -> dict[str, str]:
         """Waits until the job has ended; it must end in `state`."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        until(lambda: self.show(job)["JobState"] in ended, f"job {job} at an end", seconds)
+        until(lambda: self.show(job)["JobState"] in ended, f"job {job} at an end", seconds, self.seen)
         shown = self.show(job)
         assert shown["JobState"] == state, f"{shown}\n{log(Path(shown['StdOut']))}"
         return shown
+
+    def seen(self) -> str:
+        """What SLURM says of its queue and its nodes, and what its controller logged last."""
+        logged = Path(self.environment["SLURM_CONF"]).parent.parent / "slurmctld.log"
+        asked = [["squeue", "-o", "%A %P %j %T %R"], ["sinfo", "-N", "-o", "%N %T %E"], ["tail", "-n40", str(logged)]]
+        return "\n".join(self.run(*command) for command in asked)
 
     def clear(self) -> None:
         """Ends every job and every command that waits for one."""

@@ -28,9 +28,10 @@ failed() {
     exit 1
 }
 
-running() { # NAME: whether the daemon whose process id NAME.pid holds is alive
-    [[ -s $STATE/$1.pid ]] && kill -0 "$(cat "$STATE/$1.pid")" 2>/dev/null
-}
+running() { # NAME: whether NAME.pid holds the process id of that daemon, not of one that is dead or of another program
+    [[ -s $STATE/$1.pid ]] &&
+        tr '\0' ' ' 2>/dev/null <"/proc/$(cat "$STATE/$1.pid")/cmdline" | grep -qF -- "${1%-n[01]}"
+} 2>/dev/null
 
 prepare() {
     [[ $(id -u) == 0 ]] || cannot "root is needed"
@@ -70,7 +71,7 @@ start() {
     if ! running slurmctld || ! running slurmd-n0 || ! running slurmd-n1; then
         stop
         for file in "$STATE"/kernel-n{0,1}.log; do : >"$file"; done
-        rm -f "$STATE"/state/health-*.json # as after booting
+        rm -rf "$STATE/state" # nothing of jobs and of health that an earlier cluster left, killed perhaps
         play site.yml >"$STATE/play.log" 2>&1 || { tail -20 "$STATE/play.log" >&2; failed "see $STATE/play.log"; }
     fi
     for _ in $(seq 60); do
@@ -97,7 +98,7 @@ stop() {
         pid=$(cat "$STATE/$name.pid")
         kill "$pid" 2>/dev/null || true
         for _ in $(seq 120); do
-            kill -0 "$pid" 2>/dev/null || break
+            running "$name" || break
             sleep 0.25
         done
         rm -f "$STATE/$name.pid"

@@ -1,8 +1,13 @@
 """Starts the local SLURM of two nodes for the tests in this folder."""
 
 import os
+import shutil
+import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +16,29 @@ from slurm_cluster import LOCAL_CLUSTER, ROOT, Slurm, ansible_environment
 CANNOT = 77
 
 
+PORTS = 6
+
+
+def free_ports() -> int:
+    """The first of so many ports of which none is in use."""
+    for first in range(17000, 20000, PORTS):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + PORTS):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no free ports")
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Slurm]:
-    """The cluster, for the whole session. Skips where a local SLURM cannot run."""
+    """The cluster, for the whole session, of which nothing was there before. Skips where a local SLURM cannot run."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install '.[slurm]'")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: there are sockets in it
+    folder.chmod(0o755)  # MariaDB and munge run as users of their own
+    os.environ |= {"SLURM_LOCAL": str(folder), "SLURM_LOCAL_PORT": str(free_ports())}
     started = subprocess.run(
         [LOCAL_CLUSTER, "start"], env=ansible_environment(), capture_output=True, text=True, timeout=900
     )
@@ -32,6 +56,7 @@ def cluster(tmp_path_factory) -> Iterator[Slurm]:
     yield slurm
     slurm.clear()
     subprocess.run([LOCAL_CLUSTER, "stop"], capture_output=True, timeout=60)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

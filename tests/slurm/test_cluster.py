@@ -34,9 +34,10 @@ def test_the_second_run_changes_nothing(cluster):
 
 
 def test_two_nodes_run_a_step_and_sacct_knows_it(slurm):
-    said = slurm.run("srun", "-N2", "-n2", "--mem=100", "--gpus-per-node=1", "bash", "-c", "echo $SLURMD_NODENAME")
-    assert sorted(said.split()) == ["n0", "n1"]
-    job = slurm.run("squeue", "-h", "-t", "all", "-o", "%A").split()[-1]
+    echo = "echo $SLURMD_NODENAME $SLURM_JOB_ID"
+    said = slurm.run("srun", "-N2", "-n2", "--mem=100", "--gpus-per-node=1", "bash", "-c", echo)
+    (n0, job), (n1, same) = (line.split() for line in sorted(said.splitlines()))
+    assert (n0, n1) == ("n0", "n1") and job == same
     query = ["sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,AllocTRES"]
     until(lambda: slurm.run(*query).startswith("COMPLETED|n[0-1]|"), "the job in the accounts", 60)
     assert "gres/gpu=2" in slurm.run(*query)
