@@ -1,10 +1,12 @@
 """A training job from its start to its exit code, the same for every objective."""
 
+import shlex
 import sys
 
 from mla_jax.compilation_cache import keep_compiled
 from mla_jax.config import RunConfig
 from mla_jax.config.command_line import override
+from mla_jax.config.data import NeedleMixtureConfig
 from mla_jax.data.pipeline import MakePipeline
 from mla_jax.distributed.join import check_same_config, is_main, join_job, print_on_main
 from mla_jax.distributed.preemption import StopRequest, requeue
@@ -41,5 +43,8 @@ def train_job(config: RunConfig, loss: Loss, make_pipeline: MakePipeline, stop: 
         sys.exit(INTERRUPTED)
     if is_main():
         write_summary(result)
-    evaluation = f"python -m experiments.evaluate {override('run', str(result.run_dir))}"
-    print_on_main(f"Finished at step {result.step}. Next: {evaluation}")
+    if isinstance(config.data, NeedleMixtureConfig):
+        command = f"python -m experiments.evaluate {override('run', str(result.run_dir))}"
+    else:
+        command = shlex.join(["python", "-m", "tools.generate", str(result.run_dir)])
+    print_on_main(f"Finished at step {result.step}. Next: {command}")
