@@ -178,11 +178,11 @@ def peer(problem: Problem, name: str, folder: Path | None):
     if name == "FlashMLA":
         (out, _), timing = time_torch(peers.flashmla_step(module, *arrays, **options), turns)
         return out, timing, None
+    step, others = (peers.flash_attention_3_step, [0]) if name == "FlashAttention-3" else (peers.vllm_triton_step, [])
     return peers.best_splits(
-        lambda splits: peers.vllm_triton_step(module, *arrays, **options, splits=splits),
-        turns,
-        start=peers.likely_splits(shape.batch, shape.heads),
-    )
+        lambda splits: step(module, *arrays, **options, splits=splits), turns,
+        peers.likely_splits(shape.batch, shape.heads), others,
+    )  # fmt: skip
 
 
 def _torch(x: jax.Array):
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, metavar="SHAPE",
                         help="256+64x32:1x128k for 256 + 64 wide, 32 heads, 1 row of 128k tokens")  # fmt: skip
     parser.add_argument("--page-size", type=int, default=64, help="tokens a page, 0 for one page a row (default: 64)")
-    parser.add_argument("--peers", type=Path, help="folder with the files of FlashMLA and vLLM (tools/bench/peers.py)")
+    parser.add_argument("--peers", type=Path, help="folder with files of vLLM (tools/bench/peers.py)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run those whose name contains NAME")
     parser.add_argument("--json", type=Path, help="file for the results, rewritten after each shape")
     args = parser.parse_args()

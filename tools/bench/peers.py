@@ -1,6 +1,7 @@
 """Decode kernels of other projects, loaded from files outside of this repository.
 
-A folder of peers holds, of the wheel of vllm 0.22.0: `_flashmla_C.abi3.so`, `flash_mla_interface.py` (FlashMLA) and
+A folder of peers holds, of the wheel of vllm 0.22.0: `_flashmla_C.abi3.so`, `flash_mla_interface.py` (FlashMLA),
+`_vllm_fa3_C.abi3.so`, `flash_attn_interface.py` (FlashAttention-3, which vLLM prefers for MLA on Hopper) and
 `triton_decode_attention.py` (vLLM's Triton MLA). Each is used if its files are there.
 """
 
@@ -11,7 +12,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,7 @@ from tools.bench.timing import Timing, time_torch
 
 FILES = {
     "FlashMLA": ("_flashmla_C.abi3.so", "flash_mla_interface.py"),
+    "FlashAttention-3": ("_vllm_fa3_C.abi3.so", "flash_attn_interface.py"),
     "vLLM Triton": ("triton_decode_attention.py",),
 }
 # What the files import of vLLM.
@@ -72,6 +74,36 @@ def flashmla_step(module: ModuleType, q_BTHW, kv_PSW, lengths_B, *, c_width: int
     return step
 
 
+def flash_attention_3_step(
+    module: ModuleType, q_BTHW, kv_PSW, lengths_B, *, c_width: int, scale: float, splits: int
+) -> Callable:
+    """`step(block_table_BN)` -> out_BHC, of one query token (T = 1), by a schedule made here; 0 splits: as it chooses.
+
+    Raises:
+        ImportError: its library cannot be loaded.
+    """
+    import torch
+
+    if not module.FA3_AVAILABLE:
+        raise ImportError(module.FA3_UNAVAILABLE_REASON)
+    (batch, _, heads, width), longest = q_BTHW.shape, int(lengths_B.max())
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=q_BTHW.device)
+    schedule = module.get_scheduler_metadata(
+        batch, 1, longest, heads, 1, width - c_width, lengths_B, qkv_dtype=q_BTHW.dtype, headdim_v=c_width,
+        cu_seqlens_q=starts, page_size=kv_PSW.shape[1], causal=True, num_splits=splits,
+    )  # fmt: skip
+    q_BHW, kv_PS1W = q_BTHW[:, 0], kv_PSW[:, :, None]
+
+    def step(block_table_BN):
+        return module.flash_attn_varlen_func(
+            q_BHW[..., c_width:], kv_PS1W[..., c_width:], kv_PS1W[..., :c_width], q_v=q_BHW[..., :c_width],
+            max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=longest, seqused_k=lengths_B, block_table=block_table_BN,
+            softmax_scale=scale, causal=True, fa_version=3, scheduler_metadata=schedule, num_splits=splits,
+        )  # fmt: skip
+
+    return step
+
+
 def vllm_triton_step(module: ModuleType, q_BTHW, kv_PSW, lengths_B, *, c_width: int, scale: float, splits: int):
     """`step(block_table_BN)` -> out_BHC, of one query token (T = 1)."""
     import torch
@@ -98,20 +130,20 @@ def likely_splits(batch: int, heads: int) -> int:
     return 2 ** max(round(math.log2(256 / (batch * math.ceil(heads / 16)))), 0)
 
 
-def best_splits(step_of: Callable[[int], Callable], turns, start: int):
-    """(result, timing, splits) of the fastest power of two of splits, climbing from `start`."""
+def best_splits(step_of: Callable[[int], Callable], turns, start: int, others: Sequence[int] = ()):
+    """(result, timing, splits) of the fastest power of two of splits, climbing from `start`, or of `others`."""
     tried: dict[int, tuple[object, Timing]] = {}
 
     def seconds(splits: int) -> float:
-        if not 1 <= splits <= _MOST_SPLITS:
-            return float("inf")
         if splits not in tried:
             tried[splits] = time_torch(step_of(splits), turns)
         return tried[splits][1].seconds
 
     best = min(start, _MOST_SPLITS)
     while True:
-        fastest = min((best, 2 * best, best // 2), key=seconds)
+        fastest = min((n for n in (best, 2 * best, best // 2) if 1 <= n <= _MOST_SPLITS), key=seconds)
         if fastest == best:
-            return *tried[best], best
+            break
         best = fastest
+    best = min((best, *others), key=seconds)
+    return *tried[best], best
