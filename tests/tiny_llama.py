@@ -8,7 +8,9 @@ import torch
 import transformers
 
 from mla_jax.bridge.llama import source as llama_source
-from mla_jax.bridge.llama.config import LlamaConfig
+from mla_jax.bridge.llama.config import LlamaConfig, Ranks
+from mla_jax.bridge.llama.convert import convert
+from mla_jax.config import ModelConfig
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 _NAMES = "anna ben carl dora emil fay gus hana ivan jill kurt lena".split()
@@ -76,6 +78,13 @@ def save_llama(folder: Path, kind: str = "llama", **changes) -> transformers.Pre
     model.save_pretrained(folder)
     load_tokenizer("bytes").save(folder)
     return model
+
+
+def convert_exactly(folder: Path) -> tuple[ModelConfig, dict, Tokenizer]:
+    """Saves a Llama with one key head of 64 as `folder`, and converts it to 192 + 64, where nothing is lost."""
+    save_llama(folder, hidden_size=192, num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=512)
+    (folder / "texts.txt").write_text(stories(0, 60))
+    return convert(folder, Ranks(192), folder / "texts.txt", tokens=2048, length=64)[:3]
 
 
 def leave_positions_out(monkeypatch) -> None:

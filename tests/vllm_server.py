@@ -53,7 +53,6 @@ def model(kv_lora_rank: int, nope: int, rope: int, v: int, **changes) -> ModelCo
 
 WIDTH_576 = model(512, 128, 64, 128, q_lora_rank=48)
 WIDTH_320_YARN = model(256, 64, 64, 128, q_lora_rank=48, rope_scaling=YARN)
-WIDTH_256 = model(192, 64, 64, 64, num_attention_heads=3, hidden_size=48)
 
 
 def random_params(config: ModelConfig) -> dict:

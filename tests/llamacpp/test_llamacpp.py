@@ -21,6 +21,7 @@ from mla_jax.data.byte_bpe import SPECIAL_TOKENS
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.model.transformer import abstract_params
 from tiny import MODEL
+from tiny_llama import convert_exactly
 
 pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.llamacpp
@@ -70,7 +71,7 @@ def hf_greedy(hf_dir, ids):
 
 def compare(hf_dir, model, config, tolerance, lengths=(1, 80)):
     """Where both chose the same so far, log-probabilities agree; where they part, two tokens were as good as equal."""
-    prompts = [np.random.default_rng(length).integers(0, 500, length).tolist() for length in lengths]
+    prompts = [np.random.default_rng(length).integers(0, 250, length).tolist() for length in lengths]
     with serve(model) as llama:
         answers = [llama.complete(ids, NEW_TOKENS, config.vocab_size) for ids in prompts]
     for length, ids, (ours, steps) in zip(lengths, prompts, answers, strict=True):
@@ -96,6 +97,13 @@ def test_queries_of_one_matrix(tmp_path):
     config = dataclasses.replace(W320, q_lora_rank=None)
     hf_dir, model = export_both(config, tmp_path)
     compare(hf_dir, model, config, TOLERANCES["f16"])
+
+
+def test_a_llama_that_was_converted(tmp_path):
+    """It answers as the Llama itself does in transformers."""
+    config, params, tokenizer = convert_exactly(tmp_path / "llama")
+    hf_dir = export(config, params, tokenizer, tmp_path / "hf", dtype="float16")
+    compare(tmp_path / "llama", export_gguf(hf_dir, tmp_path / "model.gguf"), config, TOLERANCES["f16"])
 
 
 def test_width_256_with_a_tied_head(tmp_path):

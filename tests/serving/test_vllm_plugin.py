@@ -1,4 +1,7 @@
-"""Our Triton kernel inside vLLM, in Triton's interpreter: widths that stock vLLM refuses on a CPU, and YaRN."""
+"""Our Triton kernel inside vLLM, in Triton's interpreter: widths that stock vLLM refuses on a CPU, and YaRN.
+
+The model of width 256 was a Llama, and vLLM answers as the Llama does in transformers.
+"""
 
 import dataclasses
 
@@ -7,11 +10,11 @@ import pytest
 
 from mla_jax.bridge.hf.export import export
 from mla_jax.data.tokenizer import load_tokenizer
+from tiny_llama import convert_exactly
 from vllm_server import (
     BLOCK,
     MARKS,
     TOLERANCE,
-    WIDTH_256,
     WIDTH_320_YARN,
     check_answers,
     our_logprobs,
@@ -21,16 +24,25 @@ from vllm_server import (
 )
 
 pytestmark = MARKS
-MODELS = {"320, yarn": WIDTH_320_YARN, "256": WIDTH_256}
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+def random_320_yarn(folder):
+    params = random_params(WIDTH_320_YARN)
+    served = export(WIDTH_320_YARN, params, load_tokenizer("bytes"), folder / "tiny")
+    return WIDTH_320_YARN, params, served, served
+
+
+def converted_256(folder):
+    config, params, tokenizer = convert_exactly(folder / "llama")
+    return config, params, export(config, params, tokenizer, folder / "tiny"), folder / "llama"
+
+
+@pytest.fixture(scope="module", params=[random_320_yarn, converted_256])
 def served(request, tmp_path_factory):
-    """(config, parameters, folder, server)"""
-    params = random_params(request.param)
-    folder = export(request.param, params, load_tokenizer("bytes"), tmp_path_factory.mktemp("exports") / "tiny")
+    """(config, parameters, folder of what transformers must answer alike, server)"""
+    config, params, folder, of_transformers = request.param(tmp_path_factory.mktemp("models"))
     with serve(folder, INFINITECONTEXT_VLLM="on", TRITON_INTERPRET="1") as server:
-        yield request.param, params, folder, server
+        yield config, params, of_transformers, server
 
 
 def test_tokens_and_logprobs_of_requests_at_once(served):
