@@ -111,6 +111,22 @@ def test_verify_compares_logits_tokens_and_ids(tmp_path):
     assert verification.same_tokens == 0
 
 
+def test_verify_tells_rounding_from_errors(tmp_path):
+    """Logits of hundreds differ by more than the tolerance; norms that are wrong by a ten-thousandth still show."""
+    config = dataclasses.replace(PEAKY, tie_word_embeddings=False, vocab_size=264)
+    params = random_params(config)
+    params = {**params, "lm_head": 100 * params["lm_head"]}
+    out = export(config, params, TOKENIZER, tmp_path / "out")
+    verification = verify.verify(out, config, params, TOKENIZER, prompts=["a"])
+    assert verification.logit_difference > TOLERANCE
+    assert verification.passed and verification.first_difference is None
+    assert "or RMS error to float64" in str(verification)
+
+    verification = verify.verify(out, config, {**params, "norm": 1.0001 * params["norm"]}, TOKENIZER, prompts=["a"])
+    assert not verification.passed
+    assert verification.first_difference == "model.norm or lm_head"
+
+
 def changed(params, *path):
     if not path:
         return params.at[-1].multiply(1.5)
