@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from slurm_cluster import ANSIBLE
 from throwaway_debian import Debian, make_repository, run
 
 pytestmark = pytest.mark.ansible
@@ -91,3 +93,16 @@ def test_the_driver_of_the_distribution_really_installs(tmp_path_factory):
     assert debian.play("common", "nvidia_driver", **variables) == 0
     assert int(debian.version("libcuda1").split(".")[0]) >= 535
     assert list(debian.root.glob("usr/lib/x86_64-linux-gnu/libcuda.so.*"))
+    assert "nvidia-smi lists 0 of 1 GPUs (NVIDIA-SMI has failed because " in health(debian)  # there is no module
+
+
+def health(debian: Debian) -> str:
+    """What the health check says inside, where one GPU is expected."""
+    folder = debian.root / "health"
+    folder.mkdir()
+    shutil.copy(ANSIBLE / "roles" / "slurm" / "files" / "node-health", folder)
+    configuration = {"slurm_conf": "", "gpus": ["/dev/null"], "kernel_log": "/dev/null", "ignored": [], "disks": []}
+    (folder / "health-g1.json").write_text(json.dumps(configuration | {"memory": "/health/memory.json"}))
+    inside = ["chroot", debian.root, "env", "SLURMD_NODENAME=g1", "unshare", "--mount", "sh", "-c"]
+    look = "mount -t proc proc /proc && /health/node-health --look"
+    return subprocess.run([*inside, look], capture_output=True, text=True, timeout=60).stdout
