@@ -82,9 +82,10 @@ slurm-stop: ## end the SLURM of `make slurm`
 test-slurm: $(VENV)/.installed-slurm ## training on that SLURM, its accounts and its health check; bad inventories, ansible-lint
 	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(ARGS)
 
-debootstrap: ## what `make test-ansible` makes a throwaway Debian with (as root)
-	@command -v debootstrap >/dev/null && command -v gpg >/dev/null || { apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends debootstrap gpg gpg-agent; }
+debootstrap: ## what `make test-ansible` makes a throwaway Debian and a wrong clock with (as root)
+	@command -v debootstrap >/dev/null && command -v gpg >/dev/null && dpkg-query --show libfaketime >/dev/null 2>&1 || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qqy --no-install-recommends debootstrap gpg gpg-agent libfaketime; }
 
 test-ansible: $(VENV)/.installed-slurm debootstrap ## all of deploy/ansible, on this machine and in a throwaway Debian (as root, on Debian)
 	$(BIN)/python -m pytest -m ansible -rs tests/slurm $(ARGS)

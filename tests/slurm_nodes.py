@@ -3,9 +3,13 @@
 import os
 import re
 import signal
+import subprocess
+import time
 from pathlib import Path
 
-from slurm_cluster import Slurm, until
+import pytest
+
+from slurm_cluster import Slurm, play, until
 
 
 def state_dir(slurm: Slurm) -> Path:
@@ -24,6 +28,46 @@ def kill(pid_file: Path, number: signal.Signals) -> None:
     pid = int(pid_file.read_text())
     os.kill(pid, number)
     until(lambda: not Path(f"/proc/{pid}").exists(), f"the end of {pid_file.stem}", 60)
+
+
+def restart(slurm: Slurm, daemon: str, first: str = "true", **variables: str) -> Path:
+    """Starts a daemon again as it runs, with `variables` set, in a mount namespace of its own, after `first` in it.
+
+    Returns its folder in /proc.
+    """
+    pid_file = state_dir(slurm) / f"{daemon}.pid"
+    process = Path("/proc", pid_file.read_text().strip())
+    arguments = (process / "cmdline").read_text().split("\0")[:-1]
+    pairs = (process / "environ").read_text().split("\0")[:-1]
+    user, group = process.stat().st_uid, process.stat().st_gid
+    namespace = os.open(process / "ns" / "mnt", os.O_RDONLY)
+    kill(pid_file, signal.SIGTERM)
+    run_again = f'{first} && exec setpriv --reuid={user} --regid={group} --clear-groups "$@"'
+    enter = ["nsenter", f"--mount=/proc/self/fd/{namespace}", "unshare", "--mount", "bash", "-c", run_again, daemon]
+    detach = f'"$@" </dev/null >>{pid_file.with_suffix(".out")} 2>&1 & echo $! >{pid_file}'
+    environment = dict(pair.split("=", 1) for pair in pairs) | variables
+    command = ["setsid", "bash", "-c", detach, daemon, *enter, *arguments]
+    subprocess.run(command, env=environment, pass_fds=[namespace], check=True)
+    os.close(namespace)
+    process = Path("/proc", pid_file.read_text().strip())
+    until(lambda: (process / "cmdline").read_text().split("\0")[:-1] == arguments, f"{daemon} at work", 30)
+    return process
+
+
+def refusal(slurm: Slurm, *arguments: str) -> str:
+    """The error of a playbook, which must fail, in its one line."""
+    with pytest.raises(AssertionError) as failure:
+        play(slurm, *arguments)
+    (line,) = re.findall(r"^\[ERROR\]: (.*)", str(failure.value), re.M)
+    return line
+
+
+def wait_until_written(slurm: Slurm) -> None:
+    """Waits until slurmctld has written the jobs' state as it is now, which it does when a job is submitted."""
+    written = state_dir(slurm) / "state" / "slurmctld" / "job_state"
+    name = f"submitted-{time.time_ns()}"
+    slurm.run("sbatch", "--hold", f"--job-name={name}", "--output=/dev/null", "--wrap=true")
+    until(lambda: written.exists() and name.encode() in written.read_bytes(), "the jobs written", 60)
 
 
 def long_job(slurm: Slurm, folder: Path) -> str:

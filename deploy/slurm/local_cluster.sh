@@ -93,7 +93,7 @@ stop() {
         done
     fi
     local name pid
-    for name in slurmd-n0 slurmd-n1 slurmctld slurmdbd mariadb munge node-exporter; do
+    for name in slurmd-n0 slurmd-n1 slurmctld slurmdbd mariadb munge-{head,n0,n1} node-exporter; do
         running "$name" || continue
         pid=$(cat "$STATE/$name.pid")
         kill "$pid" 2>/dev/null || true
