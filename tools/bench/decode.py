@@ -169,16 +169,15 @@ def torch_eager(problem: Problem):
 
 def peer(problem: Problem, name: str, folder: Path | None):
     """(out, timing, splits or None) of a kernel of another project."""
-    module = peers.load(name, folder)
     shape = problem.shape
+    module = peers.load(name, folder, shape.c_width)
     kv_PSW = _torch(jnp.concatenate([problem.c_PSC, problem.k_rope_PSR], axis=-1))
     arrays = _torch(problem.q_BTHW), kv_PSW, _torch(problem.lengths_B)
     turns = [(_torch(table),) for table in problem.turns(problem.c_PSC.dtype)]
     options = {"c_width": shape.c_width, "scale": problem.scale}
-    if name == "FlashMLA":
-        (out, _), timing = time_torch(peers.flashmla_step(module, *arrays, **options), turns)
-        return out, timing, None
-    step, others = (peers.flash_attention_3_step, [0]) if name == "FlashAttention-3" else (peers.vllm_triton_step, [])
+    if name in peers.SCHEDULED:
+        return *time_torch(peers.SCHEDULED[name](module, *arrays, **options), turns), None
+    step, others = peers.SPLIT[name]
     return peers.best_splits(
         lambda splits: step(module, *arrays, **options, splits=splits), turns,
         peers.likely_splits(shape.batch, shape.heads), others,
@@ -251,7 +250,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, metavar="SHAPE",
                         help="256+64x32:1x128k for 256 + 64 wide, 32 heads, 1 row of 128k tokens")  # fmt: skip
     parser.add_argument("--page-size", type=int, default=64, help="tokens a page, 0 for one page a row (default: 64)")
-    parser.add_argument("--peers", type=Path, help="folder with files of vLLM (tools/bench/peers.py)")
+    parser.add_argument("--peers", type=Path, help="folder with their files (tools/bench/peers.py)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run those whose name contains NAME")
     parser.add_argument("--json", type=Path, help="file for the results, rewritten after each shape")
     args = parser.parse_args()

@@ -2,7 +2,8 @@
 
 A folder of peers holds, of the wheel of vllm 0.22.0: `_flashmla_C.abi3.so`, `flash_mla_interface.py` (FlashMLA),
 `_vllm_fa3_C.abi3.so`, `flash_attn_interface.py` (FlashAttention-3, which vLLM prefers for MLA on Hopper) and
-`triton_decode_attention.py` (vLLM's Triton MLA). Each is used if its files are there.
+`triton_decode_attention.py` (vLLM's Triton MLA); and of FlashInfer a library for each width, made of its wheel as
+docs/benchmarks.md says. Each is used if its files are there.
 """
 
 import atexit
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tools.bench.timing import Timing, time_torch
 
@@ -22,6 +24,7 @@ FILES = {
     "FlashMLA": ("_flashmla_C.abi3.so", "flash_mla_interface.py"),
     "FlashAttention-3": ("_vllm_fa3_C.abi3.so", "flash_attn_interface.py"),
     "vLLM Triton": ("triton_decode_attention.py",),
+    "FlashInfer": ("flashinfer_mla_{c_width}.so",),
 }
 # What the files import of vLLM.
 _STUBS = {
@@ -36,17 +39,22 @@ class PeerMissing(Exception):
     """Files of the peer are not there."""
 
 
-def load(peer: str, folder: Path | None) -> ModuleType:
+def load(peer: str, folder: Path | None, c_width: int) -> Any:
     """The peer's module; PeerMissing if its files are not there, ImportError if they cannot be loaded."""
-    missing = [name for name in FILES[peer] if folder is None or not (folder / name).exists()]
+    names = [name.format(c_width=c_width) for name in FILES[peer]]
+    missing = [name for name in names if folder is None or not (folder / name).exists()]
     if folder is None or missing:
         raise PeerMissing(f"no {', '.join(missing)} in the folder of peers ({folder})")
+    if peer == "FlashInfer":
+        import tvm_ffi  # pyright: ignore[reportMissingImports]
+
+        return tvm_ffi.load_module(folder / names[0])
     package = stub_package()
-    for name in FILES[peer]:
+    for name in names:
         if not (package / name).exists():
             shutil.copy(folder / name, package / name)
     importlib.invalidate_caches()
-    return importlib.import_module(f"vllm.{Path(FILES[peer][-1]).stem}")
+    return importlib.import_module(f"vllm.{Path(names[-1]).stem}")
 
 
 @functools.cache
@@ -63,13 +71,44 @@ def stub_package() -> Path:
 
 
 def flashmla_step(module: ModuleType, q_BTHW, kv_PSW, lengths_B, *, c_width: int, scale: float) -> Callable:
-    """`step(block_table_BN)` -> (out_BTHC, lse_BHT). Its schedule is made in the first call and kept."""
+    """`step(block_table_BN)` -> out_BTHC. Its schedule is made in the first call and kept."""
     schedule, _ = module.get_mla_metadata()
 
     def step(block_table_BN):
         return module.flash_mla_with_kvcache(
             q_BTHW, kv_PSW[:, :, None], block_table_BN, lengths_B, c_width, schedule, softmax_scale=scale, causal=True
-        )
+        )[0]
+
+    return step
+
+
+def flashinfer_step(module: Any, q_BTHW, kv_PSW, lengths_B, *, c_width: int, scale: float) -> Callable:
+    """`step(block_table_BN)` -> out_BHC, of one query token (T = 1), by a schedule made here.
+
+    Rows of the block table must be as long as the longest sequence needs.
+    """
+    import torch
+
+    device, (batch, _, heads, _), page_size = q_BTHW.device, q_BTHW.shape, kv_PSW.shape[1]
+    pages = -(-int(lengths_B.max()) // page_size)
+    # Sizes as FlashInfer has them.
+    partials, schedule = (torch.empty(size, dtype=torch.uint8, device=device) for size in (2**27, 2**23))
+    staging = torch.empty(schedule.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    queries = torch.arange(batch + 1, dtype=torch.int32)
+    plan, size = module.plan(
+        partials, schedule, staging, queries, queries * pages, lengths_B.cpu(), heads, c_width, False
+    )
+    schedule[:size].copy_(staging[:size])
+    q_BHW = q_BTHW[:, 0]
+    arrays = q_BHW[..., :c_width], q_BHW[..., c_width:], kv_PSW[..., :c_width], kv_PSW[..., c_width:]
+
+    def step(block_table_BN):
+        out_BHC = torch.empty(batch, heads, c_width, dtype=q_BTHW.dtype, device=device)
+        module.run(
+            partials, schedule, plan, *arrays, block_table_BN.flatten(), out_BHC, None, 0, heads, page_size, scale,
+            False, 1.0, 1.0, None,
+        )  # fmt: skip
+        return out_BHC
 
     return step
 
@@ -123,6 +162,12 @@ def vllm_triton_step(module: ModuleType, q_BTHW, kv_PSW, lengths_B, *, c_width: 
         return out_BHC
 
     return step
+
+
+SCHEDULED = {"FlashMLA": flashmla_step, "FlashInfer": flashinfer_step}
+"""Peers that choose how to split the cache."""
+SPLIT = {"FlashAttention-3": (flash_attention_3_step, (0,)), "vLLM Triton": (vllm_triton_step, ())}
+"""Peers that are told the number of splits, and what else than a number they take."""
 
 
 def likely_splits(batch: int, heads: int) -> int:
