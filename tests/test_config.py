@@ -50,6 +50,12 @@ def test_pairs_about_needles_are_one_override_away_and_their_mixture_adds_up(nam
     assert sum(data.rejected.values()) == pytest.approx(1) == pytest.approx(sum(data.tasks.values()))
 
 
+@pytest.mark.parametrize("data", ["needle", "needle_pairs", "mined"])
+def test_your_own_texts_are_two_overrides_away(data):
+    config = _compose(f"data={data}", "train=needle", "data.haystacks.text=1", "data.text_folder=texts").data
+    assert (config.haystacks["text"], config.text_folder) == (1, "texts")
+
+
 def test_preference_jsonl_is_one_override_away():
     data = _compose("data=preference_jsonl", "data.path=pairs.jsonl", "train=needle").data
     assert isinstance(data, PreferenceJsonlConfig) and data.packed
