@@ -78,6 +78,11 @@ def long_job(slurm: Slurm, folder: Path) -> str:
     return job
 
 
+def steps(slurm: Slurm, job: str) -> list[Path]:
+    """The sockets of a job's processes on the nodes."""
+    return list((state_dir(slurm) / "state").glob(f"slurmd-n?/n?_{job}.*"))
+
+
 def nodes_of(folder: Path) -> list[str]:
     """The nodes on which a long job has run so far."""
     out = folder / "out"

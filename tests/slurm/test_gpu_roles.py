@@ -103,6 +103,6 @@ def health(debian: Debian) -> str:
     shutil.copy(ANSIBLE / "roles" / "slurm" / "files" / "node-health", folder)
     configuration = {"slurm_conf": "", "gpus": ["/dev/null"], "kernel_log": "/dev/null", "ignored": [], "disks": []}
     (folder / "health-g1.json").write_text(json.dumps(configuration | {"memory": "/health/memory.json"}))
-    inside = ["chroot", debian.root, "env", "SLURMD_NODENAME=g1", "unshare", "--mount", "sh", "-c"]
-    look = "mount -t proc proc /proc && /health/node-health --look"
+    inside = ["unshare", "--mount", "chroot", debian.root, "env", "SLURMD_NODENAME=g1", "sh", "-c"]
+    look = "mount -t proc proc /proc && python3 /health/node-health --look"
     return subprocess.run([*inside, look], capture_output=True, text=True, timeout=60).stdout

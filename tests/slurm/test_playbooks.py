@@ -1,13 +1,15 @@
 """What an operator does to the cluster that deploy/ansible configured, and what may happen to it."""
 
 import gzip
+import json
+import shutil
 import signal
 import sys
 
 import pytest
 
 from slurm_cluster import play, until
-from slurm_nodes import kill, long_job, node, nodes_of, state_dir, wait_until_written
+from slurm_nodes import kill, long_job, node, nodes_of, state_dir, steps, wait_until_written
 
 pytestmark = pytest.mark.ansible
 
@@ -79,3 +81,16 @@ def test_an_upgrade_empties_one_node_after_the_other(slurm, tmp_path, job):
     saved = max((state_dir(slurm) / "state" / "saved").glob("accounts-*.sql.gz"))
     assert b"local_job_table" in gzip.decompress(saved.read_bytes())
     assert play(slurm, "site.yml") == UNCHANGED
+
+
+def test_without_its_state_slurmctld_ends_the_jobs_and_their_accounts(slurm, job):
+    """Comes last: of jobs that are counted from 1 again, sacct takes old ones for new."""
+    assert steps(slurm, job)
+    kill(state_dir(slurm) / "slurmctld.pid", signal.SIGKILL)
+    shutil.rmtree(state_dir(slurm) / "state" / "slurmctld")
+    options = {"slurm_options": ["SlurmdParameters=config_overrides", "DebugFlags=NO_CONF_HASH", "FirstJobId=1000"]}
+    play(slurm, "site.yml", "-e", "slurm_forget_jobs=true", "-e", json.dumps(options))
+    until(lambda: not steps(slurm, job), "the end of the job's processes", 120)
+    assert slurm.run("squeue", "-h") == ""
+    assert slurm.run("sacct", "-X", "-n", "-P", "-j", job, "-o", "State") == "CANCELLED"
+    assert slurm.run("sbatch", "--parsable", "--output=/dev/null", "--wrap=true") == "1000"
