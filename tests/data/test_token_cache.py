@@ -21,6 +21,7 @@ from mla_jax.data.pipeline import make_pipeline
 from mla_jax.data.records import encode_record
 from mla_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mla_jax.errors import InputError
+from processes import printed_by
 
 BYTES = load_tokenizer("bytes")
 RECORDS = [{"prompt": f"Is {i} {'very ' * (i % 7)}odd?", "completion": f" {bool(i % 2)}, {i}"} for i in range(300)]
@@ -161,7 +162,7 @@ def _start(path, cache, program=PROGRAM, **environ) -> subprocess.Popen:
 def test_of_processes_that_start_at_once_one_encodes(chats, cache, tmp_path):
     log = tmp_path / "log"
     processes = [_start(chats, cache, ENCODED_LOG=str(log), SECONDS_A_RECORD="0.005") for _ in range(3)]
-    printed = [process.communicate(timeout=120) for process in processes]
+    printed = printed_by(processes, timeout=120)
     assert {out.split()[0] for out, _ in printed} == {"300"}, printed
     assert len({out for out, _ in printed}) == 1
     assert len(log.read_text()) == 300

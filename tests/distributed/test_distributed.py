@@ -14,6 +14,7 @@ from mla_jax.config import flatten
 from mla_jax.distributed import join
 from mla_jax.distributed.join import Process, first_node, from_environment
 from mla_jax.errors import InputError, UsageError
+from processes import printed_by
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEP = {
@@ -124,11 +125,7 @@ def start_two(run_dir: Path, steps: int, *second: str, count: int = 2) -> list[s
 
 def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each."""
-    try:
-        printed = [process.communicate(timeout=180) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    printed = printed_by(processes, timeout=180)
     return [(process.returncode, *texts) for process, texts in zip(processes, printed, strict=True)]
 
 

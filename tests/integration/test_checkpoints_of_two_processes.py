@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mla_jax.checkpoint.run_folder import load_run
+from processes import printed_by
 
 ROOT = Path(__file__).parent.parent.parent
 PROCESS = """
@@ -41,12 +42,7 @@ def train_together(run_dir: Path, steps: int, faults: tuple[str, str] = ("", "")
     commands = [[sys.executable, "-c", PROCESS, *each] for each in arguments]
     pipes = {"cwd": ROOT, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     processes = [subprocess.Popen(command, **pipes) for command in commands]
-    try:
-        errors = [process.communicate(timeout=900)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    errors = [error for _, error in printed_by(processes, timeout=900)]
     return [process.returncode for process in processes], errors
 
 

@@ -17,6 +17,7 @@ from mla_jax.checkpoint import run_lock
 from mla_jax.checkpoint.run_folder import load_run
 from mla_jax.checkpoint.run_lock import lock_run
 from mla_jax.errors import InputError
+from processes import printed_by
 from tiny import make_config, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -76,7 +77,7 @@ def test_the_second_process_says_who_trains_and_leaves_everything_as_it_is(tmp_p
 
 def test_of_two_that_start_together_one_trains_and_one_is_refused(tmp_path):
     both = [start(TRAIN, tmp_path / "run") for _ in range(2)]
-    output = [process.communicate(timeout=300) for process in both]
+    output = printed_by(both, timeout=300)
     assert sorted(process.returncode for process in both) == [0, 1], output
     (out, _), (_, error) = sorted(output, key=lambda texts: "Finished" not in texts[0])
     winner = next(process for process in both if process.returncode == 0)
