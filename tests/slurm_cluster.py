@@ -67,12 +67,17 @@ class Slurm:
 
     def run(self, *command: str, timeout: float = 30) -> str:
         """Standard output of a command; fails if it fails."""
-        ran = self._ended(*command, timeout=timeout)
+        ran = subprocess.run(
+            command,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=ROOT,
+            restore_signals=False,  # SIGPIPE stays ignored: see mla_jax/distributed/preemption.py
+        )
         assert ran.returncode == 0, ran
         return ran.stdout.strip()
-
-    def _ended(self, *command: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
     def train(self, run_dir: Path, *overrides: str, flags: Sequence[str] = (), entry: str = "sft") -> subprocess.Popen:
         """Submits the tiny run by the command that a user types; it waits for the job."""
@@ -102,15 +107,8 @@ class Slurm:
         return self.run("squeue", "-h", "-n", name, "-o", "%A")
 
     def show(self, job: str) -> dict[str, str]:
-        """What SLURM knows of a job: JobState, Restarts, ExitCode, ... It is asked again if it does not answer."""
-        asked: list[subprocess.CompletedProcess[str]] = []
-
-        def answered() -> bool:
-            asked.append(self._ended("scontrol", "-o", "show", "job", job))
-            return asked[-1].returncode == 0
-
-        until(answered, f"an answer about job {job}", 30, lambda: asked[0])
-        words = asked[-1].stdout.split()
+        """What SLURM knows of a job: JobState, Restarts, ExitCode, ..."""
+        words = self.run("scontrol", "-o", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def finish(self, job: str, state: str = "COMPLETED", seconds: float = 300) -> dict[str, str]:

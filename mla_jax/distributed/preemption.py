@@ -89,4 +89,6 @@ def requeue() -> None:
 
 
 def _printed_by(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    # munged hangs up on a command that a busy node delays by 2 s; only one that ignores SIGPIPE asks it again.
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, restore_signals=False)
+    return ran.stdout.strip()

@@ -68,6 +68,10 @@ def test_a_running_job_is_requeued_and_waits(slurm):
     assert slurm("RUNNING") == ["requeue 7", "slept"]
 
 
+def test_a_running_job_is_requeued_though_munged_hangs_up_on_the_command(slurm, tmp_path):
+    assert slurm("RUNNING", f'kill -PIPE $$; echo "$@" >>{tmp_path}/asked') == ["requeue 7", "slept"]
+
+
 @pytest.mark.parametrize("state", ["COMPLETING", "PENDING"])
 def test_a_job_that_slurm_stops_by_itself_only_waits(slurm, state):
     assert slurm(state) == ["slept"]
