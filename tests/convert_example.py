@@ -89,6 +89,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/convert-example"))
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
+    if args.out.exists():
+        raise SystemExit(f"error: {args.out} is there already: remove it, or make convert-example OUT=FOLDER")
     source, texts, converted, healed = (args.out / name for name in ("source", "texts", "converted", "healed"))
     args.out.mkdir(parents=True)
     save_source(args.model, source)

@@ -179,6 +179,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def serve(folder: Path, *flags: str, seconds: float = 300, **environment: str) -> Iterator[Server]:
     """vLLM on a CPU, with the exported model `tiny`, ready for requests; killed afterwards if it still runs."""
+    folder = folder.resolve()  # it runs in there
     port, log = free_port(), folder.with_suffix(".log")
     command = [
         str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny",
