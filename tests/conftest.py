@@ -4,6 +4,7 @@ import gc
 import io
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -24,6 +25,8 @@ if shutil.which("nvidia-smi") is None:  # what runs on a GPU is tested as it run
         os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 _cache = tempfile.TemporaryDirectory(prefix="cache-")  # the user's own is not for tests, nor for processes they start
 os.environ["XDG_CACHE_HOME"] = _cache.name
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's background; processes that tests start inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():
