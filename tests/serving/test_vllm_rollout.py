@@ -187,7 +187,7 @@ def wait_until(condition, seconds: float = 60) -> None:
 def replace(running: Gateway, old: Pod, new: list[Pod], manifests: list[Manifest]) -> float:
     """Ends a pod as kubelet does, `new` being the others. Gives the time when that began."""
     begun = time.monotonic()
-    end = time.monotonic() + pod(manifests)["terminationGracePeriodSeconds"]
+    end = begun + pod(manifests)["terminationGracePeriodSeconds"]
     interpreter, script = server(manifests)["lifecycle"]["preStop"]["exec"]["command"]
     command = [interpreter, FOLDER / "base" / Path(script).name]
     pre_stop = subprocess.Popen(command, env={**os.environ, "CONFIG": str(old.config)})
