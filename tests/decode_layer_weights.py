@@ -2,17 +2,19 @@
 
 import jax
 
+from latent_attention import quantize
 from latent_attention.call_shapes import LayerShape
 from mla_jax.model.layers import InferenceWeight
 
 
-def random_weights(shape: LayerShape, dtype: str, key: jax.Array) -> dict:
+def random_weights(shape: LayerShape, dtype: str, key: jax.Array, int8: bool = False) -> dict:
     """One layer of `decoder.inference_weights`, unit-variance outputs; RMSNorm weights that are not all ones."""
     D, Q, C, R, N, V, H, F = shape
     keys = iter(jax.random.split(key, 12))
 
     def matrix(out: int, width: int) -> InferenceWeight:
-        return InferenceWeight((jax.random.normal(next(keys), (out, width)) / width**0.5).astype(dtype), None)
+        rows = jax.random.normal(next(keys), (out, width)) / width**0.5
+        return InferenceWeight(*quantize(rows)) if int8 else InferenceWeight(rows.astype(dtype), None)
 
     def norm(width: int) -> jax.Array:
         return 1 + 0.1 * jax.random.normal(next(keys), (width,))

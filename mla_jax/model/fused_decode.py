@@ -46,14 +46,14 @@ def _attention(config: ModelConfig, cache: LayerCache) -> str:
 
 def is_fused_layer(config: ModelConfig, cache: LayerCache, int8_weights: bool) -> bool:
     """True if a layer is one kernel; only to be asked where `why_not` is None."""
-    if int8_weights or _attention(config, cache) != "mosaic":
+    if _attention(config, cache) != "mosaic":
         return False
     try:  # another JAX may have moved what it uses
         from latent_attention.decode_layer import mosaic
     except (ImportError, AttributeError):
         return False
-    reason = mosaic.why_not(_shape(config), config.dtype, cache.c_BSC.dtype.name, cache.capacity, local_gpu())
-    return reason is None
+    cache_dtype = cache.c_BSC.dtype.name
+    return mosaic.why_not(_shape(config), config.dtype, cache_dtype, cache.capacity, local_gpu(), int8_weights) is None
 
 
 def init_workspace(config: ModelConfig, weights: dict, layers: tuple[LayerCache, ...]) -> jax.Array:

@@ -19,8 +19,10 @@ SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
 TWO_UNITS = SMALL._replace(V=256, H=32)
 """A CTA has up to two units of the value projection, of different heads."""
 FEW_HEADS, SOME_HEADS = SMALL._replace(H=8, V=192), SMALL._replace(H=24)
+WORDS = SMALL._replace(D=1536)
+"""Rows are whole words for each thread in 8 bits, as they are of INFINITE_1B."""
 WIDE = SMALL._replace(Q=1536, N=128, H=32)
-"""Rows of the up-projection of queries are not narrow, see `gemv.is_narrow`."""
+"""Rows of the up-projection of queries are not narrow, see `layouts.is_narrow`."""
 INFINITE_1B = LayerShape(D=2560, Q=768, C=256, R=64, N=64, V=128, H=32, F=7680)
 EPS, SCALE = 1e-6, 0.1
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -68,17 +70,24 @@ def test_fused_layer_matches_unfused(dtype, shape, capacity, kv_len):
     check(dtype, shape, capacity, kv_len, local_gpu())
 
 
+@pytest.mark.parametrize("shape", [WORDS, INFINITE_1B, WIDE._replace(D=2048)])
+@pytest.mark.parametrize(("capacity", "kv_len"), [(1024, 0), (1024, 1000), (32768, 20_000)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fused_layer_matches_unfused_in_8_bit_weights(dtype, shape, capacity, kv_len):
+    check(dtype, shape, capacity, kv_len, local_gpu(), int8=True)
+
+
 @pytest.mark.parametrize("kv_len", [1000, 20_000])
 def test_with_fewer_ctas_each_has_several_units(kv_len):
     gpu = local_gpu()
     check("bfloat16", INFINITE_1B, 32768, kv_len, gpu and gpu._replace(num_sms=78))
 
 
-def check(dtype, shape, capacity, kv_len, gpu):
-    reason = mosaic_layer.why_not(shape, dtype, dtype, capacity, gpu) or jax_triton_loader.why_not()
+def check(dtype, shape, capacity, kv_len, gpu, int8=False):
+    reason = mosaic_layer.why_not(shape, dtype, dtype, capacity, gpu, int8) or jax_triton_loader.why_not()
     if reason:
         pytest.skip(reason)
-    weights = random_weights(shape, dtype, KEYS[0])
+    weights = random_weights(shape, dtype, KEYS[0], int8)
     h = jax.random.normal(KEYS[1], (shape.D,)).astype(dtype)
     angles = jax.random.normal(KEYS[2], (shape.R // 2,))
     empty = jnp.arange(capacity)[:, None] >= kv_len  # these may hold anything, even NaN

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from latent_attention.decode_layer import gemv
+from latent_attention.decode_layer import gemv, layouts
 from latent_attention.decode_layer.consumer_context import ConsumerContext
 from latent_attention.decode_layer.global_layout import PARTIALS_PER_COPY, max_partials
 from latent_attention.decode_layer.smem_layout import PARTIAL_SLOTS, VALUE_ROWS, value_sums_per_row
@@ -31,16 +31,20 @@ class Combine:
         self.num_partials = num_partials
         self.units = self.shape.H * self.shape.V // _UNIT_ROWS
 
-    def load_first_values(self) -> Any:
-        """This consumer's rows of W^UV in the CTA's first unit; of a CTA that has none, of some other unit."""
+    def load_first_values(self) -> tuple[Any, Any]:
+        """`_load_values` of the CTA's first unit; of a CTA that has none, of some other unit."""
         return self._load_values(jnp.minimum(self.context.cta, self.units - 1))
 
-    def _load_values(self, unit) -> Any:
+    def _load_values(self, unit) -> tuple[Any, Any]:
+        """This consumer's rows of W^UV in a unit, and in 8 bits the scales of all of its rows."""
         N, V, C = self.shape.N, self.shape.V, self.shape.C
-        row = unit * NUM_CONSUMERS * VALUE_ROWS
-        # In `kv_b` each head has N rows of keys, then V rows of values.
-        row += (lax.div(row, V) + 1) * N + self.wg * VALUE_ROWS
-        return load_as(self.context.refs.kv_b.at[pl.ds(row, VALUE_ROWS)], gemv.matrix_layout(C))
+        refs, row = self.context.refs, unit * _UNIT_ROWS
+        row += (lax.div(row, V) + 1) * N  # in `kv_b` each head has N rows of keys, then V rows of values
+        own = refs.kv_b.at[pl.ds(row + self.wg * VALUE_ROWS, VALUE_ROWS)]
+        if refs.scales is None:
+            return load_as(own, layouts.matrix_layout(C)), None
+        scales = regs.gather(refs.scales.kv_b, row + jnp.minimum(regs.element_indices(), _UNIT_ROWS - 1))
+        return gemv.load_rows(own, VALUE_ROWS, C), scales
 
     def prefetch_partials(self, i) -> None:
         """Starts the first copies of partial results for the CTA's i-th unit, if it has that. For both consumers."""
@@ -51,34 +55,35 @@ class Combine:
     def project_values(self, values) -> None:
         """W^UV of equation 11 times the attention over latents: the attention's output [H V], published by consumer 0.
 
-        `values` are from `load_first_values`, and the copies of the first unit have been started.
+        `values` is from `load_first_values`, and the copies of the first unit have been started.
         """
         context, row_sums = self.context, self.smem.row_sums
         per_row = value_sums_per_row(self.shape)
 
-        def one(i, values):
+        def one(i, values, scales):
             unit = context.cta + i * context.num_ctas
             latent = self._combine(lax.div(unit * _UNIT_ROWS, self.shape.V))
             if self.units > context.num_ctas:
                 pl.when(self.wg == 0)(lambda: self.prefetch_partials(i + 1))
             own_rows = pl.ds(self.wg * VALUE_ROWS * per_row, VALUE_ROWS * per_row)
-            gemv.gemv(latent, values, row_sums.at[own_rows], per_row)
+            gemv.gemv(context.operand(latent), values, row_sums.at[own_rows], per_row)
             context.cta_barrier()
 
             @pl.when(self.wg == 0)
             def _():
                 n = jnp.minimum(regs.element_indices(), _UNIT_ROWS - 1)
-                context.publish(
-                    context.workspace.values, unit * _UNIT_ROWS + n, gemv.reduce_row_sums(row_sums, n, per_row)
-                )
+                y = gemv.reduce_row_sums(row_sums, n, per_row)
+                if scales is not None:
+                    y = y * scales
+                context.publish(context.workspace.values, unit * _UNIT_ROWS + n, y)
 
         @pl.when(context.cta < self.units)
         def _():
-            one(0, values)
+            one(0, *values)
             if self.units > context.num_ctas:
 
                 def more(i, _):
-                    one(i, self._load_values(context.cta + i * context.num_ctas))
+                    one(i, *self._load_values(context.cta + i * context.num_ctas))
 
                 lax.fori_loop(1, context.num_own(self.units), more, None)
 
@@ -140,5 +145,5 @@ class Combine:
         )
         regs.store(smem.head_vector.at[wg], lax.fori_loop(0, steps, step, zeros), regs.vector_layout(C))
         self.context.cta_barrier()
-        one, other = (regs.load_f32(smem.head_vector.at[i], gemv.operand_layout(C)) for i in range(NUM_CONSUMERS))
+        one, other = (regs.load_f32(smem.head_vector.at[i], layouts.operand_layout(C)) for i in range(NUM_CONSUMERS))
         return ((one + other) / total).astype(self.context.dtype)

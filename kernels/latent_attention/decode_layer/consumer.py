@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention.call_shapes import LayerShape
-from latent_attention.decode_layer import gemv, timeline
+from latent_attention.decode_layer import gemv, layouts, timeline
 from latent_attention.decode_layer.combine import Combine
 from latent_attention.decode_layer.consumer_context import ConsumerContext
 from latent_attention.decode_layer.global_layout import Refs
@@ -129,4 +129,4 @@ class Consumer:
         regs.scatter(self.context.refs.out, indices, y.astype(self.context.dtype))
 
     def _rms_norm(self, x, gamma):
-        return regs.rms_norm(x, gamma, self.eps, gemv.operand_layout(x.size), self.context.scratch)
+        return regs.rms_norm(x, gamma, self.eps, layouts.operand_layout(x.size), self.context.scratch)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from latent_attention.call_shapes import LayerShape
-from latent_attention.decode_layer import gemv, timeline
+from latent_attention.decode_layer import digits, gemv, timeline
 from latent_attention.decode_layer.global_layout import Refs, Workspace
 from latent_attention.decode_layer.smem_layout import Smem
 from latent_attention.decode_layer.tile_stream import NUM_CONSUMERS, consumer_partition
@@ -106,6 +106,10 @@ class ConsumerContext:
         mailbox.receive(words, smem_ref, self.epoch, 128 * NUM_CONSUMERS)
         self.cta_barrier()
         return gemv.load_vector(smem_ref)
+
+    def operand(self, x) -> Any:
+        """A vector from `gemv.load_vector` as `gemv.gemv` takes it: in digits if weights are in 8 bits."""
+        return x if self.refs.scales is None else digits.split(x)
 
     def receive_query(self, words) -> Any:
         """A part of one head's query, received by one consumer alone, in shared memory."""

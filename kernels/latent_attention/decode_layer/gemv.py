@@ -1,8 +1,7 @@
 """gemv on Hopper's tensor cores (mma.sync): rows of a matrix, in registers, times a vector, in registers.
 
 `load_rows` loads rows from shared memory, `gemv` writes partial sums to shared memory and `reduce_row_sums` adds these
-up. A vector [width] is distributed over the 128 threads of a warpgroup, or, if it is narrow, replicated in each of its
-warps.
+up. Rows in 8 bits are never widened: the operand is split into two `Digits`, whose products with them are exact.
 """
 
 import functools
@@ -14,37 +13,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from latent_attention.hopper.mlir import constant, i32, thread_index
-from latent_attention.hopper.registers import (
-    ONE_PER_THREAD,
-    map_elements,
-    rows_layout,
-    vector_layout,
-    vector_length,
+from latent_attention.decode_layer.digits import RADIX, Digits
+from latent_attention.decode_layer.layouts import (
+    is_narrow,
+    matrix_layout,
+    operand_layout,
+    words_layout,
 )
-from latent_attention.hopper.smem_tiles import load_as, tiled_layout
-
-
-def is_narrow(width: int) -> bool:
-    """Whether each warp has whole rows of this width, a multiple of 256, instead of a quarter of every row."""
-    return width % 256 == 0 and width <= 1024
-
-
-_NARROW = tiled_layout((4, 256), (1, 256), (1, 8), warps=(-6,), lanes=(-3,))
-
-
-def operand_layout(width: int) -> Any:
-    """The layout of the vector that `gemv` multiplies rows of this width with."""
-    return _NARROW.reduce((0,)) if is_narrow(width) else vector_layout(width)
-
+from latent_attention.hopper.mlir import constant, i32, thread_index
+from latent_attention.hopper.registers import ONE_PER_THREAD, map_elements
+from latent_attention.hopper.smem_tiles import load_as
 
 _MMA_CHAIN = 5
 """Dependent mma instructions in a row; longer sums are split into independent chains that are added at the end."""
-
-
-def matrix_layout(width: int) -> Any:
-    """The layout of the rows [rows, width] that `gemv` multiplies."""
-    return _NARROW if is_narrow(width) else rows_layout(vector_length(width))
 
 
 _REDUCED, _ONE_WARP, _ALL_WARPS = 4, 8 + 4, 4 * 8 + 4
@@ -63,22 +44,29 @@ def sums_per_row(width: int, tile_rows: int, cta_rows: int) -> int:
 
 
 def load_vector(ref) -> Any:
-    """Loads a vector [width] as the operand of `gemv`."""
+    """Loads a vector [width] as the operand of `gemv`, for rows in 8 bits still to be `split`."""
     (width,) = ref.shape
     return load_as(ref, operand_layout(width))
 
 
 def load_rows(ref, rows: int, width: int) -> Any:
-    """Loads 16-bit rows [rows, width] from flat shared memory, for `gemv`."""
-    layout = matrix_layout(width)
+    """Loads rows from contiguous memory, for `gemv`: of 16 bits [rows, width], of 8 bits as words [rows, width / 4]."""
+    int8 = ref.dtype == jnp.int8
+    layout = words_layout(width) if int8 else matrix_layout(width)
+    columns, dtype = (width // 4, jnp.int32) if int8 else (width, ref.dtype)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((rows, width), ref.dtype, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((rows, columns), dtype, layout=layout),
     )
     def load(_, ref):
-        whole = mgpu.utils.memref_reshape(ref, (rows, width))
-        return mgpu.FragmentedArray.load_untiled(whole, layout=layout.to_mgpu(), optimized=False)
+        if int8:
+            words = ir.MemRefType.get((rows, columns), i32(), memory_space=ir.MemRefType(ref.type).memory_space)
+            whole = mgpu.utils.ptr_as_memref(mgpu.utils.memref_ptr(ref), words)
+        else:
+            whole = mgpu.utils.memref_reshape(ref, (rows, columns))
+        signed = True if int8 else None
+        return mgpu.FragmentedArray.load_untiled(whole, layout=layout.to_mgpu(), is_signed=signed, optimized=False)
 
     return load(ref)  # pyright: ignore[reportCallIssue]
 
@@ -86,28 +74,26 @@ def load_rows(ref, rows: int, width: int) -> Any:
 def gemv(x, w, sums_ref, per_row: int) -> None:
     """Writes partial sums of w x to shared memory, for `reduce_row_sums`.
 
-    Each mma multiplies a 16 x 16 matrix A by a 16 x 8 matrix B. A thread holds four elements of each of two rows of A
-    and four of B. B gets the thread's elements of x, A its elements of two rows of w at the same positions; then the
-    diagonal of each half of the result holds sums of the products wanted, and the rest of it is not used.
+    Each mma multiplies a 16 x 16 matrix A by a 16 x 8 matrix B, or, in 8 bits, 16 x 32 by 32 x 8. A thread holds two
+    words of each of two rows of A and two of B. B gets the thread's elements of x, A its elements of two rows of w at
+    the same positions; then the diagonal of each half of the result holds sums of the products wanted, and the rest of
+    it is not used.
 
     Args:
-        x: [width], in `operand_layout`.
-        w: [rows, width], from `load_rows`; rows a multiple of 4 if they are narrow.
+        x: [width], in `operand_layout`; for rows in 8 bits, its `Digits`.
+        w: rows from `load_rows`; a multiple of 4 if they are narrow.
         sums_ref: float32 [rows * per_row].
         per_row: from `sums_per_row`.
     """
-    rows, width = w.shape
+    int8 = isinstance(x, Digits)
+    rows, width = w.shape[0], w.shape[1] * (4 if int8 else 1)
     narrow, reduced = is_narrow(width), per_row == _REDUCED
-    vec = 8 if narrow else vector_length(width)
+    w_layout = words_layout(width) if int8 else matrix_layout(width)
+    words = w_layout.reduce((0,))
+    x_layout = Digits(words, words, ONE_PER_THREAD) if int8 else operand_layout(width)
 
-    @plgpu.inline_mgpu(arg_types=(operand_layout(width), matrix_layout(width), plgpu.RefType()))
+    @plgpu.inline_mgpu(arg_types=(x_layout, w_layout, plgpu.RefType()))
     def multiply(_, x, w, sums):
-        def words(registers) -> list:
-            """Registers as words of two elements, padded to an even number of them."""
-            packed = [mgpu.utils.bitcast(r, ir.VectorType.get((vec // 2,), i32())) for r in registers.reshape(-1)]
-            unpacked = [vector.extract(r, [], [i]) for r in packed for i in range(vec // 2)]
-            return unpacked + [constant(0)] * (len(unpacked) % 2)
-
         thread = thread_index()
         lane, warp = arith.remui(thread, constant(32)), arith.divui(thread, constant(32))
         # Lane (row, pair) has elements 2 pair and 2 pair + 1 of a row of an 8 x 8 half of the result.
@@ -118,23 +104,45 @@ def gemv(x, w, sums_ref, per_row: int) -> None:
         f32 = ir.F32Type.get()
         zero = arith.constant(f32, 0.0)
 
-        def on_diagonal(elements) -> Any:
-            return arith.select(is_second, elements[1], elements[0])
-
-        xs, totals = words(x.registers), []
-        own = w.registers.reshape(rows // 4 if narrow else rows, -1)
-        steps, dtype = len(xs) // 2, "bf16" if isinstance(x.mlir_dtype, ir.BF16Type) else "f16"
-        chains = -(-steps // _MMA_CHAIN)
-        for i in range(0, len(own), 2):
-            one = words(own[i])
-            other = words(own[i + 1]) if i + 1 < len(own) else [constant(0)] * len(one)
-            results = [[zero] * 4 for _ in range(chains)]
+        def products(operand: list, one: list, other: list, dtype: str) -> list:
+            """The diagonals of both halves: products of two rows with the operand, in words."""
+            start, add = (constant(0), arith.addi) if dtype == "s8" else (zero, arith.addf)
+            steps = len(operand) // 2
+            results = [[start] * 4 for _ in range(-(-steps // _MMA_CHAIN))]
             for k in range(steps):
                 at = slice(2 * k, 2 * k + 2)
                 a = [word for both in zip(one[at], other[at], strict=True) for word in both]
-                results[k % chains] = _mma(dtype, a, xs[at], results[k % chains])
-            for half in (slice(0, 2), slice(2, 4))[: len(own) - i]:
-                total = functools.reduce(arith.addf, (on_diagonal(elements[half]) for elements in results))
+                chain = k % len(results)
+                results[chain] = _mma(dtype, a, operand[at], results[chain])
+            return [
+                functools.reduce(add, (arith.select(is_second, c[half + 1], c[half]) for c in results))
+                for half in (0, 2)
+            ]
+
+        if int8:
+            scale = vector.extract(x.scale.registers.flat[0], [], [0])
+            high, low = _words(x.high.registers), _words(x.low.registers)
+
+            def two_rows(one: list, other: list) -> list:
+                both = (products(digits, one, other, "s8") for digits in (high, low))
+                as_float = ([arith.sitofp(f32, total) for total in totals] for totals in both)
+                radix = arith.constant(f32, float(RADIX))
+                return [
+                    arith.mulf(scale, arith.addf(arith.mulf(radix, of_high), of_low))
+                    for of_high, of_low in zip(*as_float, strict=True)
+                ]
+        else:
+            xs, dtype = _words(x.registers), "bf16" if isinstance(x.mlir_dtype, ir.BF16Type) else "f16"
+
+            def two_rows(one: list, other: list) -> list:
+                return products(xs, one, other, dtype)
+
+        totals = []
+        own = w.registers.reshape(rows // 4 if narrow else rows, -1)
+        for i in range(0, len(own), 2):
+            one = _words(own[i])
+            other = _words(own[i + 1]) if i + 1 < len(own) else [constant(0)] * len(one)
+            for total in two_rows(one, other)[: len(own) - i]:
                 if reduced:
                     total = arith.select(has_diagonal, total, zero)
                     for distance in (4, 9, 18):  # in these bits the lanes of the diagonal differ
@@ -153,15 +161,30 @@ def gemv(x, w, sums_ref, per_row: int) -> None:
     multiply(x, w, sums_ref)  # pyright: ignore[reportCallIssue]
 
 
+def _words(registers) -> list:
+    """Registers as 32-bit words, padded to an even number of them."""
+    words = []
+    for register in registers.reshape(-1):
+        count = mgpu.utils.bitwidth(register.type) // 32
+        packed = mgpu.utils.bitcast(register, ir.VectorType.get((count,), i32()))
+        words += [vector.extract(packed, [], [i]) for i in range(count)]
+    return words + [constant(0)] * (len(words) % 2)
+
+
 def _mma(dtype: str, a: list, b: list, c: list) -> list:
-    """c + a b of m16n8k16, on each thread's fragments; Mosaic offers mma on whole tiles in its own layouts only."""
-    code = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
+    """c + a b of m16n8k16, or m16n8k32 of int8, on each thread's fragments.
+
+    Mosaic offers mma on whole tiles in its own layouts only.
+    """
+    shape, of_sums, kind = ("m16n8k32", "s32", i32()) if dtype == "s8" else ("m16n8k16", "f32", ir.F32Type.get())
+    code = f"mma.sync.aligned.{shape}.row.col.{of_sums}.{dtype}.{dtype}.{of_sums} "
     code += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    f32 = ir.F32Type.get()
+    letter = "r" if dtype == "s8" else "f"
     out: Any = llvm.inline_asm(
-        llvm.StructType.get_literal([f32] * 4), [*a, *b, *c], code, ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
-    )
-    return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
+        llvm.StructType.get_literal([kind] * 4), [*a, *b, *c], code,
+        ",".join([f"={letter}"] * 4 + ["r"] * 6 + [letter] * 4),
+    )  # fmt: skip
+    return [llvm.extractvalue(kind, out, [i]) for i in range(4)]
 
 
 def reduce_row_sums(sums_ref, rows, per_row: int) -> Any:

@@ -17,6 +17,19 @@ def max_partials(num_ctas: int) -> int:
     return -(-(num_ctas + PARTIALS_PER_COPY) // 128) * 128
 
 
+class Scales(NamedTuple):
+    """Scales of the rows of matrices in 8 bits, float32 [out], by the matrices' names in `Refs`."""
+
+    q_a: Any
+    kv_a: Any
+    q_b: Any
+    kv_b: Any
+    o: Any
+    gate: Any
+    up: Any
+    down: Any
+
+
 class Refs(NamedTuple):
     """The kernel's arguments and outputs, in this order. Matrices are flat, except `kv_b`.
 
@@ -56,6 +69,16 @@ class Refs(NamedTuple):
     """Their log-sum-exps, base 2, by which they are combined: float32 [H, max_partials]."""
     timeline: Any = None
     """See `timeline`; left out unless the phases are timed."""
+    scales: Scales | None = None
+    """Of weights in 8 bits; None if they are in 16."""
+
+    @classmethod
+    def of(cls, args: tuple, int8: bool) -> "Refs":
+        """References to the kernel's arguments and outputs, among which the scales come before the cache."""
+        before = cls._fields.index("c")
+        after = before + (len(Scales._fields) if int8 else 0)
+        refs = cls(*args[:before], *args[after:])
+        return refs._replace(scales=Scales(*args[before:after])) if int8 else refs
 
 
 class Workspace(NamedTuple):

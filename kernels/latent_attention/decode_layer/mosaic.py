@@ -28,21 +28,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention.call_shapes import LayerShape
-from latent_attention.decode_layer import gemv
+from latent_attention.decode_layer import layouts
 from latent_attention.decode_layer.consumer import Consumer
-from latent_attention.decode_layer.global_layout import Refs, Workspace, out_types
+from latent_attention.decode_layer.global_layout import Refs, Scales, Workspace, out_types
 from latent_attention.decode_layer.producer import Producer
 from latent_attention.decode_layer.smem_layout import VALUE_ROWS, Smem, smem_bytes
 from latent_attention.decode_layer.tile_stream import NUM_CONSUMERS, NUM_STAGES, TILE_TOKENS, tile_rows
 from latent_attention.decode_layer.timeline import timeline_type
 from latent_attention.gpu import Gpu, local_gpu
 
+_OF_SCALES = (
+    "q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+"""The matrices of `Scales`, in its order."""
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232
 """Per thread (setmaxnreg)."""
 
 
-def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu: Gpu | None) -> str | None:
-    """Why the kernel cannot run a layer of this shape, with 16-bit weights, on this GPU, or None if it can."""
+def why_not(
+    shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu: Gpu | None, int8: bool = False
+) -> str | None:
+    """Why the kernel cannot run a layer of this shape on this GPU, with weights in 8 bits or 16, or None if it can."""
     D, Q, C, R, N, V, H, F = shape
     if gpu is None or gpu.capability[0] != 9:
         return f"it is for Hopper GPUs (sm_90); this is {'no GPU' if gpu is None else gpu.name}"
@@ -50,8 +56,9 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
         return f"it takes bfloat16 or float16 and a cache of the same type, not {dtype} and {cache_dtype}"
     if (C, R) != (256, 64) or H > 32 or H % 8 or N % 8:
         return f"it takes C of 256, R of 64, up to 32 heads, and multiples of 8 for H and N, not {C}, {R}, {H} and {N}"
-    unfit = [width for width in (D, H * V, F) if width % 256 or gemv.is_narrow(width)]
-    if unfit or Q % 256 or not all(tile_rows(shape, gpu.num_sms)):
+    unfit = [width for width in (D, H * V, F) if width % 256 or layouts.is_narrow(width)]
+    unfit += [width for width in (D, Q, H * V, F) if int8 and not layouts.fits_int8(width)]
+    if unfit or Q % 256 or not all(tile_rows(shape, gpu.num_sms, int8)):
         return f"its tiles do not fit these widths: {shape}"
     if V % (NUM_CONSUMERS * VALUE_ROWS):
         return f"it takes V in multiples of {NUM_CONSUMERS * VALUE_ROWS}, not {V}"
@@ -59,7 +66,7 @@ def why_not(shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu:
         return f"it takes N up to {C + R}, not {N}"
     if H > gpu.num_sms or capacity % TILE_TOKENS:
         return f"it takes a cache of a multiple of {TILE_TOKENS} tokens and an SM per head"
-    if smem_bytes(shape, gpu.num_sms) > gpu.shared_memory:
+    if smem_bytes(shape, gpu.num_sms, int8) > gpu.shared_memory:
         return "its shared memory does not suffice for these widths"
     return None
 
@@ -81,8 +88,8 @@ def decode_layer(
 
     Args:
         shape: widths.
-        weights: of the layer, 16 bits, see `decode_layer.triton.before_attention`. Not an output of the previous
-            kernel: the first of them are read while that still runs.
+        weights: of the layer, in 16 bits or 8, see `decode_layer.triton.before_attention`. Not an output of the
+            previous kernel: the first of them are read while that still runs.
         h_D: the hidden state before the layer, 16 bits.
         cos: float32 [R/2], of the token's position.
         sin: float32 [R/2], likewise.
@@ -117,11 +124,13 @@ def _launch(
         raise RuntimeError("Mosaic needs an NVIDIA GPU")
     num_ctas, dtype = gpu.num_sms, h_D.dtype
     attn, mlp = weights["self_attn"], weights["mlp"]
-    matrices = {name: w.rows for part in (attn, mlp) for name, w in part.items() if "norm" not in name}
-    flat = {name: w.reshape(-1) for name, w in matrices.items()}
+    matrices = {name: w for part in (attn, mlp) for name, w in part.items() if "norm" not in name}
+    flat = {name: w.rows.reshape(-1) for name, w in matrices.items()}
+    scales = () if attn["o_proj"].scale_out is None else Scales(*(matrices[name].scale_out for name in _OF_SCALES))
+    int8 = bool(scales)
 
     def kernel(*args):
-        refs = Refs(*args)
+        refs = Refs.of(args, int8)
 
         def run(smem: Smem):
             smem.assert_offsets()
@@ -147,7 +156,7 @@ def _launch(
                 plgpu.griddepcontrol_launch_dependents()
                 Consumer(shape, num_ctas, dtype, eps, scale, cta, wg, refs, smem).run()
 
-        pl.run_scoped(run, Smem.types(shape, num_ctas, dtype), collective_axes="wg")
+        pl.run_scoped(run, Smem.types(shape, num_ctas, dtype, int8), collective_axes="wg")
 
     in_place = [jax.new_ref(x) for x in (*cache, workspace)]
     launch: Any = pl.kernel(
@@ -161,9 +170,9 @@ def _launch(
     )
     out = launch(  # in the order of `Refs`; the outputs follow, as in `out_types`
         h_D, weights["input_layernorm"], flat["q_a_proj"], flat["kv_a_proj_with_mqa"], attn["q_a_layernorm"],
-        flat["q_b_proj"], attn["kv_a_layernorm"], matrices["kv_b_proj"], cos, sin, length,
+        flat["q_b_proj"], attn["kv_a_layernorm"], matrices["kv_b_proj"].rows, cos, sin, length,
         flat["o_proj"], weights["post_attention_layernorm"], flat["gate_proj"], flat["up_proj"], flat["down_proj"],
-        *in_place,
+        *scales, *in_place,
     )  # fmt: skip
     c, k_rope, workspace = (jax.freeze(ref) for ref in in_place)
     return out[0], (c, k_rope), workspace, *out[3:]

@@ -59,6 +59,8 @@ class Projections:
         part = self.context.partition[name]
         stream = part.stream
         first, steps = consumer_tile_range(self.wg, part)
+        scales = self._load_scales(name, part, num_matrices, 0)  # on their way while tiles are multiplied
+        x = self.context.operand(x)
 
         def tile(m, w):
             row = (first + m * NUM_CONSUMERS) * stream.rows
@@ -76,7 +78,7 @@ class Projections:
 
         lax.fori_loop(len(prefetched), steps, step, None)
         self.context.cta_barrier()
-        pl.when(self.wg == 0)(lambda: self._reduce(part, epilogue, num_matrices))
+        pl.when(self.wg == 0)(lambda: self._reduce(name, part, epilogue, num_matrices, scales))
 
     def _load_tile(self, part: CtaPartition, i) -> Any:
         """Loads the CTA's i-th tile into registers and frees its stage."""
@@ -86,23 +88,44 @@ class Projections:
         plgpu.barrier_arrive(self.smem.consumed.at[stage])  # by every thread, so it needs no barrier before
         return w
 
-    def _reduce(self, part: CtaPartition, epilogue: Epilogue, num_matrices: int) -> None:
-        """Adds up the partial sums of all of the CTA's rows."""
-        stream, first_tile, num_tiles, _ = part
-        rows, row_sums = stream.rows // num_matrices, self.smem.row_sums
+    def _rows(self, part: CtaPartition, num_matrices: int, i) -> tuple[Any, Any, Any]:
+        """The CTA's i-th 128 rows: the tile, the row in it and the row of the matrix; beyond the last, that again."""
+        rows = part.stream.rows // num_matrices
+        n = jnp.minimum(regs.element_indices() + i * 128, part.num_tiles * rows - 1)
+        tile = lax.div(n, rows)
+        row = n - tile * rows
+        return tile, row, (part.first_tile + tile * self.num_ctas) * rows + row
 
-        def step(i, _):
-            # 128 rows; beyond the last row, that one again.
-            n = jnp.minimum(regs.element_indices() + i * 128, num_tiles * rows - 1)
-            tile = lax.div(n, rows)
-            row = n - tile * rows
+    def _load_scales(self, name: str, part: CtaPartition, num_matrices: int, i) -> list:
+        """The scales of those rows, of each matrix; none if weights are in 16 bits."""
+        scales = self.context.refs.scales
+        if scales is None:
+            return []
+        *_, row = self._rows(part, num_matrices, i)
+        row = jnp.maximum(row, 0)  # of a CTA without rows
+        if name == "qkv_a":
+            width = self.context.shape.Q
+            of_q = regs.gather(scales.q_a, jnp.minimum(row, width - 1))
+            return [jnp.where(row < width, of_q, regs.gather(scales.kv_a, jnp.maximum(row - width, 0)))]
+        refs = (scales.gate, scales.up) if name == "gate_up" else (getattr(scales, name),)
+        return [regs.gather(ref, row) for ref in refs]
+
+    def _reduce(self, name: str, part: CtaPartition, epilogue: Epilogue, num_matrices: int, scales: list) -> None:
+        """Adds up the partial sums of all of the CTA's rows. `scales` are of the first 128."""
+        stream, rows = part.stream, part.stream.rows // num_matrices
+
+        def step(i, scales):
+            tile, row, index = self._rows(part, num_matrices, i)
             sums = [
-                gemv.reduce_row_sums(row_sums, tile * stream.rows + matrix * rows + row, stream.sums_per_row)
+                gemv.reduce_row_sums(self.smem.row_sums, tile * stream.rows + matrix * rows + row, stream.sums_per_row)
                 for matrix in range(num_matrices)
             ]
-            epilogue((first_tile + tile * self.num_ctas) * rows + row, *sums)
+            if scales:
+                sums = [y * scale for y, scale in zip(sums, scales, strict=True)]
+            epilogue(index, *sums)
+            return self._load_scales(name, part, num_matrices, i + 1)
 
-        lax.fori_loop(0, lax.div(num_tiles * rows + 127, 128), step, None)
+        lax.fori_loop(0, lax.div(part.num_tiles * rows + 127, 128), step, scales)
 
     def publish_epilogue(self, words) -> Epilogue:
         """Epilogue that hands the results to all CTAs through a mailbox."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from latent_attention.decode_layer import gemv
+from latent_attention.decode_layer import gemv, layouts
 from latent_attention.decode_layer.consumer_context import ConsumerContext
 from latent_attention.hopper import cta_sync, mailbox
 from latent_attention.hopper import registers as regs
@@ -25,31 +25,36 @@ class Queries:
         self.units_per_head = context.shape.C // regs.VECMAT_COLUMNS
         self.units = context.shape.H * self.units_per_head
 
-    def load_first_keys(self) -> tuple[Any, Any]:
-        """The CTA's first unit and its keys; of a CTA that has none, some other unit."""
+    def load_first_keys(self) -> tuple[Any, ...]:
+        """The CTA's first unit and `_load_keys` of it; of a CTA that has none, of some other unit."""
         unit = jnp.minimum(self.context.cta, self.units - 1)
-        return unit, self._load_keys(unit)
+        return unit, *self._load_keys(unit)
 
-    def _load_keys(self, unit) -> Any:
-        """W^UK of a unit: [N, 64]."""
+    def _load_keys(self, unit) -> tuple[Any, Any]:
+        """W^UK of a unit: [N, 64], and in 8 bits the scales of its rows."""
         _, _, _, _, N, V, _, _ = self.context.shape
-        row = lax.div(unit, self.units_per_head) * (N + V)
+        refs, row = self.context.refs, lax.div(unit, self.units_per_head) * (N + V)
         column = lax.rem(unit, self.units_per_head) * regs.VECMAT_COLUMNS
-        return load_as(self.context.refs.kv_b.at[pl.ds(row, N), pl.ds(column, regs.VECMAT_COLUMNS)], regs.VECMAT_TILE)
+        keys = load_as(refs.kv_b.at[pl.ds(row, N), pl.ds(column, regs.VECMAT_COLUMNS)], regs.VECMAT_TILE)
+        if refs.scales is None:
+            return keys, None
+        return keys, load_as(refs.scales.kv_b.at[pl.ds(row, N)], regs.VECMAT_TILE.reduce((1,)))
 
-    def absorb(self, unit, keys) -> None:
+    def absorb(self, unit, keys, scales) -> None:
         """W^UK of equation 10 absorbed into the queries: q^C W^UK of each head, by consumer 0.
 
-        `unit` and `keys` are from `load_first_keys`.
+        `unit`, `keys` and `scales` are from `load_first_keys`.
         """
         context, (C, R, N) = self.context, self.context.shape[2:5]
         cta, num_ctas = context.cta, context.num_ctas
 
-        def one(unit, keys):
+        def one(unit, keys, scales):
             head = lax.div(unit, self.units_per_head)
             column = lax.rem(unit, self.units_per_head) * regs.VECMAT_COLUMNS
             words = context.workspace.q.at[pl.ds(head * (N + R), N)]
             q = regs.load_f32(context.receive_query(words), regs.VECMAT_TILE.reduce((1,)))
+            if scales is not None:
+                q = q * scales
             y = regs.vecmat(q, keys.astype(jnp.float32), context.scratch)
             result = context.smem.head_vector.at[context.wg, pl.ds(0, regs.VECMAT_COLUMNS)]
             regs.store(result, y, regs.VECMAT_TILE.reduce((0,)))
@@ -57,11 +62,11 @@ class Queries:
 
         @pl.when((context.wg == 0) & (cta < self.units))
         def _():
-            one(unit, keys)
+            one(unit, keys, scales)
             if self.units > num_ctas:
 
                 def more(i, _):
-                    one(cta + i * num_ctas, self._load_keys(cta + i * num_ctas))
+                    one(cta + i * num_ctas, *self._load_keys(cta + i * num_ctas))
 
                 lax.fori_loop(1, context.num_own(self.units), more, None)
 
@@ -93,11 +98,11 @@ class Queries:
             mailbox.receive(context.workspace.qkv_a.at[pl.ds(Q, C + R)], before, context.epoch, 128)
             cta_sync.warpgroup_barrier()
             c = gemv.load_vector(before.at[latent])
-            c = regs.rms_norm(c, self.kv_gamma, self.eps, gemv.operand_layout(C), context.scratch)
+            c = regs.rms_norm(c, self.kv_gamma, self.eps, layouts.operand_layout(C), context.scratch)
             k_rope = regs.apply_rope(regs.load_f32(before.at[rotary], layout), cos, sin).astype(context.dtype)
 
             def write(to_latent, to_rotary):
-                regs.store(to_latent, c, gemv.operand_layout(C))
+                regs.store(to_latent, c, layouts.operand_layout(C))
                 regs.store(to_rotary, k_rope, layout)
 
             write(after.at[latent], after.at[rotary])

@@ -13,7 +13,7 @@ from latent_attention.decode_layer.global_layout import PARTIALS_PER_COPY, max_p
 from latent_attention.decode_layer.tile_stream import (
     NUM_CONSUMERS,
     NUM_STAGES,
-    STAGE_ELEMENTS,
+    STAGE_BYTES,
     TILE_TOKENS,
     sums_per_row,
 )
@@ -80,13 +80,14 @@ class Smem(NamedTuple):
     """`p`, `scratch` or `new_token_scratch` of each consumer."""
 
     @classmethod
-    def types(cls, shape: LayerShape, num_ctas: int, dtype) -> "Smem":
-        """Types of all, for `pl.run_scoped`."""
+    def types(cls, shape: LayerShape, num_ctas: int, dtype, int8: bool) -> "Smem":
+        """Types of all, for `pl.run_scoped`, with weights in 8 bits or in those of `dtype`."""
         D, _, C, R, _, _, H, _ = shape
-        pair, partials = 2 * STAGE_ELEMENTS, max_partials(num_ctas)
+        pair, partials = STAGE_BYTES, max_partials(num_ctas)  # a pair of stages has as many elements of 16 bits
         assert TILE_TOKENS * (C + R) <= pair and pair % C == pair % R == 0  # or pairs of stages would not begin alike
         assert 128 * H <= 4 * REDUCE_SCRATCH  # see p_or_scratch
-        row_sums = sums_per_row(shape, num_ctas)[1], NUM_CONSUMERS * VALUE_ROWS * value_sums_per_row(shape)
+        stage_elements, weights = (STAGE_BYTES, jnp.int8) if int8 else (STAGE_BYTES // 2, dtype)
+        row_sums = sums_per_row(shape, num_ctas, int8)[1], NUM_CONSUMERS * VALUE_ROWS * value_sums_per_row(shape)
         return cls(
             consumed=plgpu.Barrier(num_arrivals=1, num_barriers=NUM_STAGES),
             queries_or_vectors=plgpu.RefUnion(
@@ -104,7 +105,7 @@ class Smem(NamedTuple):
             residual=plgpu.SMEM((D,), dtype),
             residual_loaded=plgpu.Barrier(num_arrivals=1),
             pipeline=plgpu.RefUnion(
-                plgpu.SMEM((NUM_STAGES, STAGE_ELEMENTS), dtype),
+                plgpu.SMEM((NUM_STAGES, stage_elements), weights),
                 swizzled_smem(pair // C, C, dtype, NUM_STAGES // 2),
                 swizzled_smem(pair // R, R, dtype, NUM_STAGES // 2),
             ),
@@ -127,7 +128,7 @@ class Smem(NamedTuple):
 
     @property
     def stages(self) -> Any:
-        """The pipeline's stages, with rows of matrices: [NUM_STAGES, STAGE_ELEMENTS]."""
+        """The pipeline's stages, with rows of matrices: [NUM_STAGES, elements]."""
         return self.pipeline[0]
 
     @property
@@ -180,12 +181,12 @@ class Smem(NamedTuple):
         """Two vectors [C + R] of each consumer: the new token before and after norm and RoPE, or a query and it.
 
         Padded to REDUCE_SCRATCH, as they are where the same consumer's `scratch` is. They are reduced within a warp
-        (`gemv.is_narrow`, `registers.rope_pairs_layout`), because a reduction in `scratch` would overwrite them.
+        (`layouts.is_narrow`, `registers.rope_pairs_layout`), because a reduction in `scratch` would overwrite them.
         """
         return self.p_or_scratch[2]
 
 
-def smem_bytes(shape: LayerShape, num_ctas: int) -> int:
+def smem_bytes(shape: LayerShape, num_ctas: int, int8: bool) -> int:
     """Shared memory of a CTA, with the alignment that Pallas gives each array."""
 
     def size(x) -> int:
@@ -193,4 +194,4 @@ def smem_bytes(shape: LayerShape, num_ctas: int) -> int:
             return 8 * int(np.prod(x.num_barriers))
         return -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
 
-    return sum(map(size, Smem.types(shape, num_ctas, jnp.bfloat16)))
+    return sum(map(size, Smem.types(shape, num_ctas, jnp.bfloat16, int8)))

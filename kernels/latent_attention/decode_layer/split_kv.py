@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from latent_attention.decode_layer import gemv
+from latent_attention.decode_layer import layouts
 from latent_attention.decode_layer.consumer_context import ConsumerContext
 from latent_attention.decode_layer.tile_stream import (
     NUM_CONSUMERS,
@@ -61,7 +61,7 @@ class SplitKV:
         context, refs, C, R = self.context, self.refs, self.shape.C, self.shape.R
         scratch = self.smem.new_token_scratch.at[self.wg]
         head = context.num_ctas - 1 - context.cta  # the last CTAs, as the first ones have had RoPE to do
-        assert gemv.is_narrow(C)
+        assert layouts.is_narrow(C)
 
         @pl.when((head < self.shape.H) & (self.wg == 1))
         def _():
@@ -74,10 +74,10 @@ class SplitKV:
                 q, k = (regs.load_f32(scratch.at[i, columns], layout) for i in range(2))
                 return regs.reduce_sum(q * k, layout, self.scratch), k
 
-            score, c = dot(pl.ds(0, C), gemv.operand_layout(C))
+            score, c = dot(pl.ds(0, C), layouts.operand_layout(C))
             score = (score + dot(pl.ds(C, R), regs.rope_pairs_layout(R))[0]) * self.log2_scale
             fits_in_cache = refs.length[0] < refs.c.shape[1]
-            regs.store(refs.partial_out.at[0, head], c.astype(self.dtype), gemv.operand_layout(C))
+            regs.store(refs.partial_out.at[0, head], c.astype(self.dtype), layouts.operand_layout(C))
             refs.partial_lse[head, 0] = jnp.where(fits_in_cache, score, MASKED)
             cta_sync.warpgroup_barrier()  # all warps have read `new_token_scratch`, which p overwrites
 

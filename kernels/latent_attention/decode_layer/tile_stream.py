@@ -18,11 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from latent_attention.call_shapes import LayerShape
-from latent_attention.decode_layer import gemv
+from latent_attention.decode_layer import gemv, layouts
 
-STAGE_ELEMENTS = 10240
-"""16-bit elements of a pipeline stage, 20 KiB. Two stages hold exactly TILE_TOKENS * (C + R), one holds four rows of
-D = 2560."""
+STAGE_BYTES = 20 << 10
+"""Bytes of a pipeline stage. Two stages hold exactly TILE_TOKENS * (C + R) elements of 16 bits, one holds four rows of
+D = 2560, or eight in 8 bits."""
 NUM_STAGES = 8
 """Stages of the pipeline. A multiple of 4, as matrix tiles in stages, and cache tiles in pairs of them, alternate
 between the two consumers. At least MAX_TILES_IN_FLIGHT, or the producer would refill a stage before it has seen its
@@ -38,12 +38,12 @@ _THROTTLED_TILES = 6
 """First tiles of `o` in each CTA, which are copied one at a time: they have room in the pipeline long before they are
 needed, and so delay other traffic least."""
 _MAX_PREFETCHED = 2
-"""Tiles at most that a consumer prefetches into registers: each takes up to STAGE_ELEMENTS / 256 = 40 of the 232
+"""Tiles at most that a consumer prefetches into registers: each takes up to STAGE_BYTES / 512 = 40 of the 232
 of a thread."""
 _NARROW_ROW_STEP = 8
-"""Tiles of narrow rows (`gemv.is_narrow`) have a multiple of this many rows, two for each warp."""
-_TILE_OVERHEAD = 4096
-"""Fixed cost of a tile, as the number of elements that are read in that time."""
+"""Tiles of narrow rows (`layouts.is_narrow`) have a multiple of this many rows, two for each warp."""
+_TILE_OVERHEAD = 8192
+"""Fixed cost of a tile, as the number of bytes that are read in that time."""
 
 assert NUM_STAGES % (2 * NUM_CONSUMERS) == 0 and NUM_STAGES >= MAX_TILES_IN_FLIGHT
 
@@ -93,28 +93,40 @@ class CtaPartition(NamedTuple):
     """Running index of the pipeline stage of its first tile, counted from the start of the kernel (`stage_of`)."""
 
 
-def choose_tile_rows(outs: tuple[int, ...], width: int, num_ctas: int, step: int = 1) -> int:
-    """Rows of a tile of matrices [out, width] with which the busiest CTA finishes earliest; 0 if none fits a stage."""
+def choose_tile_rows(outs: tuple[int, ...], row_bytes: int, num_ctas: int, step: int = 1) -> int:
+    """Rows of a tile of matrices with which the busiest CTA finishes earliest; 0 if none fits a stage.
+
+    Args:
+        outs: rows of each matrix.
+        row_bytes: bytes of a row.
+        num_ctas: see `tile_streams`.
+        step: what the number of rows must be a multiple of.
+    """
     common = math.gcd(*outs)
-    step *= _NARROW_ROW_STEP if gemv.is_narrow(width) else 1
-    fitting = [rows for rows in range(step, STAGE_ELEMENTS // width + 1, step) if common % rows == 0]
-    return min(fitting, key=lambda rows: -(-sum(outs) // rows // num_ctas) * (rows * width + _TILE_OVERHEAD), default=0)
+    fitting = [rows for rows in range(step, STAGE_BYTES // row_bytes + 1, step) if common % rows == 0]
+    return min(
+        fitting, key=lambda rows: -(-sum(outs) // rows // num_ctas) * (rows * row_bytes + _TILE_OVERHEAD), default=0
+    )
 
 
-def tile_rows(shape: LayerShape, num_ctas: int) -> PerMatrix:
-    """Rows of a tile of every matrix."""
+def tile_rows(shape: LayerShape, num_ctas: int, int8: bool) -> PerMatrix:
+    """Rows of a tile of every matrix, in 8 bits or in 16."""
     D, Q, C, R, N, V, H, F = shape
+
+    def rows(outs: tuple[int, ...], width: int, step: int = 1) -> int:
+        step *= _NARROW_ROW_STEP if layouts.is_narrow(width) else 1
+        return choose_tile_rows(outs, width * (1 if int8 else 2), num_ctas, step)
+
     return PerMatrix(
-        qkv_a=choose_tile_rows((Q, C + R), D, num_ctas), q_b=choose_tile_rows((H * (N + R),), Q, num_ctas),
-        o=choose_tile_rows((D,), H * V, num_ctas), gate=choose_tile_rows((2 * F,), D, num_ctas, 2) // 2,
-        down=choose_tile_rows((D,), F, num_ctas),
+        qkv_a=rows((Q, C + R), D), q_b=rows((H * (N + R),), Q), o=rows((D,), H * V), gate=rows((2 * F,), D, 2) // 2,
+        down=rows((D,), F),
     )  # fmt: skip
 
 
-def sums_per_row(shape: LayerShape, num_ctas: int) -> tuple[PerMatrix, int]:
+def sums_per_row(shape: LayerShape, num_ctas: int, int8: bool) -> tuple[PerMatrix, int]:
     """`gemv.sums_per_row` of each matrix, and the most partial sums that a CTA has of any one of them."""
     D, Q, C, R, N, V, H, F = shape
-    rows = tile_rows(shape, num_ctas)
+    rows = tile_rows(shape, num_ctas, int8)
     both = rows._replace(gate=2 * rows.gate)
     outs, widths = PerMatrix(Q + C + R, H * (N + R), D, 2 * F, D), PerMatrix(D, Q, H * V, D, F)
     most = [-(-out // n // num_ctas) * n for out, n in zip(outs, both, strict=True)]
@@ -125,7 +137,8 @@ def sums_per_row(shape: LayerShape, num_ctas: int) -> tuple[PerMatrix, int]:
 def tile_streams(shape: LayerShape, num_ctas: int, refs, kv_len) -> dict[str, TileStream]:
     """All streams, in the order in which they are copied. The matrices of `refs` are flat."""
     D, Q, C, R, N, V, H, F = shape
-    rows, (sums, _) = tile_rows(shape, num_ctas), sums_per_row(shape, num_ctas)
+    int8 = refs.scales is not None
+    rows, (sums, _) = tile_rows(shape, num_ctas, int8), sums_per_row(shape, num_ctas, int8)
 
     def matrix(ref, out: int, width: int, rows: int, sums_per_row: int) -> TileStream:
         half = rows * width // 2

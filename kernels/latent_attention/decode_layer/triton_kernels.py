@@ -18,7 +18,7 @@ D hidden, Q query latent, C latent, R rotary, N and V content and value width of
 import triton
 import triton.language as tl
 
-from latent_attention.decode_layer.triton_gemv import gemv, grid_barrier, partition
+from latent_attention.decode_layer.triton_gemv import gemv, grid_barrier, partition, round_to_integer
 
 
 @triton.jit
@@ -32,16 +32,10 @@ def _apply_rope(x_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _round(x):
-    """Rounds to the nearest integer, halves to even, if |x| < 2^22."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
 def _quantize(x, largest):
     """`int8.quantize` of x, of which `largest` is the largest magnitude: int8 and the scale."""
     scale = largest / 127
-    return tl.clamp(_round(x / tl.where(scale == 0, 1.0, scale)), -127.0, 127.0).to(tl.int8), scale
+    return tl.clamp(round_to_integer(x / tl.where(scale == 0, 1.0, scale)), -127.0, 127.0).to(tl.int8), scale
 
 
 @triton.jit

@@ -16,6 +16,7 @@ SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
 HOPPER = make_gpu((9, 0), 132)
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["16-bit weights", "int8 weights"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "num_sms"),
     [
@@ -28,14 +29,16 @@ HOPPER = make_gpu((9, 0), 132)
     ],
     ids=str,
 )
-def test_supported_shapes_lower_for_cuda(shape, dtype, num_sms):
-    assert mosaic.why_not(shape, dtype, dtype, 1024, make_gpu((9, 0), num_sms)) is None
-    assert "mosaic_gpu" in lower(mosaic.decode_layer, shape, dtype, num_sms).as_text()
+def test_supported_shapes_lower_for_cuda(shape, dtype, num_sms, int8):
+    if int8 and shape.D == SMALL.D:
+        shape = shape._replace(D=1536)  # whole words for each thread
+    assert mosaic.why_not(shape, dtype, dtype, 1024, make_gpu((9, 0), num_sms), int8) is None
+    assert "mosaic_gpu" in lower(mosaic.decode_layer, shape, dtype, num_sms, int8).as_text()
 
 
-def lower(op, shape, dtype, num_sms):
+def lower(op, shape, dtype, num_sms, int8=False):
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=num_sms)
-    weights = jax.eval_shape(lambda: random_weights(shape, dtype, jax.random.key(0)))
+    weights = jax.eval_shape(lambda: random_weights(shape, dtype, jax.random.key(0), int8))
     of = jax.ShapeDtypeStruct
     angles, cache = of((shape.R // 2,), jnp.float32), (of((1, 1024, shape.C), dtype), of((1, 1024, shape.R), dtype))
     workspace = jax.eval_shape(lambda: mosaic.init_workspace(shape))
@@ -79,6 +82,7 @@ def test_the_timeline_has_every_phase_once_in_order(monkeypatch):
         ({"D": 1024}, {}, "do not fit"),
         ({"F": 12288}, {}, "do not fit"),
         ({"Q": 700}, {}, "do not fit"),
+        ({"D": 1280}, {"int8": True}, "do not fit"),
         ({"V": 80}, {}, "multiples of 32"),
         ({}, {"gpu": HOPPER._replace(shared_memory=99 << 10)}, "shared memory"),
         ({"D": 5120, "Q": 256}, {"gpu": make_gpu((9, 0), 33)}, "shared memory"),  # 240 bytes too much
