@@ -99,6 +99,13 @@ def test_the_form_is_the_evaluations(task):
         assert _skeleton(_text("bytes", example.tokens[:first])).strip() == asked.strip()
 
 
+def test_rows_too_short_for_rulers_example_have_its_question_alone():
+    (short,), (long,) = (_examples(_generator("ruler_vt"), length, 1) for length in (1024, 2500))
+    alone, whole = (_skeleton(_text("bytes", each.tokens[: int(np.argmax(each.learned))])) for each in (short, long))
+    assert whole.count("Memorize") == 2 and alone.count("Memorize") == 1
+    assert whole.endswith(alone)
+
+
 @KINDS
 def test_nearly_all_of_a_length_is_text(task):
     """So that distances are what they are in evaluations; <eos> fills the rest."""

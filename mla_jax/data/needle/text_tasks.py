@@ -1,7 +1,7 @@
 """Training tasks in the formats of two evaluations that follow chains: HashHop, and RULER's variable tracking.
 
     hashhop     1 to 4 hops through shuffled lines of random hashes, then questions about some of the chains
-    ruler_vt    RULER's prompt with its solved example, then the answer
+    ruler_vt    RULER's prompt, with its solved example where that fits, then the answer
 
 Both are made as texts: where one is shorter than the example, <eos> is repeated.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from mla_jax.data.needle.hashhop import hash_chains
-from mla_jax.data.needle.ruler.variable_tracking import HOPS, example_size, variable_prompt
+from mla_jax.data.needle.ruler.variable_tracking import HOPS, LETTERS, chain_prompt, example_size, variable_prompt
 from mla_jax.data.needle.text_prompt import HasText, Maker, encode_prompt, fitting_prompt, largest_haystack
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.data.within import encode_within
@@ -106,17 +106,21 @@ class HashHopTask:
 class VariableTrackingTask:
     """RULER's variable tracking: five variables that have one value."""
 
-    ANSWER = len(" ".join(["ABCDE"] * (HOPS + 1)) + "\n")
+    ANSWER = len(" ".join(["x" * LETTERS] * (HOPS + 1)) + "\n")
     """The most tokens of an answer: each character is one."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._fitting = _Fitting(tokenizer)
-        self._make = functools.partial(variable_prompt, example_size=example_size(tokenizer, _measuring))
-        self.shortest = self._fitting.count(self._make, HOPS + 1) + self.ANSWER + 1
+        with_example = functools.partial(variable_prompt, example_size=example_size(tokenizer, _measuring))
+        self._makers: tuple[Callable, ...] = (chain_prompt, with_example)
+        self._needed = [self._fitting.count(make, HOPS + 1) + self.ANSWER + 1 for make in self._makers]
+        self.shortest = self._needed[0]
 
     def draw(self, rng: np.random.Generator, length: int) -> Asked:
         """See `TextTask`."""
-        made, ids = self._fitting.draw(rng, self._make, length - 1 - self.ANSWER, HOPS + 1)
+        kind = int(self._needed[1] <= length)
+        make = self._makers[kind]
+        made, ids = self._fitting.draw(rng, make, length - 1 - self.ANSWER, HOPS + 1, kind)
         return Asked(ids, [Span(" ".join(made.answers), learned=True, answer=True), Span("\n", learned=True)])
 
 

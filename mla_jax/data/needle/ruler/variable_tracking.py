@@ -17,17 +17,19 @@ _TEMPLATE = (
     "value {value}, they are: "
 )
 HOPS = 4
+LETTERS = 5
+"""Of the name of a variable that is asked for."""
 EXAMPLE_TOKENS = 500
 """The most tokens of the solved example, where it can be as short as that."""
 
 
 def variable_prompt(rng: np.random.Generator, size: int, example_size: int) -> TextPrompt:
     """A solved example and the question, with a haystack of so many noise lines each, more than HOPS."""
-    example, question = chain_prompt(rng, example_size, letters=3), chain_prompt(rng, size, letters=5)
+    example, question = chain_prompt(rng, example_size, letters=3), chain_prompt(rng, size)
     return TextPrompt(f"{example.text} {' '.join(example.answers)}\n\n{question.text}", question.answers)
 
 
-def chain_prompt(rng: np.random.Generator, size: int, letters: int) -> TextPrompt:
+def chain_prompt(rng: np.random.Generator, size: int, letters: int = LETTERS) -> TextPrompt:
     """The question alone, about variables of so many capital letters."""
     variables: dict[str, None] = {}
     while len(variables) <= HOPS:
