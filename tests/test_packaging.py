@@ -189,7 +189,7 @@ def test_an_installed_wheel_trains_evaluates_and_exports(installed):
 @pytest.mark.integration
 def test_hydra_finds_the_configs_of_an_installed_wheel(installed, tmp_path):
     helped = installed("-m", "experiments.sft", "--help")
-    assert "model: infinite_1b, nano, schema, small" in helped and "tracker:" in helped
+    assert "model: infinite_1b, lookup, nano, schema, small" in helped and "tracker:" in helped
     assert "passkey" in installed("-m", "experiments.evaluate", "--help")
     assert "kv_lora_rank: 256" in installed("-m", "experiments.sft", "experiment=infinite_1b", "--cfg", "job")
     (tmp_path / "own.yaml").write_text("defaults: [sft, _self_]\nname: own\n")

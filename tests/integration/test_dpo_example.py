@@ -27,3 +27,4 @@ def test_inventing_falls_by_half_and_nothing_is_lost(tmp_path):
     assert after["hallucination"]["rate"] <= before["hallucination"]["rate"] / 2
     assert after["retrieval"]["interval"][1] >= before["retrieval"]["interval"][0], "retrieval is not lower"
     assert after["false_refusal"]["rate"] <= 0.05
+    assert after["correct"]["rate"] >= 0.9, "absent keys are answered by `not found`, not by anything else"
