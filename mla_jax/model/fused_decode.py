@@ -26,6 +26,9 @@ def why_not(config: ModelConfig, layers: tuple[LayerCache, ...]) -> str | None:
         return "it is for one row and no mesh"
     if config.q_lora_rank is None:
         return "queries have no latent (q_lora_rank)"
+    shape = _shape(config)
+    if any(width % 4 for width in (shape.D, shape.Q, shape.H * shape.V, shape.F)):
+        return "widths are not all multiples of 4, as words of 8-bit weights are"
     try:
         attention = _attention(config, layers[0])
     except latent_attention.UnavailableError as e:

@@ -77,13 +77,26 @@ def test_fused_layer_matches_unfused_in_8_bit_weights(dtype, shape, capacity, kv
     check(dtype, shape, capacity, kv_len, local_gpu(), int8=True)
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("kv_len", [1000, 20_000])
-def test_with_fewer_ctas_each_has_several_units(kv_len):
+def test_with_fewer_ctas_each_has_several_units(kv_len, int8):
     gpu = local_gpu()
-    check("bfloat16", INFINITE_1B, 32768, kv_len, gpu and gpu._replace(num_sms=78))
+    check("bfloat16", INFINITE_1B, 32768, kv_len, gpu and gpu._replace(num_sms=78), int8)
 
 
-def check(dtype, shape, capacity, kv_len, gpu, int8=False):
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("place", [0, -1])
+def test_nan_in_the_hidden_state_reaches_all_of_the_output(place, int8):
+    gpu = local_gpu()
+    weights, h, *others = inputs("bfloat16", WORDS, 1024, 1000, gpu, int8)
+    fused, unfused = functions(WORDS, gpu.num_sms)
+    args = weights, h.at[place].set(jnp.nan), *others
+    for out, *_ in (fused(*args, mosaic_layer.init_workspace(WORDS)), unfused(*args)):
+        assert np.isnan(np.asarray(out, np.float32)).all()
+
+
+def inputs(dtype, shape, capacity, kv_len, gpu, int8):
+    """Arguments of `functions`; skips the test where the kernels do not run."""
     reason = mosaic_layer.why_not(shape, dtype, dtype, capacity, gpu, int8) or jax_triton_loader.why_not()
     if reason:
         pytest.skip(reason)
@@ -95,7 +108,12 @@ def check(dtype, shape, capacity, kv_len, gpu, int8=False):
         jnp.where(empty, jnp.nan, jax.random.normal(key, (1, capacity, width))).astype(dtype)
         for key, width in zip(KEYS[3:], (shape.C, shape.R), strict=True)
     )
-    args = weights, h, jnp.cos(angles), jnp.sin(angles), jnp.full(1, kv_len, jnp.int32), cache
+    return weights, h, jnp.cos(angles), jnp.sin(angles), jnp.full(1, kv_len, jnp.int32), cache
+
+
+def check(dtype, shape, capacity, kv_len, gpu, int8=False):
+    args = inputs(dtype, shape, capacity, kv_len, gpu, int8)
+    h = args[1]
     fused, unfused = functions(shape, gpu.num_sms)
     out, after, workspace = fused(*args, mosaic_layer.init_workspace(shape))
     expected, expected_after = unfused(*args)

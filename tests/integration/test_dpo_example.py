@@ -25,6 +25,7 @@ def test_inventing_falls_by_half_and_nothing_is_lost(tmp_path):
     assert all(side[score]["n"] >= 200 for side in (before, after) for score in scores)
     assert before["hallucination"]["rate"] >= 0.5, "the model before must have something to unlearn"
     assert after["hallucination"]["rate"] <= before["hallucination"]["rate"] / 2
-    assert after["retrieval"]["interval"][1] >= before["retrieval"]["interval"][0], "retrieval is not lower"
+    (retrieval,) = (each for each in table["differences"] if each["score"] == "retrieval")
+    assert table["paired"] and retrieval["interval"][1] >= 0, "retrieval is not lower"
     assert after["false_refusal"]["rate"] <= 0.05
     assert after["correct"]["rate"] >= 0.9, "absent keys are answered by `not found`, not by anything else"

@@ -47,6 +47,7 @@ def test_one_row_in_16_bits_takes_the_fused_kernels(dtype, cache_dtype):
 def test_what_the_fused_kernels_cannot_do_goes_through_xla(monkeypatch):
     assert "one row" in why_not(rows=2)
     assert "q_lora_rank" in why_not(q_lora_rank=None)
+    assert "multiples of 4" in why_not(intermediate_size=CONFIG.intermediate_size + 2)
     assert "float32" in why_not(dtype="float32")
     assert "xla" in why_not(decode="xla")
     monkeypatch.setenv("LATENT_DECODE_IMPLEMENTATION", "xla")
@@ -71,7 +72,8 @@ def test_on_hopper_a_layer_is_fused_layer_where_it_fits(monkeypatch):
     assert not is_fused_layer()  # on an A100
     on(monkeypatch, (9, 0))
     assert is_fused_layer()
-    assert not is_fused_layer(int8_weights=True)
+    assert is_fused_layer(int8_weights=True, hidden_size=1536)
+    assert not is_fused_layer(int8_weights=True)  # rows of 1,280 bytes are no whole words of all threads
     assert not is_fused_layer(cache_dtype="int8")
     assert not is_fused_layer(decode="triton")
     assert not is_fused_layer(kv_lora_rank=512)

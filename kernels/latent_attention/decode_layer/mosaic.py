@@ -6,7 +6,7 @@ pipeline in shared memory and runs ahead as far as that has room; two others, th
 other CTAs wherever a vector is complete only then. docs/kernels.md explains the design; in the code:
 
 - `tile_stream`: what each CTA reads, in which order, and the number and size of the pipeline's stages (`NUM_STAGES`,
-  `STAGE_ELEMENTS`); `producer`: copies it.
+  `STAGE_BYTES`); `producer`: copies it.
 - `consumer`: the phases in order, with their equations and barriers. They are in `projections` (`gemv` on tensor
   cores), `queries` (absorption, RoPE, cache), `split_kv` (attention) and `combine` (partial results, values).
 - `consumer_context`: barriers and mailboxes of a consumer, on `hopper.grid_barrier`, `hopper.mailbox` and

@@ -102,13 +102,15 @@ class Projections:
         if scales is None:
             return []
         *_, row = self._rows(part, num_matrices, i)
-        row = jnp.maximum(row, 0)  # of a CTA without rows
+
+        def of_rows(ref, row):
+            return regs.gather(ref, jnp.clip(row, 0, ref.shape[0] - 1))  # a CTA without rows has others'
+
         if name == "qkv_a":
             width = self.context.shape.Q
-            of_q = regs.gather(scales.q_a, jnp.minimum(row, width - 1))
-            return [jnp.where(row < width, of_q, regs.gather(scales.kv_a, jnp.maximum(row - width, 0)))]
+            return [jnp.where(row < width, of_rows(scales.q_a, row), of_rows(scales.kv_a, row - width))]
         refs = (scales.gate, scales.up) if name == "gate_up" else (getattr(scales, name),)
-        return [regs.gather(ref, row) for ref in refs]
+        return [of_rows(ref, row) for ref in refs]
 
     def _reduce(self, name: str, part: CtaPartition, epilogue: Epilogue, num_matrices: int, scales: list) -> None:
         """Adds up the partial sums of all of the CTA's rows. `scales` are of the first 128."""

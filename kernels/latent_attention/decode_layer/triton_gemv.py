@@ -96,8 +96,8 @@ def _load_digits(x_ptr, norm_ptr, eps, K: tl.constexpr, CHUNK: tl.constexpr, NOR
     units_of_one = tl.where(largest > 0, _LARGEST / largest, 0.0)
     highs, lows = (), ()
     for first in tl.static_range(0, K, CHUNK):
-        x = _load_elements(x_ptr, norm_ptr, factor, first + tl.arange(0, CHUNK), K, NORM)
-        units = round_to_integer(x.to(tl.float32) * units_of_one).to(tl.int32)
+        part = _load_elements(x_ptr, norm_ptr, factor, first + tl.arange(0, CHUNK), K, NORM)
+        units = round_to_integer(part.to(tl.float32) * units_of_one).to(tl.int32)
         highs += (_packed((units + _RADIX // 2) >> 8, CHUNK),)
         lows += (_packed(units, CHUNK),)
     return highs, lows, largest / _LARGEST + 0 * tl.sum(x, 0)  # NaN of x, which no digit is

@@ -124,7 +124,7 @@ def element_indices(count: int = 128) -> Any:
 
 
 def gather(ref, indices) -> Any:
-    """Elements `indices` [128] of a vector in shared memory, as float32; both `ONE_PER_THREAD`."""
+    """Elements `indices` [128] of a vector in memory, as float32; both `ONE_PER_THREAD`."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), ONE_PER_THREAD),
