@@ -58,7 +58,8 @@ def decode_block(
     Returns:
         int32 tokens [steps, B], and the state for the next call.
     """
-    loop = fused_loop if fused_decode.why_not(config, state.layers) is None else xla_loop
+    why_not = fused_decode.why_not(config, state.layers, fused_decode.has_int8(weights))
+    loop = fused_loop if why_not is None else xla_loop
     return loop(
         config, weights, state.tokens_B, state.layers, state.lengths_B, done_B, state.seen_BX, params, key, first,
         plan=plan, steps=steps,

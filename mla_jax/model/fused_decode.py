@@ -19,15 +19,15 @@ from mla_jax.model.rope import CosSin, softmax_scale
 from mla_jax.model.transformer import embed
 
 
-def why_not(config: ModelConfig, layers: tuple[LayerCache, ...]) -> str | None:
-    """The reason why `step` cannot run over these caches here, or None if it can."""
+def why_not(config: ModelConfig, layers: tuple[LayerCache, ...], int8_weights: bool) -> str | None:
+    """The reason why `step` cannot run with such weights over these caches here, or None if it can."""
     rows = len(layers[0].c_BSC)
     if rows > 1 or mesh.has_mesh():
         return "it is for one row and no mesh"
     if config.q_lora_rank is None:
         return "queries have no latent (q_lora_rank)"
     shape = _shape(config)
-    if any(width % 4 for width in (shape.D, shape.Q, shape.H * shape.V, shape.F)):
+    if int8_weights and any(width % 4 for width in (shape.D, shape.Q, shape.H * shape.V, shape.F)):
         return "widths are not all multiples of 4, as words of 8-bit weights are"
     try:
         attention = _attention(config, layers[0])
@@ -64,12 +64,16 @@ def init_workspace(config: ModelConfig, weights: dict, layers: tuple[LayerCache,
 
     Its size tells `step` which kernels to use: one a layer, or two.
     """
-    int8_weights = weights["layers"][0]["self_attn"]["o_proj"].scale_out is not None
-    if not is_fused_layer(config, layers[0], int8_weights):
+    if not is_fused_layer(config, layers[0], has_int8(weights)):
         return triton.init_counter()
     from latent_attention.decode_layer import mosaic
 
     return mosaic.init_workspace(_shape(config))
+
+
+def has_int8(weights: dict) -> bool:
+    """Whether `decoder.inference_weights` are in 8 bits."""
+    return weights["layers"][0]["self_attn"]["o_proj"].scale_out is not None
 
 
 def _shape(config: ModelConfig) -> LayerShape:

@@ -46,7 +46,7 @@ TOKENS, CAPACITY = 200, 256
 
 
 def require_kernels(config: ModelConfig, cache_dtype: str | None = None) -> None:
-    reason = fused_decode.why_not(config, (jax.eval_shape(lambda: init_layer(config, 1, 256, cache_dtype)),))
+    reason = fused_decode.why_not(config, (jax.eval_shape(lambda: init_layer(config, 1, 256, cache_dtype)),), False)
     gpu = local_gpu()
     if gpu is None or gpu.capability < (8, 0) or jax_triton_loader.why_not():
         pytest.skip(str(reason))

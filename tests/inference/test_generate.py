@@ -230,7 +230,7 @@ def test_the_fused_loop_adds_the_same_tokens(generator, monkeypatch, sampling):
         scores = decoder.logits(config, weights, h_B1D[:, 0])
         return jnp.where(right[0] & right[1] & (workspace < 5), scores, jnp.nan), cache, workspace + 1
 
-    monkeypatch.setattr(fused_decode, "why_not", lambda config, layers: None)
+    monkeypatch.setattr(fused_decode, "why_not", lambda config, layers, int8_weights: None)
     monkeypatch.setattr(fused_decode, "init_workspace", lambda config, weights, layers: jnp.int32(0))
     monkeypatch.setattr(fused_decode, "step", step)
     monkeypatch.setattr("mla_jax.inference.decode_loop.xla_loop", None)  # the other loop

@@ -33,9 +33,10 @@ def on(monkeypatch, capability):
         monkeypatch.setattr(module, "local_gpu", lambda: capability and make_gpu(capability, 108))
 
 
-def why_not(rows=1, cache_dtype=None, **changes):
+def why_not(rows=1, cache_dtype=None, int8_weights=False, **changes):
     config = dataclasses.replace(CONFIG, **changes)
-    return fused_decode.why_not(config, (jax.eval_shape(lambda: init_layer(config, rows, 64, cache_dtype)),))
+    cache = jax.eval_shape(lambda: init_layer(config, rows, 64, cache_dtype))
+    return fused_decode.why_not(config, (cache,), int8_weights)
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
@@ -47,7 +48,8 @@ def test_one_row_in_16_bits_takes_the_fused_kernels(dtype, cache_dtype):
 def test_what_the_fused_kernels_cannot_do_goes_through_xla(monkeypatch):
     assert "one row" in why_not(rows=2)
     assert "q_lora_rank" in why_not(q_lora_rank=None)
-    assert "multiples of 4" in why_not(intermediate_size=CONFIG.intermediate_size + 2)
+    odd = {"intermediate_size": CONFIG.intermediate_size + 2}
+    assert why_not(**odd) is None and "multiples of 4" in why_not(int8_weights=True, **odd)
     assert "float32" in why_not(dtype="float32")
     assert "xla" in why_not(decode="xla")
     monkeypatch.setenv("LATENT_DECODE_IMPLEMENTATION", "xla")

@@ -16,7 +16,8 @@ from latent_attention.hopper.mlir import i32
 from latent_attention.hopper.registers import ONE_PER_THREAD
 
 RADIX = 256
-_LARGEST = 127 * RADIX + 127
+LARGEST = 127 * RADIX + 127
+"""The largest magnitude of two digits."""
 _ROUNDING = 12582912.0
 """1.5 * 2^23. Added to a float32 of magnitude below 2^22, it leaves the nearest integer in the low bits."""
 _SMALLEST = 1e-30
@@ -32,7 +33,7 @@ class Digits(NamedTuple):
     scale: Any
     """float32 [128], `ONE_PER_THREAD`: of all elements that the thread's group of four lanes has.
 
-    `gemv` adds up their products on one place of the diagonal, so no warp has to wait for the others' largest.
+    `gemv` adds up their products on one place of the diagonal, so no warp has to wait for the others' absmax.
     """
 
 
@@ -55,19 +56,19 @@ def split(x) -> Digits:
             for register in x.registers.flat
             for i in range(ir.VectorType(register.type).shape[0])
         ]
-        largest: Any = functools.reduce(arith.maximumf, map(mlir_math.absf, elements))
+        absmax: Any = functools.reduce(arith.maximumf, map(mlir_math.absf, elements))
         for distance in (1, 2):
-            largest = arith.maximumf(largest, mgpu.utils.shfl_bfly(largest, distance))
-        is_zero = arith.cmpf(arith.CmpFPredicate.OLT, largest, number(_SMALLEST))
-        units_of_one = arith.select(is_zero, number(0.0), arith.divf(number(_LARGEST), largest))
+            absmax = arith.maximumf(absmax, mgpu.utils.shfl_bfly(absmax, distance))
+        is_zero = arith.cmpf(arith.CmpFPredicate.OLT, absmax, number(_SMALLEST))
+        inverse_scale = arith.select(is_zero, number(0.0), arith.divf(number(LARGEST), absmax))
 
         def nearest(element, plus: int) -> Any:
             """A word with the integer nearest to the element in its low two bytes, plus a number."""
-            return arith.bitcast(i32(), mlir_math.fma(element, units_of_one, number(_ROUNDING + plus)))
+            return arith.bitcast(i32(), mlir_math.fma(element, inverse_scale, number(_ROUNDING + plus)))
 
         lows = _packed([nearest(element, 0) for element in elements], byte=0)
         highs = _packed([nearest(element, RADIX // 2) for element in elements], byte=1)
-        scale = arith.mulf(largest, number(1 / _LARGEST))
+        scale = arith.mulf(absmax, number(1 / LARGEST))
         return Digits(
             _fragments(layout, (width // 4,), highs, signed=True),
             _fragments(layout, (width // 4,), lows, signed=True),

@@ -104,7 +104,7 @@ def gemv(x, w, sums_ref, per_row: int) -> None:
         f32 = ir.F32Type.get()
         zero = arith.constant(f32, 0.0)
 
-        def products(operand: list, one: list, other: list, dtype: str) -> list:
+        def dot_products(operand: list, one: list, other: list, dtype: str) -> list:
             """The diagonals of both halves: products of two rows with the operand, in words."""
             start, add = (constant(0), arith.addi) if dtype == "s8" else (zero, arith.addf)
             steps = len(operand) // 2
@@ -124,7 +124,7 @@ def gemv(x, w, sums_ref, per_row: int) -> None:
             high, low = _words(x.high.registers), _words(x.low.registers)
 
             def two_rows(one: list, other: list) -> list:
-                both = (products(digits, one, other, "s8") for digits in (high, low))
+                both = (dot_products(digits, one, other, "s8") for digits in (high, low))
                 as_float = ([arith.sitofp(f32, total) for total in totals] for totals in both)
                 radix = arith.constant(f32, float(RADIX))
                 return [
@@ -135,7 +135,7 @@ def gemv(x, w, sums_ref, per_row: int) -> None:
             xs, dtype = _words(x.registers), "bf16" if isinstance(x.mlir_dtype, ir.BF16Type) else "f16"
 
             def two_rows(one: list, other: list) -> list:
-                return products(xs, one, other, dtype)
+                return dot_products(xs, one, other, dtype)
 
         totals = []
         own = w.registers.reshape(rows // 4 if narrow else rows, -1)

@@ -53,7 +53,7 @@ def round_to_integer(x):
 
 @triton.jit
 def _norm_factor(x_ptr, eps, K: tl.constexpr):
-    """What RMSNorm multiplies x [K] with."""
+    """The factor of RMSNorm for x [K]: 1 / sqrt(mean(x²) + eps)."""
     k = tl.arange(0, triton.next_power_of_2(K))
     x = tl.load(x_ptr + k, k < K, other=0).to(tl.float32)
     return tl.rsqrt(tl.sum(x * x, 0) / K + eps)
@@ -93,11 +93,11 @@ def _load_digits(x_ptr, norm_ptr, eps, K: tl.constexpr, CHUNK: tl.constexpr, NOR
     k = tl.arange(0, triton.next_power_of_2(K))
     x = _load_elements(x_ptr, norm_ptr, factor, k, K, NORM).to(tl.float32)
     largest = tl.max(tl.abs(x), 0)
-    units_of_one = tl.where(largest > 0, _LARGEST / largest, 0.0)
+    inverse_scale = tl.where(largest > 0, _LARGEST / largest, 0.0)
     highs, lows = (), ()
     for first in tl.static_range(0, K, CHUNK):
         part = _load_elements(x_ptr, norm_ptr, factor, first + tl.arange(0, CHUNK), K, NORM)
-        units = round_to_integer(part.to(tl.float32) * units_of_one).to(tl.int32)
+        units = round_to_integer(part.to(tl.float32) * inverse_scale).to(tl.int32)
         highs += (_packed((units + _RADIX // 2) >> 8, CHUNK),)
         lows += (_packed(units, CHUNK),)
     return highs, lows, largest / _LARGEST + 0 * tl.sum(x, 0)  # NaN of x, which no digit is
