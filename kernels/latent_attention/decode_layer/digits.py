@@ -16,7 +16,7 @@ from latent_attention.hopper.mlir import i32
 from latent_attention.hopper.registers import ONE_PER_THREAD
 
 RADIX = 256
-LARGEST = 127 * RADIX + 127
+_LARGEST = 127 * RADIX + 127
 """The largest magnitude of two digits."""
 _ROUNDING = 12582912.0
 """1.5 * 2^23. Added to a float32 of magnitude below 2^22, it leaves the nearest integer in the low bits."""
@@ -60,7 +60,7 @@ def split(x) -> Digits:
         for distance in (1, 2):
             absmax = arith.maximumf(absmax, mgpu.utils.shfl_bfly(absmax, distance))
         is_zero = arith.cmpf(arith.CmpFPredicate.OLT, absmax, number(_SMALLEST))
-        inverse_scale = arith.select(is_zero, number(0.0), arith.divf(number(LARGEST), absmax))
+        inverse_scale = arith.select(is_zero, number(0.0), arith.divf(number(_LARGEST), absmax))
 
         def nearest(element, plus: int) -> Any:
             """A word with the integer nearest to the element in its low two bytes, plus a number."""
@@ -68,7 +68,7 @@ def split(x) -> Digits:
 
         lows = _packed([nearest(element, 0) for element in elements], byte=0)
         highs = _packed([nearest(element, RADIX // 2) for element in elements], byte=1)
-        scale = arith.mulf(absmax, number(1 / LARGEST))
+        scale = arith.mulf(absmax, number(1 / _LARGEST))
         return Digits(
             _fragments(layout, (width // 4,), highs, signed=True),
             _fragments(layout, (width // 4,), lows, signed=True),
