@@ -30,46 +30,50 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench.conversion",
-        description="Converts a Llama, Mistral or Qwen in several ways and prints the perplexities, on the last eighth "
-        "of the text's sequences; `plain` and whatever does not fit positions keep the checkpoint's RoPE base.",
+        description="Perplexity of a Llama, Mistral or Qwen on texts, a column each, and of what it becomes: of runs, "
+        "or of conversions in several ways; `plain` and whatever does not fit positions keep its RoPE base.",
     )
     parser.add_argument("dir", type=Path, help="Hugging Face folder")
-    parser.add_argument("text", type=Path, help="UTF-8 text")
+    parser.add_argument("texts", nargs="+", type=Path, help="UTF-8 texts to measure on")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of each, at most; default %(default)s")
+    parser.add_argument("--length", type=int, default=1024, help="of a sequence, in tokens; default %(default)s")
+    ways = parser.add_mutually_exclusive_group(required=True)
+    ways.add_argument("--runs", nargs="+", type=Path, help="measure these, and convert nothing")
+    ways.add_argument("--calibration", type=Path, metavar="TEXT_FILE", help="convert, with this text")
+    parser.add_argument("--calibration-tokens", type=int, default=65_536, help="tokens of it; default %(default)s")
     parser.add_argument("--shapes", nargs="+", default=["192+64"], metavar="LATENT+ROPE", help="default 192+64")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all of them")
-    parser.add_argument("--tokens", type=int, default=65_536, help="default %(default)s")
-    parser.add_argument("--length", type=int, default=1024, help="of a sequence, in tokens; default %(default)s")
-    parser.add_argument("--runs", nargs="*", default=[], type=Path, help="measure these runs, and convert nothing")
     args = parser.parse_args()
     with one_line_errors():
         source = LlamaCheckpoint(args.dir)
+        texts = [read_calibration(path, source.tokenizer, args.tokens, args.length).tokens_BT for path in args.texts]
         if args.runs:
-            rows_BT = read_calibration(args.text, source.tokenizer, args.tokens, args.length).tokens_BT
-            for path in args.runs:
+            _print_row("model", *args.texts)
+            for i, path in enumerate(args.runs):
                 run = load_run(path)
-                if path == args.runs[0]:
-                    print(f"| {args.dir} | {source_perplexity(args.dir, run.model, rows_BT):.2f} |", flush=True)
-                print(f"| {path} | {converted_perplexity(run.model, run.params, rows_BT):.2f} |", flush=True)
+                if i == 0:
+                    _print_row(args.dir, *(f"{source_perplexity(args.dir, run.model, text):.2f}" for text in texts))
+                _print_row(path, *(f"{converted_perplexity(run.model, run.params, text):.2f}" for text in texts))
             return
-        print("| latent + rotary | of the source's cache | parts | source | converted | seconds |", flush=True)
-        print("|---|---|---|---|---|---|", flush=True)
+        _print_row("latent + rotary", "of the source's cache", "parts", *args.texts, "seconds")
         for shape in args.shapes:
             latent, rotary = map(int, shape.split("+"))
             for name in args.methods:
                 method = METHODS[name]
                 theta = None if method.fitted_positions else source.config.rope_theta
                 start = time.perf_counter()
-                *_, report = convert(
-                    args.dir, Ranks(latent, rotary, rope_theta=theta), args.text, tokens=args.tokens,
-                    length=args.length, method=method,
+                config, params, *_ = convert(
+                    args.dir, Ranks(latent, rotary, rope_theta=theta), args.calibration,
+                    tokens=args.calibration_tokens, length=args.length, method=method,
                 )  # fmt: skip
+                seconds = time.perf_counter() - start
+                perplexities = (f"{converted_perplexity(config, params, text):.2f}" for text in texts)
                 share = (latent + rotary) / source.config.cache_width
-                found = report.perplexity
-                print(
-                    f"| {latent} + {rotary} | {share:.1%} | {name} | {found['source']:.2f} | {found['converted']:.2f} "
-                    f"| {time.perf_counter() - start:.0f} |",
-                    flush=True,
-                )
+                _print_row(f"{latent} + {rotary}", f"{share:.1%}", name, *perplexities, f"{seconds:.0f}")
+
+
+def _print_row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def source_perplexity(hf_dir: Path, model: ModelConfig, rows_BT: np.ndarray) -> float:
