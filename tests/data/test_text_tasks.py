@@ -46,10 +46,11 @@ def _expected(text: str) -> list[str]:
         leads = {a: (b, quote) for a, quote, b in re.findall(r"^([A-Za-z]{16}) = ('?)([A-Za-z]{16})'?$", lines, re.M)}
         answers = []
         for first in re.findall(r"^([A-Za-z]{16}) =", asked, re.M):
-            last, quote = leads[first]
+            chain, quote = [first], ""
             while not quote:
-                last, quote = leads[last]
-            answers.append(last)
+                found, quote = leads[chain[-1]]
+                chain.append(found)
+            answers.append(" = ".join(chain[1:]) if "CoT=True" in asked else chain[-1])
         return answers
     question = text.rsplit("\n\n", 1)[1]  # behind it are the lines of the haystack
     haystack, (value,) = question, re.findall(r"assigned the value (\d+) in the text", question)
@@ -90,13 +91,15 @@ def test_the_form_is_the_evaluations(task):
     tokenizer = TOKENIZERS["bytes"]
     if task == "hashhop":
         config = HashHopConfig(lengths=[2500], hops=[2], samples=1, questions=1, seed=1)
-        evaluation = hashhop_task(LARGE, tokenizer, config)
+        configs = (dataclasses.replace(config, chain_of_thought=whole) for whole in (False, True))
+        evaluations = [hashhop_task(LARGE, tokenizer, config) for config in configs]
     else:
-        evaluation = ruler_task(LARGE, tokenizer, RulerConfig(lengths=[2500], tasks=["vt"], samples=1, seed=1))
-    asked = _skeleton(tokenizer.decode(evaluation.prompt(evaluation.cells[0], 0).ids))
-    for example in _examples(_generator(task), 2500, 5):
-        first = int(np.argmax(example.learned))
-        assert _skeleton(_text("bytes", example.tokens[:first])).strip() == asked.strip()
+        evaluations = [ruler_task(LARGE, tokenizer, RulerConfig(lengths=[2500], tasks=["vt"], samples=1, seed=1))]
+    asked = {_skeleton(tokenizer.decode(each.prompt(each.cells[0], 0).ids)).strip() for each in evaluations}
+    examples = _examples(_generator(task), 2500, 12)
+    firsts = (int(np.argmax(example.learned)) for example in examples)
+    forms = [example.tokens[:first] for example, first in zip(examples, firsts, strict=True)]
+    assert {_skeleton(_text("bytes", form)).strip() for form in forms} == asked
 
 
 def test_rows_too_short_for_rulers_example_have_its_question_alone():

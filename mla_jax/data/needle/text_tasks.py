@@ -1,12 +1,14 @@
 """Training tasks in the formats of two evaluations that follow chains: HashHop, and RULER's variable tracking.
 
-    hashhop     1 to 4 hops through shuffled lines of random hashes, then questions about some of the chains
+    hashhop     1 to 4 hops through shuffled lines of random hashes, then questions about some of the chains; every
+                other text wants all hashes of a chain (CoT=True), the rest its last one
     ruler_vt    RULER's prompt, with its solved example where that fits, then the answer
 
 Both are made as texts: where one is shorter than the example, <eos> is repeated.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -72,30 +74,33 @@ class _Fitting:
 
 
 class HashHopTask:
-    """Chains of hashes with 1 to 4 hops, of which 1 to 64 are asked about."""
+    """Chains of hashes with 1 to 4 hops, 1 to 64 of them asked about; answers are the last hash, or all of them."""
 
     LETTERS = 16
-    KINDS = tuple((hops, asked) for hops in (1, 2, 3, 4) for asked in (1, 4, 16, 64))
-    TURN = len(f"{'x' * LETTERS} = '{'x' * LETTERS}'\n")
-    """The most tokens of a question with its answer: each character is one."""
+    KINDS = tuple(itertools.product((1, 2, 3, 4), (False, True), (1, 4, 16, 64)))
+    """Hops, whether the answer has all hashes, and questions."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._fitting = _Fitting(tokenizer)
         self._needed = {
-            (hops, asked): self._fitting.count(self._maker(hops), asked) + asked * self.TURN + 1
-            for hops, asked in self.KINDS
+            kind: self._fitting.count(self._maker(*kind[:2]), kind[2]) + self._turns(*kind) + 1 for kind in self.KINDS
         }
         self.shortest = min(self._needed.values())
 
-    def _maker(self, hops: int) -> Callable:
-        return functools.partial(hash_chains, hops=hops, letters=self.LETTERS)
+    def _maker(self, hops: int, whole: bool) -> Callable:
+        return functools.partial(hash_chains, hops=hops, letters=self.LETTERS, chain_of_thought=whole)
+
+    def _turns(self, hops: int, whole: bool, asked: int) -> int:
+        """The most tokens of the questions with their answers: each character is one."""
+        answer = " = ".join(["x" * self.LETTERS] * (hops if whole else 1))
+        return asked * len(f"{'x' * self.LETTERS} = '{answer}'\n")
 
     def draw(self, rng: np.random.Generator, length: int) -> Asked:
         """See `TextTask`."""
         kinds = [kind for kind, needed in self._needed.items() if needed <= length]
-        hops, asked = kinds[rng.integers(len(kinds))]
-        room = length - 1 - asked * self.TURN
-        made, ids = self._fitting.draw(rng, self._maker(hops), room, asked, hops)
+        hops, whole, asked = kind = kinds[rng.integers(len(kinds))]
+        room = length - 1 - self._turns(*kind)
+        made, ids = self._fitting.draw(rng, self._maker(hops, whole), room, asked, hops, whole)
         spans: list[Span] = []
         for number, chain in enumerate(rng.permutation(len(made.chains))[:asked].tolist()):
             answer = Span(made.answer(chain), learned=True, answer=number == 0)
