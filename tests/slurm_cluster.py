@@ -2,10 +2,12 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ANSIBLE = ROOT / "deploy" / "ansible"
 LOCAL_CLUSTER = ROOT / "deploy" / "slurm" / "local_cluster.sh"
 SBATCH = ROOT / "deploy" / "slurm" / "train.sbatch"
+PORTS = 6
+"""A cluster needs so many."""
 STEPS = 200
 MODEL = [
     *"model.hidden_size=32 model.num_attention_heads=2 model.qk_nope_head_dim=8 model.qk_rope_head_dim=8".split(),
@@ -40,6 +44,19 @@ def until(
     while not condition():
         assert time.monotonic() < end, f"within {seconds} s: not {what}\n{explain()}"
         time.sleep(0.2)
+
+
+def free_ports() -> int:
+    """The first of so many ports of which none is in use."""
+    for first in range(17000, 20000, PORTS):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + PORTS):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no free ports")
 
 
 def ansible_environment() -> dict[str, str]:

@@ -17,6 +17,18 @@ def run(*command: object, **options) -> str:
     return ran.stdout
 
 
+def connection(root: Path, enter: str) -> dict[str, object]:
+    """The variables with which Ansible works inside `root`, where the command `enter` leads."""
+    return {
+        "ansible_connection": "local",
+        "ansible_host": "127.0.0.1",
+        "ansible_become": True,
+        "ansible_become_method": "ansible.builtin.su",
+        "ansible_become_exe": f"{enter} su",
+        "ansible_remote_tmp": f"{root}/var/tmp/.ansible",
+    }
+
+
 @dataclass
 class Debian:
     """The folder of its root file system."""
@@ -38,14 +50,7 @@ class Debian:
 
     def play(self, *roles: str, groups: tuple[str, ...] = ("gpu",), **variables: object) -> int:
         """Runs roles inside. Returns how many tasks changed something."""
-        hosts = {
-            "ansible_connection": "local",
-            "ansible_host": "127.0.0.1",
-            "ansible_become": True,
-            "ansible_become_method": "ansible.builtin.su",
-            "ansible_become_exe": f"chroot {self.root} su",
-            "ansible_remote_tmp": f"{self.root}/tmp/.ansible",
-        }
+        hosts = connection(self.root, f"chroot {self.root}")
         inventory = {"all": {"hosts": {"g1": hosts}, "children": {group: {"hosts": {"g1": {}}} for group in groups}}}
         inside = {"ansible.builtin.command": "test -e /throwaway", "changed_when": False}  # else nothing is touched
         plays = [{"hosts": "all", "gather_facts": False, "tasks": [inside]}, {"hosts": "all", "roles": list(roles)}]

@@ -2,34 +2,16 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from slurm_cluster import LOCAL_CLUSTER, ROOT, Slurm, ansible_environment
+from slurm_cluster import LOCAL_CLUSTER, ROOT, Slurm, ansible_environment, free_ports
 
 CANNOT = 77
-
-
-PORTS = 6
-
-
-def free_ports() -> int:
-    """The first of so many ports of which none is in use."""
-    for first in range(17000, 20000, PORTS):
-        with ExitStack() as stack:
-            try:
-                for port in range(first, first + PORTS):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return first
-    raise AssertionError("no free ports")
 
 
 @pytest.fixture(scope="session")
