@@ -82,16 +82,16 @@ slurm-stop: ## end the SLURM of `make slurm`
 test-slurm: $(VENV)/.installed-slurm ## training on that SLURM, its accounts and its health check; bad inventories, ansible-lint
 	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(ARGS)
 
-debootstrap: ## what `make test-ansible` makes a throwaway Debian and a wrong clock with (as root)
-	@command -v debootstrap >/dev/null && command -v gpg >/dev/null && dpkg-query --show libfaketime >/dev/null 2>&1 || \
+debootstrap: ## what `make test-ansible` makes and boots a throwaway Debian and a wrong clock with (as root)
+	@dpkg-query --show debootstrap gpg libfaketime systemd-container >/dev/null 2>&1 || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-		apt-get install -qqy --no-install-recommends debootstrap gpg gpg-agent libfaketime; }
+		apt-get install -qqy --no-install-recommends debootstrap gpg gpg-agent libfaketime systemd-container; }
 
 test-ansible: $(VENV)/.installed-slurm debootstrap ## all of deploy/ansible, on this machine and in a throwaway Debian (as root, on Debian)
 	$(BIN)/python -m pytest -m ansible -rs tests/slurm $(ARGS)
 
 docker: ## Docker, and what `make test-docker` makes a base image with (as root, on Debian or Ubuntu)
-	@command -v docker >/dev/null && command -v debootstrap >/dev/null || { apt-get update -qq && \
+	@{ docker info || command -v dockerd; } >/dev/null 2>&1 && command -v debootstrap >/dev/null || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends docker.io debootstrap; }
 
 test-docker: $(VENV)/.installed-dev $(RELEASE_VENV)/.installed docker ## images for CPUs: built, and from training to an answer without rights (BASE=IMAGE)
