@@ -117,11 +117,11 @@ def _layer(config: ModelConfig, weights: dict, h_D, cos_sin: CosSin, cache: Laye
         # Here and not above: it imports packages, and takes seconds, that nothing else here needs.
         from latent_attention.decode_layer import mosaic
 
-        h_D, (c, k_rope), workspace = mosaic.decode_layer(
-            shape, weights, h_D, *cos_sin, lengths_B, arrays[:2], workspace, eps=config.rms_norm_eps,
+        h_D, arrays, workspace = mosaic.decode_layer(
+            shape, weights, h_D, *cos_sin, lengths_B, arrays, workspace, eps=config.rms_norm_eps,
             scale=softmax_scale(config),
         )  # fmt: skip
-        return h_D, LayerCache(c, k_rope, None), workspace
+        return h_D, LayerCache(*arrays), workspace
     q_BTHW, arrays, workspace = triton.before_attention(
         shape, weights, h_D, *cos_sin, lengths_B, arrays, workspace, eps=config.rms_norm_eps
     )

@@ -76,7 +76,8 @@ def test_on_hopper_a_layer_is_fused_layer_where_it_fits(monkeypatch):
     assert is_fused_layer()
     assert is_fused_layer(int8_weights=True, hidden_size=1536)
     assert not is_fused_layer(int8_weights=True)  # rows of 1,280 bytes are no whole words of all threads
-    assert not is_fused_layer(cache_dtype="int8")
+    assert is_fused_layer(cache_dtype="int8")
+    assert is_fused_layer(cache_dtype="int8", int8_weights=True, hidden_size=1536)
     assert not is_fused_layer(decode="triton")
     assert not is_fused_layer(kv_lora_rank=512)
     monkeypatch.setitem(sys.modules, "latent_attention.decode_layer.mosaic", None)  # as with a JAX that it cannot use

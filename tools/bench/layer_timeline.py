@@ -77,7 +77,7 @@ def make_inputs(shape: LayerShape, tokens: int) -> tuple:
             jax.random.normal(key, (1, tokens, width), jnp.bfloat16)
             for key, width in zip(keys[:2], (shape.C, shape.R), strict=True)
         )
-        return (c, k_rope), random_weights(shape, keys[2])
+        return (c, k_rope, None), random_weights(shape, keys[2])
 
     caches, weights = zip(*(make_layer(jax.random.key(i)) for i in range(LAYERS)), strict=True)
     h_D, angles = jax.random.normal(jax.random.key(0), (shape.D,), jnp.bfloat16), jnp.linspace(0, 1, shape.R // 2)

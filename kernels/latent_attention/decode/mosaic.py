@@ -8,7 +8,8 @@ from latent_attention.decode.mosaic_smem import TILE, Config
 from latent_attention.decode.mosaic_split_kv import partials
 from latent_attention.decode.tile_scheduler import schedule
 from latent_attention.gpu import Gpu, local_gpu
-from latent_attention.hopper.smem_tiles import CHUNK, REDUCE_SCRATCH, restore_order
+from latent_attention.hopper.int8_tiles import restore_order
+from latent_attention.hopper.smem_tiles import CHUNK, REDUCE_SCRATCH
 
 _MIN_TILES = 2
 """KV tiles of a CTA at least: below, combining more splits costs more than more SMs save."""

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from latent_attention.decode.mosaic_smem import TILE, Params, Refs, Smem
 from latent_attention.decode.tile_scheduler import Split
+from latent_attention.hopper.int8_tiles import MIN_SCALE, load_transposed, scaled_products
 from latent_attention.hopper.smem_tiles import (
     CHUNK,
     LOWEST,
@@ -29,15 +30,11 @@ from latent_attention.hopper.smem_tiles import (
     broadcast_per_row,
     iota,
     load_as,
-    load_transposed,
     reduce_columns,
     wgmma_zeros,
 )
 from latent_attention.hopper.swizzled_tiles import clear_rows
 from latent_attention.int8 import RADIX
-
-_MIN_SCALE = 2.0**-60
-"""Replaces int8 scales of 0, whose logarithm is infinite; sums of its inverse over any cache stay finite."""
 
 
 class Consumer:
@@ -96,7 +93,7 @@ class Consumer:
             c_scale = load_as(smem.scales.at[stage, 0], PER_ROW)
             if masked:  # scales beyond kv_len may be NaN
                 c_scale = jnp.where(iota((TILE,), 0, PER_ROW) < split.kv_len - base, c_scale, 1.0)
-            c_scale = jnp.maximum(c_scale, _MIN_SCALE)
+            c_scale = jnp.maximum(c_scale, MIN_SCALE)
             scores = self._int8_scores(stage, q_stage, c_scale, q_scale)
         else:
             if masked:
@@ -149,8 +146,7 @@ class Consumer:
                 return s_ref[...]
 
             digits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TILE, 2 * row_block), jnp.int32))
-            exact = digits[:, :row_block] * RADIX + digits[:, row_block:]
-            return exact.astype(jnp.float32) * broadcast_per_row(scale, s_shape)
+            return scaled_products(digits, RADIX, scale)
 
         rope_scale = load_as(smem.scales.at[stage, 1], PER_ROW)
         scores = multiply_int8(smem.k_rope.at[stage], smem.q_rope.at[q_stage], rope_scale)

@@ -71,14 +71,19 @@ class Refs(NamedTuple):
     """See `timeline`; left out unless the phases are timed."""
     scales: Scales | None = None
     """Of weights in 8 bits; None if they are in 16."""
+    cache_scales: Any = None
+    """Of a cache in 8 bits, float32 [1, 2, S], of latents and of rotary keys, updated in place; None if in 16 bits."""
 
     @classmethod
-    def of(cls, args: tuple, int8: bool) -> "Refs":
-        """References to the kernel's arguments and outputs, among which the scales come before the cache."""
-        before = cls._fields.index("c")
-        after = before + (len(Scales._fields) if int8 else 0)
-        refs = cls(*args[:before], *args[after:])
-        return refs._replace(scales=Scales(*args[before:after])) if int8 else refs
+    def of(cls, args: tuple, int8: bool, int8_cache: bool) -> "Refs":
+        """References to the kernel's arguments and outputs.
+
+        Among them, the scales of weights in 8 bits come before the cache, and those of a cache in 8 bits after it.
+        """
+        before, rest = cls._fields.index("c"), list(args)
+        scales = Scales(*(rest.pop(before) for _ in Scales._fields)) if int8 else None
+        cache_scales = rest.pop(cls._fields.index("workspace")) if int8_cache else None
+        return cls(*rest)._replace(scales=scales, cache_scales=cache_scales)
 
 
 class Workspace(NamedTuple):

@@ -48,12 +48,12 @@ _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232
 def why_not(
     shape: LayerShape, dtype: str, cache_dtype: str, capacity: int, gpu: Gpu | None, int8: bool = False
 ) -> str | None:
-    """Why the kernel cannot run a layer of this shape on this GPU, with weights in 8 bits or 16, or None if it can."""
+    """Why the kernel cannot run a layer of this shape on this GPU, or None if it can; `int8` is of the weights."""
     D, Q, C, R, N, V, H, F = shape
     if gpu is None or gpu.capability[0] != 9:
         return f"it is for Hopper GPUs (sm_90); this is {'no GPU' if gpu is None else gpu.name}"
-    if dtype not in ("bfloat16", "float16") or cache_dtype != dtype:
-        return f"it takes bfloat16 or float16 and a cache of the same type, not {dtype} and {cache_dtype}"
+    if dtype not in ("bfloat16", "float16") or cache_dtype not in (dtype, "int8"):
+        return f"it takes bfloat16 or float16 and a cache of the same type or int8, not {dtype} and {cache_dtype}"
     if (C, R) != (256, 64) or H > 32 or H % 8 or N % 8:
         return f"it takes C of 256, R of 64, up to 32 heads, and multiples of 8 for H and N, not {C}, {R}, {H} and {N}"
     unfit = [width for width in (D, H * V, F) if width % 256 or layouts.is_narrow(width)]
@@ -66,7 +66,7 @@ def why_not(
         return f"it takes N up to {C + R}, not {N}"
     if H > gpu.num_sms or capacity % TILE_TOKENS:
         return f"it takes a cache of a multiple of {TILE_TOKENS} tokens and an SM per head"
-    if smem_bytes(shape, gpu.num_sms, int8) > gpu.shared_memory:
+    if smem_bytes(shape, gpu.num_sms, int8, cache_dtype == "int8") > gpu.shared_memory:
         return "its shared memory does not suffice for these widths"
     return None
 
@@ -82,8 +82,8 @@ def init_workspace(shape: LayerShape) -> jax.Array:
 
 def decode_layer(
     shape: LayerShape, weights: Mapping[str, Any], h_D: jax.Array, cos: jax.Array, sin: jax.Array, length: jax.Array,
-    cache: tuple[jax.Array, jax.Array], workspace: jax.Array, *, eps: float, scale: float,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:  # fmt: skip
+    cache: tuple[jax.Array, jax.Array, jax.Array | None], workspace: jax.Array, *, eps: float, scale: float,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None], jax.Array]:  # fmt: skip
     """The hidden state of one token after a layer, and the token in the cache; equations 9 to 19 of DeepSeek-V2.
 
     Args:
@@ -95,7 +95,8 @@ def decode_layer(
         sin: float32 [R/2], likewise.
         length: int32 [1], the number of tokens in the cache. Where it is full, nothing is written, and attention leaves
             the new token out.
-        cache: c [1, S, C] and k_rope [1, S, R]; updated in place where they are donated, else XLA copies them before.
+        cache: c [1, S, C], k_rope [1, S, R] and, if they are int8, float32 scales [1, 2, S], else None; updated in
+            place where they are donated, else XLA copies them before.
         workspace: from `init_workspace`, then from the previous layer.
         eps: of the norms.
         scale: of the attention scores.
@@ -127,10 +128,10 @@ def _launch(
     matrices = {name: w for part in (attn, mlp) for name, w in part.items() if "norm" not in name}
     flat = {name: w.rows.reshape(-1) for name, w in matrices.items()}
     scales = () if attn["o_proj"].scale_out is None else Scales(*(matrices[name].scale_out for name in _OF_SCALES))
-    int8 = bool(scales)
+    int8, int8_cache = bool(scales), cache[2] is not None
 
     def kernel(*args):
-        refs = Refs.of(args, int8)
+        refs = Refs.of(args, int8, int8_cache)
 
         def run(smem: Smem):
             smem.assert_offsets()
@@ -156,9 +157,9 @@ def _launch(
                 plgpu.griddepcontrol_launch_dependents()
                 Consumer(shape, num_ctas, dtype, eps, scale, cta, wg, refs, smem).run()
 
-        pl.run_scoped(run, Smem.types(shape, num_ctas, dtype, int8), collective_axes="wg")
+        pl.run_scoped(run, Smem.types(shape, num_ctas, dtype, int8, int8_cache), collective_axes="wg")
 
-    in_place = [jax.new_ref(x) for x in (*cache, workspace)]
+    in_place = [jax.new_ref(x) for x in (*cache, workspace) if x is not None]
     launch: Any = pl.kernel(
         kernel,
         out_type=out_types(shape, num_ctas, dtype) + [timeline_type(num_ctas)] * with_timeline,
@@ -174,5 +175,5 @@ def _launch(
         flat["o_proj"], weights["post_attention_layernorm"], flat["gate_proj"], flat["up_proj"], flat["down_proj"],
         *scales, *in_place,
     )  # fmt: skip
-    c, k_rope, workspace = (jax.freeze(ref) for ref in in_place)
-    return out[0], (c, k_rope), workspace, *out[3:]
+    c, k_rope, *cache_scales, workspace = (jax.freeze(ref) for ref in in_place)
+    return out[0], (c, k_rope, cache_scales[0] if int8_cache else None), workspace, *out[3:]

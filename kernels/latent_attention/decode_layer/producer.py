@@ -1,7 +1,7 @@
 """The producer warpgroup: copies the CTA's tile stream into the pipeline, each tile as soon as its stages are free.
 
 It waits for a stage's `consumed` mbarrier, then starts two bulk copies (TMA) that complete on its `produced` mbarrier,
-or on `tokens_produced` for a tile of the cache, which takes a pair of stages.
+or on `tokens_produced` for a tile of the cache, which takes a pair of stages; in 8 bits it takes one, and four copies.
 """
 
 import functools
@@ -21,6 +21,7 @@ from latent_attention.decode_layer.tile_stream import (
     partition,
     stage_of,
     tile_streams,
+    token_stages,
     token_tile,
 )
 from latent_attention.hopper.cta_sync import fence_proxy_async
@@ -31,6 +32,7 @@ class Producer:
 
     def __init__(self, shape: LayerShape, num_ctas: int, cta, refs, smem):
         self.shape, self.num_ctas, self.cta, self.refs, self.smem = shape, num_ctas, cta, refs, smem
+        self.token_stages = token_stages(refs.cache_scales is not None)
 
     def run(self) -> None:
         """Copies all tiles of the CTA, and the hidden state as the first residual.
@@ -92,24 +94,32 @@ class Producer:
                 stages = jnp.where(reached, stream.stages, stages)
                 throttled = jnp.where(reached, stream.throttled, throttled)
                 end += num_tiles
-            is_tokens, index = stages == 2, first_index + i * stages
+            # Tiles of two stages are of the cache; where it has tiles of one, its partition can only be the first.
+            is_tokens = stages == 2 if self.token_stages == 2 else (which == 0) & parts[0].stream.is_tokens
+            index = first_index + i * stages
             stage = stage_of(index)
             plgpu.barrier_wait(smem.consumed.at[stage])
-            pl.when(is_tokens)(lambda: plgpu.barrier_wait(smem.consumed.at[stage + 1]))
+            if self.token_stages == 2:
+                pl.when(is_tokens)(lambda: plgpu.barrier_wait(smem.consumed.at[stage + 1]))
             # Before a tile of the cache, all matrix tiles must have completed, as `completed` skips the tokens' stages
             # after it. Before a matrix tile, all but MAX_TILES_IN_FLIGHT, this one counted, or all if it is throttled.
             until = jnp.where(is_tokens, tokens_begin, index + 1 - jnp.where(i < throttled, 1, MAX_TILES_IN_FLIGHT))
             lax.fori_loop(completed, until, wait_completed, None)
             lax.switch(which, copies, first_tile + i * self.num_ctas, stage)
-            return jnp.where(is_tokens, index + 2, jnp.maximum(completed, until))
+            return jnp.where(is_tokens, index + self.token_stages, jnp.maximum(completed, until))
 
         return lax.fori_loop(0, sum(part.num_tiles for part in parts), step, completed)
 
     def _copy_tokens(self, tile, stage) -> None:
-        pair, tokens = lax.div(stage, 2), pl.ds(tile * TILE_TOKENS, TILE_TOKENS)
-        targets = token_tile(self.shape, self.smem, pair)
+        place, tokens = lax.div(stage, self.token_stages), pl.ds(tile * TILE_TOKENS, TILE_TOKENS)
+        targets, produced = token_tile(self.shape, self.smem, place), self.smem.tokens_produced.at[place]
         for ref, target in zip((self.refs.c, self.refs.rope), targets, strict=True):
-            plgpu.copy_gmem_to_smem(ref.at[0, tokens], target, self.smem.tokens_produced.at[pair])
+            plgpu.copy_gmem_to_smem(ref.at[0, tokens], target, produced)
+        for i in range(2 if self.refs.cache_scales is not None else 0):
+            plgpu.copy_gmem_to_smem(
+                self.refs.cache_scales.at[0, i, tokens], self.smem.cache_scales.at[place, i], produced,
+                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+            )  # fmt: skip
 
     def _copy_rows(self, stream: TileStream, tile, stage) -> None:
         half = stream.rows * stream.width // 2

@@ -86,7 +86,7 @@ class Queries:
     def append_to_cache(self, cos, sin) -> None:
         """The new token's latent and rotary key (equations 9 and 15, norm and RoPE), by consumer 1 of the last CTA.
 
-        They go to the cache, if it is not full, and to all CTAs.
+        They go to the cache, if it is not full, and to all CTAs, which see them as the cache holds them.
         """
         context, (Q, C, R) = self.context, self.context.shape[1:4]
         refs, position, layout = context.refs, context.refs.length[0], regs.rope_pairs_layout(R)
@@ -100,11 +100,19 @@ class Queries:
             c = gemv.load_vector(before.at[latent])
             c = regs.rms_norm(c, self.kv_gamma, self.eps, layouts.operand_layout(C), context.scratch)
             k_rope = regs.apply_rope(regs.load_f32(before.at[rotary], layout), cos, sin).astype(context.dtype)
-
-            def write(to_latent, to_rotary):
-                regs.store(to_latent, c, layouts.operand_layout(C))
-                regs.store(to_rotary, k_rope, layout)
-
-            write(after.at[latent], after.at[rotary])
+            parts, of_parts = (c, k_rope), (layouts.operand_layout(C), layout)
+            cached, scales, store = parts, (), regs.store
+            if refs.cache_scales is not None:
+                quantized = [regs.quantize(x, of, context.scratch) for x, of in zip(parts, of_parts, strict=True)]
+                (cached, scales), store = zip(*quantized, strict=True), regs.store_int8
+                parts = [(x * scale).astype(context.dtype) for x, scale in quantized]
+            for x, of, columns in zip(parts, of_parts, (latent, rotary), strict=True):
+                regs.store(after.at[columns], x, of)
             context.publish_vector(context.workspace.new_token, 0, after)
-            pl.when(position < refs.c.shape[1])(lambda: write(refs.c.at[0, position], refs.rope.at[0, position]))
+
+            @pl.when(position < refs.c.shape[1])
+            def _():
+                for ref, x, of in zip((refs.c, refs.rope), cached, of_parts, strict=True):
+                    store(ref.at[0, position], x, of)
+                for i, scale in enumerate(scales):
+                    refs.cache_scales[0, i, position] = scale

@@ -16,6 +16,7 @@ from latent_attention.decode_layer.tile_stream import (
     STAGE_BYTES,
     TILE_TOKENS,
     sums_per_row,
+    token_stages,
 )
 from latent_attention.hopper.smem_tiles import REDUCE_SCRATCH, swizzled_smem
 
@@ -23,6 +24,8 @@ PARTIAL_SLOTS = 4
 """Copies of partial results in flight for each consumer (not stages of the pipeline)."""
 VALUE_ROWS = 16
 """Rows of the up-projection of values that a consumer multiplies at a time."""
+VALUE_TOKENS = TILE_TOKENS // 2
+"""Tokens of one product of values and probabilities with a cache in 8 bits, whose values pass through registers."""
 _ALIGNMENT = 1024
 """Bytes to which Pallas aligns each array."""
 
@@ -49,8 +52,8 @@ class Smem(NamedTuple):
     consumed: Any
     """One per stage: the consumer of the tile in it has read it."""
     queries_or_vectors: Any
-    """One after the other: `vector` with c_Q, then with parts of the queries; `q_c`, `q_rope` and `exchange`;
-    `partials`; `vector` with the operands of what follows."""
+    """One after the other: `vector` with c_Q, then with parts of the queries; `q_c`, `q_rope`, `exchange` and
+    `q_scales`; `partials`; `vector` with the operands of what follows."""
     produced: Any
     """One per stage: the two copies of a matrix tile have completed."""
     head_vector: Any
@@ -75,23 +78,34 @@ class Smem(NamedTuple):
     combine_weights: Any
     """Weight of each partial result of one head in the combine, not normalised."""
     tokens_produced: Any
-    """One per pair of stages: the copies of latents and of rotary keys have completed."""
+    """One per pair of stages, or per stage with a cache in 8 bits: the copies of latents and of rotary keys, and of the
+    scales of both, have completed."""
     p_or_scratch: Any
     """`p`, `scratch` or `new_token_scratch` of each consumer."""
+    cache_scales: Any = None
+    """With a cache in 8 bits, scales of the latents and of the rotary keys in each stage: float32 [NUM_STAGES, 2,
+    TILE_TOKENS]."""
 
     @classmethod
-    def types(cls, shape: LayerShape, num_ctas: int, dtype, int8: bool) -> "Smem":
-        """Types of all, for `pl.run_scoped`, with weights in 8 bits or in those of `dtype`."""
+    def types(cls, shape: LayerShape, num_ctas: int, dtype, int8: bool, int8_cache: bool) -> "Smem":
+        """Types of all, for `pl.run_scoped`, with weights and a cache in 8 bits or in those of `dtype`."""
         D, _, C, R, _, _, H, _ = shape
-        pair, partials = STAGE_BYTES, max_partials(num_ctas)  # a pair of stages has as many elements of 16 bits
+        # A pair of stages has as many elements of 16 bits, a stage as many of 8.
+        pair, partials, places = STAGE_BYTES, max_partials(num_ctas), NUM_STAGES // token_stages(int8_cache)
         assert TILE_TOKENS * (C + R) <= pair and pair % C == pair % R == 0  # or pairs of stages would not begin alike
         assert 128 * H <= 4 * REDUCE_SCRATCH  # see p_or_scratch
         stage_elements, weights = (STAGE_BYTES, jnp.int8) if int8 else (STAGE_BYTES // 2, dtype)
         row_sums = sums_per_row(shape, num_ctas, int8)[1], NUM_CONSUMERS * VALUE_ROWS * value_sums_per_row(shape)
+        cache, queries = dtype, (swizzled_smem(H, C, dtype), swizzled_smem(H, R, dtype), swizzled_smem(H, C, dtype))
+        p = swizzled_smem(H, TILE_TOKENS, dtype, NUM_CONSUMERS)
+        if int8_cache:
+            digits = swizzled_smem(2 * H, C, jnp.int8), swizzled_smem(2 * H, R, jnp.int8)
+            cache, queries = jnp.int8, (*digits, swizzled_smem(H, C, dtype), plgpu.SMEM((H,), jnp.float32))
+            p = swizzled_smem(H, TILE_TOKENS, jnp.float16, NUM_CONSUMERS, columns=VALUE_TOKENS)
         return cls(
             consumed=plgpu.Barrier(num_arrivals=1, num_barriers=NUM_STAGES),
             queries_or_vectors=plgpu.RefUnion(
-                (swizzled_smem(H, C, dtype), swizzled_smem(H, R, dtype), swizzled_smem(H, C, dtype)),
+                queries,
                 plgpu.SMEM((NUM_CONSUMERS * PARTIAL_SLOTS, PARTIALS_PER_COPY, C), dtype),
                 plgpu.SMEM((max_vector(shape),), dtype),
             ),
@@ -106,19 +120,20 @@ class Smem(NamedTuple):
             residual_loaded=plgpu.Barrier(num_arrivals=1),
             pipeline=plgpu.RefUnion(
                 plgpu.SMEM((NUM_STAGES, stage_elements), weights),
-                swizzled_smem(pair // C, C, dtype, NUM_STAGES // 2),
-                swizzled_smem(pair // R, R, dtype, NUM_STAGES // 2),
+                swizzled_smem(pair // C, C, cache, places),
+                swizzled_smem(pair // R, R, cache, places),
             ),
             combine_weights=plgpu.SMEM((partials,), jnp.float32),
-            tokens_produced=plgpu.Barrier(num_arrivals=2, num_barriers=NUM_STAGES // 2),
+            tokens_produced=plgpu.Barrier(num_arrivals=4 if int8_cache else 2, num_barriers=places),
             # Bytes of consumers 0 and 1: p [0, 128 H) and [128 H, 256 H), scratch and new_token_scratch [0, 4096) and
             # [4096, 8192). While one's p is in use, the other reduces scores in the first 128 H bytes of its scratch
             # (128 threads store H / 8 pairs of float32 each), or consumer 1 is in `attend_to_new`: none overlap.
             p_or_scratch=plgpu.RefUnion(
-                swizzled_smem(H, TILE_TOKENS, dtype, NUM_CONSUMERS),
+                p,
                 plgpu.SMEM((NUM_CONSUMERS, REDUCE_SCRATCH), jnp.float32),
                 plgpu.SMEM((NUM_CONSUMERS, 2, REDUCE_SCRATCH), dtype),
             ),
+            cache_scales=plgpu.SMEM((NUM_STAGES, 2, TILE_TOKENS), jnp.float32) if int8_cache else None,
         )
 
     def assert_offsets(self) -> None:
@@ -133,7 +148,10 @@ class Smem(NamedTuple):
 
     @property
     def c_tiles(self) -> Any:
-        """The same memory as pairs of stages, with tiles of the cache: the latents, see `tile_stream.token_tile`."""
+        """The same memory as places of tiles of the cache, pairs of stages or, in 8 bits, stages: the latents.
+
+        See `tile_stream.token_tile`.
+        """
         return self.pipeline[1]
 
     @property
@@ -143,7 +161,10 @@ class Smem(NamedTuple):
 
     @property
     def q_c(self) -> Any:
-        """Absorbed queries [H, C] for wgmma; then the CTA's partial result on its way to global memory."""
+        """Absorbed queries [H, C] for wgmma; then the CTA's partial result on its way to global memory.
+
+        With a cache in 8 bits, their high and low digits [2 H, C], as of `q_rope`; see `digits.receive_queries`.
+        """
         return self.queries_or_vectors[0][0]
 
     @property
@@ -155,6 +176,11 @@ class Smem(NamedTuple):
     def exchange(self) -> Any:
         """Partial result [H, C] that one consumer hands to the other."""
         return self.queries_or_vectors[0][2]
+
+    @property
+    def q_scales(self) -> Any:
+        """Scales of the digits of queries [H]."""
+        return self.queries_or_vectors[0][3]
 
     @property
     def partials(self) -> Any:
@@ -186,12 +212,14 @@ class Smem(NamedTuple):
         return self.p_or_scratch[2]
 
 
-def smem_bytes(shape: LayerShape, num_ctas: int, int8: bool) -> int:
+def smem_bytes(shape: LayerShape, num_ctas: int, int8: bool, int8_cache: bool) -> int:
     """Shared memory of a CTA, with the alignment that Pallas gives each array."""
 
     def size(x) -> int:
+        if x is None:
+            return 0
         if isinstance(x, plgpu.Barrier):
             return 8 * int(np.prod(x.num_barriers))
         return -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
 
-    return sum(map(size, Smem.types(shape, num_ctas, jnp.bfloat16, int8)))
+    return sum(map(size, Smem.types(shape, num_ctas, jnp.bfloat16, int8, int8_cache)))

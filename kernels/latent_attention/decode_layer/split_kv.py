@@ -3,6 +3,9 @@
 As in `decode.mosaic_split_kv`, a tile of the cache is on the M axis of wgmma and the heads are on N. Every CTA that has
 tiles writes one partial result; `combine` merges them. The new token, which is not in the cache yet when its tiles are
 copied, is a partial result of its own, number 0.
+
+With a cache in 8 bits, S is an exact product of integers, queries being two int8 digits, and values are widened in
+registers; scales of the latents are part of S, hence of P. See "int8" in docs/kernels.md.
 """
 
 import math
@@ -12,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from latent_attention.decode_layer import layouts
+from latent_attention.decode_layer import digits, layouts
 from latent_attention.decode_layer.consumer_context import ConsumerContext
+from latent_attention.decode_layer.smem_layout import VALUE_TOKENS
 from latent_attention.decode_layer.tile_stream import (
     NUM_CONSUMERS,
     TILE_TOKENS,
@@ -24,10 +28,14 @@ from latent_attention.decode_layer.tile_stream import (
 )
 from latent_attention.hopper import cta_sync, mailbox
 from latent_attention.hopper import registers as regs
+from latent_attention.hopper.int8_tiles import MIN_SCALE, load_transposed, scaled_products, store_restored
 from latent_attention.hopper.smem_tiles import (
     MASKED,
     PER_COLUMN,
+    PER_ROW,
+    any_above,
     broadcast_per_column,
+    broadcast_per_row,
     iota,
     load_as,
     reduce_columns,
@@ -41,6 +49,10 @@ from latent_attention.hopper.swizzled_tiles import (
     store_accumulator,
 )
 
+_HEADROOM, _GROWTH = 7, 8
+"""Of probabilities with a cache in 8 bits, in float16: exponents of the largest one when the maximum is raised, and of
+how much they may grow after that before it is raised again; 2^15 fits in float16."""
+
 
 class SplitKV:
     """The attention of one consumer warpgroup."""
@@ -53,6 +65,7 @@ class SplitKV:
         # The new token's, and one of each CTA that has tiles: number 1 + first_tile. There are no gaps, as the first
         # tiles of the n CTAs that have some are 0 to n - 1.
         self.num_partials = 1 + jnp.minimum(lax.div(self.kv_len + TILE_TOKENS - 1, TILE_TOKENS), context.num_ctas)
+        self.int8 = self.refs.cache_scales is not None
         # The largest p of a tile is 2^headroom, so that small ones do not underflow in float16.
         self.headroom = 15 if self.dtype == jnp.float16 else 0
 
@@ -87,8 +100,11 @@ class SplitKV:
 
         @pl.when(context.partition["tokens"].num_tiles > 0)
         def _():
-            words = context.workspace.absorbed_q
-            receive_rows(words, (smem.q_c, smem.q_rope), context.epoch, 128 * NUM_CONSUMERS)
+            words, tiles = context.workspace.absorbed_q, (smem.q_c, smem.q_rope)
+            if self.int8:
+                digits.receive_queries(words, tiles, smem.q_scales, self.dtype, context.epoch, 4 * NUM_CONSUMERS)
+            else:
+                receive_rows(words, tiles, context.epoch, 128 * NUM_CONSUMERS)
             plgpu.commit_smem()
 
         context.cta_barrier()
@@ -98,12 +114,14 @@ class SplitKV:
         smem, wg, H, C = self.smem, self.wg, self.shape.H, self.shape.C
         part = self.context.partition["tokens"]
         first, steps = consumer_tile_range(wg, part)
+        stages, attend_to_tile = part.stream.stages, self._int8_tile if self.int8 else self._tile
 
         def step(m, carry):
             i = first + NUM_CONSUMERS * m
-            stage = stage_of(part.first_index + 2 * i)
-            carry = self._tile(lax.div(stage, 2), (part.first_tile + i * self.context.num_ctas) * TILE_TOKENS, *carry)
-            for j in range(2):
+            stage = stage_of(part.first_index + stages * i)
+            place, tile = lax.div(stage, stages), part.first_tile + i * self.context.num_ctas
+            carry = attend_to_tile(place, tile * TILE_TOKENS, *carry)
+            for j in range(stages):
                 plgpu.barrier_arrive(smem.consumed.at[stage + j])  # by every thread, so it needs no barrier before
             return carry
 
@@ -158,12 +176,67 @@ class SplitKV:
         acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
         return acc, m_new, p_sums * broadcast_per_column(alpha, p_sums.shape) + p
 
+    def _int8_tile(self, stage, base, acc, m_i, p_sums):
+        """`_tile` of a cache in 8 bits, the tile in a stage; acc has its rows in the order of `load_transposed`.
+
+        m_i is the running maximum less `_HEADROOM` at least, and is left as it is while p does not exceed float16: the
+        vote on that costs less than the maximum. p of a token contains the scale of its latent, p_sums do not.
+        """
+        smem, H, C = self.smem, self.shape.H, self.shape.C
+        c, k_rope = token_tile(self.shape, smem, stage)
+        plgpu.barrier_wait(smem.tokens_produced.at[stage])
+
+        def products(c_ref, rope_ref):
+            plgpu.wgmma(rope_ref, k_rope, smem.q_rope.transpose((1, 0)))
+            plgpu.wgmma(c_ref, c, smem.q_c.transpose((1, 0)))
+            # While they run: scales, which may be NaN beyond kv_len, and the first values.
+            valid = iota((TILE_TOKENS,), 0, PER_ROW) < self.kv_len - base
+            c_scale, rope_scale = (load_as(smem.cache_scales.at[stage, i], PER_ROW) for i in range(2))
+            c_scale = jnp.where(valid, jnp.maximum(c_scale, MIN_SCALE), 1.0)
+            rope_scale = jnp.where(valid, rope_scale, 0.0)
+            log2_scale = jnp.where(valid, jnp.log2(c_scale), MASKED)  # so it masks the scores
+            values = load_transposed(c, C, 0, VALUE_TOKENS)
+            c_products, rope_products = c_ref[...], rope_ref[...]
+            return c_products, rope_products, c_scale, rope_scale, log2_scale, values
+
+        accumulators = [plgpu.WGMMAAccumulatorRef((TILE_TOKENS, 2 * H), jnp.int32)] * 2
+        of_c, of_rope, c_scale, rope_scale, log2_scale, values = pl.run_scoped(products, *accumulators)
+        scores = scaled_products(of_c, digits.RADIX, c_scale) + scaled_products(of_rope, digits.RADIX, rope_scale)
+        q_scale = load_as(smem.q_scales, PER_COLUMN) * self.log2_scale
+        scores = scores * broadcast_per_column(q_scale, scores.shape) + broadcast_per_row(log2_scale, scores.shape)
+
+        def raise_maximum(acc, m_i, p_sums):
+            m_new = jnp.maximum(m_i, reduce_columns("max", scores, self.scratch) - _HEADROOM)
+            alpha = jnp.exp2(m_i - m_new)
+            acc, p_sums = (x * broadcast_per_column(alpha, x.shape) for x in (acc, p_sums))
+            return acc, m_new, p_sums
+
+        # This barrier comes after all warps' products with the previous p, where the scratch and the next p are.
+        grown = any_above(scores - broadcast_per_column(m_i, scores.shape), _HEADROOM + _GROWTH)
+        acc, m_i, p_sums = lax.cond(grown > 0, raise_maximum, lambda *same: same, acc, m_i, p_sums)
+        p = jnp.exp2(scores - broadcast_per_column(m_i, scores.shape))
+        p_sums += p * broadcast_per_row(1 / c_scale, p.shape)
+        store_accumulator(smem.p.at[self.wg], p.astype(jnp.float16), VALUE_TOKENS)
+        plgpu.commit_smem()
+
+        def add_values(acc_ref):
+            for start in range(0, TILE_TOKENS, VALUE_TOKENS):
+                own = load_transposed(c, C, start, VALUE_TOKENS) if start else values
+                plgpu.wgmma(acc_ref, own, smem.p.at[self.wg, :, pl.ds(start, VALUE_TOKENS)].transpose((1, 0)))
+
+        return pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc)), m_i, p_sums
+
     def _write(self, index, out, lse) -> None:
-        """Writes a partial result [C, H], by way of the queries' memory, which both consumers are done with."""
-        store_accumulator(self.smem.q_c, out.astype(self.dtype))
+        """Writes a partial result [C, H]; in 16 bits by way of the memory of the queries, which both have done with."""
+        out, partial_out = out.astype(self.dtype), self.refs.partial_out.at[index]
+        if self.int8:
+            regs.store_strided(self.refs.partial_lse.at[:, index], lse, PER_COLUMN)
+            store_restored(partial_out, out)
+            return
+        store_accumulator(self.smem.q_c, out)
         regs.store_strided(self.refs.partial_lse.at[:, index], lse, PER_COLUMN)
         cta_sync.warpgroup_barrier()
-        copy_rows(self.smem.q_c, self.refs.partial_out.at[index])
+        copy_rows(self.smem.q_c, partial_out)
 
     def _send(self, out, lse) -> None:
         """Hands this consumer's result to the other one."""

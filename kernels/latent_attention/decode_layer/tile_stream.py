@@ -6,7 +6,8 @@ The tiles of all streams, as if they were one list, go to the CTAs round-robin, 
 number of them, give or take one. A CTA's part of a stream is its `CtaPartition`, and the two consumers take its tiles
 in turn (`consumer_tile_range`). Producer and consumers compute all of this alike; nothing of it is communicated.
 
-A tile of a matrix takes one stage of the pipeline, one of the cache two, the first of which is even.
+A tile of a matrix takes one stage of the pipeline, one of a cache in 16 bits two, the first of which is even. A tile of
+a cache in 8 bits takes one, and its scales have a place of their own beside the stage.
 """
 
 import math
@@ -21,8 +22,8 @@ from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer import gemv, layouts
 
 STAGE_BYTES = 20 << 10
-"""Bytes of a pipeline stage. Two stages hold exactly TILE_TOKENS * (C + R) elements of 16 bits, one holds four rows of
-D = 2560, or eight in 8 bits."""
+"""Bytes of a pipeline stage. Two stages hold exactly TILE_TOKENS * (C + R) elements of 16 bits, and one as many of 8
+bits; one holds four rows of D = 2560, or eight in 8 bits."""
 NUM_STAGES = 8
 """Stages of the pipeline. A multiple of 4, as matrix tiles in stages, and cache tiles in pairs of them, alternate
 between the two consumers. At least MAX_TILES_IN_FLIGHT, or the producer would refill a stage before it has seen its
@@ -76,11 +77,8 @@ class TileStream(NamedTuple):
     """Pipeline stages of a tile."""
     throttled: int = 0
     """How many of a CTA's first tiles are copied one at a time."""
-
-    @property
-    def is_tokens(self) -> bool:
-        """Whether this is the cache."""
-        return self.stages == 2
+    is_tokens: bool = False
+    """Whether this is the cache."""
 
 
 class CtaPartition(NamedTuple):
@@ -158,7 +156,13 @@ def tile_streams(shape: LayerShape, num_ctas: int, refs, kv_len) -> dict[str, Ti
         "kv_a": matrix(refs.kv_a, C + R, D, rows.qkv_a, sums.qkv_a),
         "q_b": matrix(refs.q_b, H * (N + R), Q, rows.q_b, sums.q_b),
         "tokens": TileStream(
-            lax.div(kv_len + TILE_TOKENS - 1, TILE_TOKENS), TILE_TOKENS, C + R, lambda tile: [], 0, stages=2
+            lax.div(kv_len + TILE_TOKENS - 1, TILE_TOKENS),
+            TILE_TOKENS,
+            C + R,
+            lambda tile: [],
+            0,
+            stages=token_stages(refs.cache_scales is not None),
+            is_tokens=True,
         ),
         "o": matrix(refs.o, D, H * V, rows.o, sums.o)._replace(throttled=_THROTTLED_TILES),
         "gate_up": TileStream(F // rows.gate, 2 * rows.gate, D, gate_and_up, sums.gate),
@@ -183,6 +187,11 @@ def consumer_partition(shape: LayerShape, num_ctas: int, refs, cta) -> dict[str,
     q_a, kv_a = parts.pop("q_a"), parts.pop("kv_a")
     parts["qkv_a"] = q_a._replace(num_tiles=q_a.num_tiles + kv_a.num_tiles)
     return parts
+
+
+def token_stages(int8_cache: bool) -> int:
+    """Pipeline stages of a tile of the cache."""
+    return 1 if int8_cache else 2
 
 
 def stage_of(index):
@@ -214,10 +223,10 @@ def num_prefetched(stream: TileStream, num_ctas: int) -> int:
     return max(min(stream.num_tiles // num_ctas // NUM_CONSUMERS - 1, _MAX_PREFETCHED), 0)
 
 
-def token_tile(shape: LayerShape, smem, pair) -> tuple[Any, Any]:
-    """Latents [TILE_TOKENS, C] and, after them, rotary keys [TILE_TOKENS, R] in a pair of stages."""
+def token_tile(shape: LayerShape, smem, place) -> tuple[Any, Any]:
+    """Latents [TILE_TOKENS, C] and, after them, rotary keys [TILE_TOKENS, R] in a pair of stages, of 8 bits in one."""
     rope_rows = pl.ds(TILE_TOKENS * shape.C // shape.R, TILE_TOKENS)
-    return smem.c_tiles.at[pair, pl.ds(0, TILE_TOKENS)], smem.rope_tiles.at[pair, rope_rows]
+    return smem.c_tiles.at[place, pl.ds(0, TILE_TOKENS)], smem.rope_tiles.at[place, rope_rows]
 
 
 def cache_length(refs) -> Any:

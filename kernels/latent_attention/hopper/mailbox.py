@@ -59,6 +59,11 @@ def spin_receive(words, epoch, num_threads: int) -> list[tuple[Any, Any]]:
     (width,) = ir.MemRefType(words.type).shape
     source, thread, last = mgpu.utils.memref_ptr(words), thread_index(num_threads), constant(width // 4 - 1)
     quads = [arith.minui(add(thread, constant(first)), last) for first in range(0, width // 4, num_threads)]
+    return spin_receive_quads(source, quads, epoch)
+
+
+def spin_receive_quads(source, quads: list[Any], epoch) -> list[tuple[Any, Any]]:
+    """`spin_receive` of four words each at these indices, in fours, behind the pointer `source`."""
     epoch = epoch.registers.item()
     epochs = arith.ori(arith.shli(epoch, constant(16)), epoch)
     loop = scf.WhileOp([i32()] * (2 * len(quads)), [])

@@ -73,6 +73,21 @@ def store(ref, x, layout) -> None:
     write(ref, x)  # pyright: ignore[reportCallIssue]
 
 
+def store_int8(ref, x, layout) -> None:
+    """Writes whole numbers x, float32 of magnitude 127 at most in this layout, to contiguous memory, as int8."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    def write(_, ref, x):
+        registers = np.empty_like(x.registers)
+        for i, register in enumerate(x.registers.flat):
+            kind = ir.VectorType.get(ir.VectorType(register.type).shape, ir.IntegerType.get_signless(8))
+            registers.flat[i] = arith.fptosi(kind, register)
+        as_int8 = mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=True)
+        as_int8.store_untiled(ref, optimized=False)
+
+    write(ref, x)  # pyright: ignore[reportCallIssue]
+
+
 def store_strided(ref, x, layout) -> None:
     """Writes x, which has this layout, to a reference with any strides, an element at a time."""
 
@@ -103,6 +118,14 @@ def reduce_sum(x, layout, scratch_ref) -> Any:
 def reduce_max(x, layout, scratch_ref) -> Any:
     """The maximum of a vector, in every thread."""
     return _reduce("max", x, 0, layout, SPLAT, scratch_ref)
+
+
+def quantize(x, layout, scratch_ref) -> tuple[Any, Any]:
+    """Whole numbers and their scale, both float32, by the rule of `int8.quantize`: of a vector in this layout."""
+    x = x.astype(jnp.float32)
+    scale = reduce_max(jnp.abs(x), layout, scratch_ref) / 127
+    units = lax.round(x / jnp.where(scale == 0, 1.0, scale), lax.RoundingMethod.TO_NEAREST_EVEN)
+    return jnp.clip(units, -127, 127), scale
 
 
 def rms_norm(x, gamma, eps: float, layout, scratch_ref) -> Any:

@@ -47,12 +47,16 @@ def clear_rows(tile_ref, valid) -> None:
     plgpu.commit_smem()
 
 
-def store_accumulator(tile_ref, x) -> None:
-    """Stores a 16-bit accumulator x [M, N] to a tile [N, M]; other threads need a barrier before they read it."""
+def store_accumulator(tile_ref, x, columns: int = CHUNK) -> None:
+    """Stores a 16-bit accumulator x [M, N] to a tile [N, M]; other threads need a barrier before they read it.
 
-    @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.Layout.WGMMA))
+    The tile of an accumulator [64, N] can also be one of half as many columns a swizzle atom, CHUNK / 2.
+    """
+    tile_type = plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)))
+
+    @plgpu.inline_mgpu(arg_types=(tile_type, plgpu.Layout.WGMMA))
     def store(_, tile, x):
-        for address, offset, indices in _matrices(tile, x.shape):
+        for address, offset, indices in _matrices(tile, x.shape, columns):
             words = [mgpu.utils.bitcast(x.registers[index], i32()) for index in indices]
             registers = ", ".join(f"${i + 1}" for i in range(len(words)))
             code = f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [$0 + {offset}], {{{registers}}};"
@@ -136,7 +140,7 @@ def load_accumulator(tile_ref, dtype) -> Any:
     return load(tile_ref)  # pyright: ignore[reportCallIssue]
 
 
-def _matrices(tile, shape: tuple[int, int]) -> Iterator[tuple[Any, int, list[tuple]]]:
+def _matrices(tile, shape: tuple[int, int], columns: int = CHUNK) -> Iterator[tuple[Any, int, list[tuple]]]:
     """The ldmatrix or stmatrix instructions between an accumulator [M, N] and a tile [N, M].
 
     Each is (address in this thread, further offset in bytes, indices of one to four registers). A register holds its
@@ -144,13 +148,19 @@ def _matrices(tile, shape: tuple[int, int]) -> Iterator[tuple[Any, int, list[tup
     thread supplies the address of one row: thread t that of row t mod 8 of matrix t / 8.
     """
     (M, N), atom_row_bytes = shape, shape[0] // CHUNK * _ATOM
+    assert columns == CHUNK or (columns, M) == (CHUNK // 2, 64)
     warp, lane = divmod_unsigned(thread_index(), 32)
     matrix, row = divmod_unsigned(lane, 8)
     base = llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(tile))
-    row_address = add(base, mul(matrix, atom_row_bytes), mul(row, 128))
+    row_address = add(base, mul(matrix, atom_row_bytes), mul(row, 2 * columns))
     for half in range(2):  # a warp has 16 rows of the accumulator: two units of a row of the tile
-        unit = arith.xori(add(mul(warp, 2), constant(half)), row)
-        address = add(row_address, mul(unit, 16))
+        unit = add(mul(warp, 2), constant(half))
+        if columns == CHUNK:
+            address = add(row_address, mul(arith.xori(unit, row), 16))
+        else:  # two atoms, of four units a row, in which unit u of row r is at u xor (r / 2)
+            atom, unit = divmod_unsigned(unit, 4)
+            unit = arith.xori(unit, arith.divui(row, constant(2)))
+            address = add(row_address, mul(atom, _ATOM // 2), mul(unit, 16))
         for block in range(M // CHUNK):
             first = 0
             while first < N // 8:

@@ -15,7 +15,7 @@ from latent_attention import UnavailableError
 from latent_attention.call_shapes import DecodeShape
 from latent_attention.decode.mosaic import configure, row_blocks, why_not_decode
 from latent_attention.gpu import make_gpu
-from latent_attention.hopper.smem_tiles import restore_order
+from latent_attention.hopper.int8_tiles import restore_order
 from latent_attention.int8 import RADIX, split_queries
 
 H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)

@@ -29,18 +29,25 @@ HOPPER = make_gpu((9, 0), 132)
     ],
     ids=str,
 )
-def test_supported_shapes_lower_for_cuda(shape, dtype, num_sms, int8):
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["16-bit cache", "int8 cache"])
+def test_supported_shapes_lower_for_cuda(shape, dtype, num_sms, int8, int8_cache):
     if int8 and shape.D == SMALL.D:
         shape = shape._replace(D=1536)  # whole words for each thread
-    assert mosaic.why_not(shape, dtype, dtype, 1024, make_gpu((9, 0), num_sms), int8) is None
-    assert "mosaic_gpu" in lower(mosaic.decode_layer, shape, dtype, num_sms, int8).as_text()
+    gpu, cache_dtype = make_gpu((9, 0), num_sms), "int8" if int8_cache else dtype
+    if int8_cache and num_sms == 36:  # scales take 4 KiB
+        assert "shared memory" in (mosaic.why_not(shape, dtype, cache_dtype, 1024, gpu, int8) or "")
+        return
+    assert mosaic.why_not(shape, dtype, cache_dtype, 1024, gpu, int8) is None
+    assert "mosaic_gpu" in lower(mosaic.decode_layer, shape, dtype, num_sms, int8, int8_cache).as_text()
 
 
-def lower(op, shape, dtype, num_sms, int8=False):
+def lower(op, shape, dtype, num_sms, int8=False, int8_cache=False):
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=num_sms)
     weights = jax.eval_shape(lambda: random_weights(shape, dtype, jax.random.key(0), int8))
     of = jax.ShapeDtypeStruct
-    angles, cache = of((shape.R // 2,), jnp.float32), (of((1, 1024, shape.C), dtype), of((1, 1024, shape.R), dtype))
+    angles = of((shape.R // 2,), jnp.float32)
+    cache = tuple(of((1, 1024, width), jnp.int8 if int8_cache else dtype) for width in (shape.C, shape.R))
+    cache += (of((1, 2, 1024), jnp.float32) if int8_cache else None,)
     workspace = jax.eval_shape(lambda: mosaic.init_workspace(shape))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
         return (
@@ -69,7 +76,7 @@ def test_the_timeline_has_every_phase_once_in_order(monkeypatch):
         ({}, {"gpu": make_gpu((8, 0), 108)}, "Hopper"),
         ({}, {"gpu": None}, "no GPU"),
         ({}, {"dtype": "float32", "cache_dtype": "float32"}, "bfloat16 or float16"),
-        ({}, {"cache_dtype": "int8"}, "bfloat16 and int8"),
+        ({}, {"cache_dtype": "float16"}, "bfloat16 and float16"),
         ({}, {"capacity": 1000}, "multiple of 64"),
         ({"C": 512}, {}, "C of 256"),
         ({"R": 32}, {}, "R of 64"),
