@@ -105,10 +105,12 @@ def test_a_fused_step_is_as_close_to_float32_as_xla_is(config, dtype, int8, cach
 
 
 @EACH
-def test_a_full_cache_stays_as_it_is(config):
-    require_kernels(config)
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_full_cache_stays_as_it_is(config, cache_dtype):
+    require_kernels(config, cache_dtype)
     weights = decoder.inference_weights(config, params_of(config))
-    layers = tuple(jax.tree.map(jnp.ones_like, init_layer(config, 1, 64)) for _ in range(config.num_hidden_layers))
+    empty = init_layer(config, 1, 64, cache_dtype)
+    layers = tuple(jax.tree.map(jnp.ones_like, empty) for _ in range(config.num_hidden_layers))
     cache = LatentCache(layers, jnp.full(1, 64, jnp.int32))
     cos_sin, workspace = rope_cos_sin(config, jnp.int32(64)), fused_decode.init_workspace(config, weights, layers)
     tokens = jnp.zeros(1, jnp.int32)
@@ -117,14 +119,15 @@ def test_a_full_cache_stays_as_it_is(config):
 
 
 @EACH
-def test_greedy_tokens_are_those_of_the_largest_logits(config):
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_greedy_tokens_are_those_of_the_largest_logits(config, cache_dtype):
     """Several calls of the loop, and a cache that grows."""
-    require_kernels(config)
-    params = params_of(config)
-    generator, prompt, new = Generator(config, params, prefill_chunk=64), list(range(2, 90)), 100
+    require_kernels(config, cache_dtype)
+    params, prompt, new = params_of(config), list(range(2, 90)), 100
+    generator = Generator(config, params, cache_dtype=cache_dtype, prefill_chunk=64)
     tokens = prompt + generator.generate([prompt], max_new_tokens=new)[0]
     weights = generator.weights
-    empty = LatentCache(tuple(init_layer(config, 1, 192) for _ in range(config.num_hidden_layers)),
+    empty = LatentCache(tuple(init_layer(config, 1, 192, cache_dtype) for _ in range(config.num_hidden_layers)),
                         jnp.zeros(1, jnp.int32))  # fmt: skip
     h, _ = jax.jit(decoder.extend, static_argnums=0, static_argnames="absorbed")(
         config, weights, jnp.asarray([tokens[:-1]]), empty, absorbed=True

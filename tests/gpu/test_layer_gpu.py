@@ -31,11 +31,10 @@ KEYS = jax.random.split(jax.random.key(0), 5)
 def unfused(shape, weights, h, cos, sin, length, cache):
     """The same layer on the Triton kernels and `decode`."""
     counter = kernels.init_counter()
-    q, (c, k_rope, _), counter = kernels.before_attention(
-        shape, weights, h, cos, sin, length, (*cache, None), counter, eps=EPS
-    )
-    out, _ = latent_attention.decode(q, c, k_rope, length + 1, scale=SCALE)
-    return kernels.after_attention(shape, weights, h, out, counter, eps=EPS)[0], (c, k_rope)
+    q, cache, counter = kernels.before_attention(shape, weights, h, cos, sin, length, cache, counter, eps=EPS)
+    c, k_rope, scales = cache
+    out, _ = latent_attention.decode(q, c, k_rope, length + 1, scale=SCALE, scales_P2S=scales)
+    return kernels.after_attention(shape, weights, h, out, counter, eps=EPS)[0], cache
 
 
 @functools.cache
@@ -77,42 +76,110 @@ def test_fused_layer_matches_unfused_in_8_bit_weights(dtype, shape, capacity, kv
     check(dtype, shape, capacity, kv_len, local_gpu(), int8=True)
 
 
+@pytest.mark.parametrize(
+    ("shape", "capacity", "kv_len"),
+    [(WORDS, *case) for case in SHORT + LONG] + [(INFINITE_1B, *case) for case in (SHORT[0], SHORT[5], LONG[3])],
+)
+@pytest.mark.parametrize("int8", [False, True], ids=["16-bit weights", "int8 weights"])
+def test_fused_layer_matches_unfused_with_an_8_bit_cache(shape, capacity, kv_len, int8):
+    check("bfloat16", shape, capacity, kv_len, local_gpu(), int8, int8_cache=True)
+
+
+@pytest.mark.parametrize("shape", [INFINITE_1B, TWO_UNITS, FEW_HEADS, SOME_HEADS, WIDE])
+@pytest.mark.parametrize(("capacity", "kv_len"), [(32768, 1000), (32768, 20_000)])
+def test_fused_layer_matches_unfused_with_an_8_bit_cache_in_float16(shape, capacity, kv_len):
+    check("float16", shape, capacity, kv_len, local_gpu(), int8_cache=True)
+
+
+@pytest.mark.parametrize("kv_len", [65, 1000, 20_000])
+def test_attention_over_an_8_bit_cache_is_that_over_its_numbers(kv_len):
+    """The layer in float64 on the dequantised cache, whose tokens differ in size, and the latest grow."""
+    weights, h, cos, sin, length, cache = inputs("bfloat16", WORDS, 32768, kv_len, local_gpu(), int8_cache=True)
+    token = jnp.arange(32768)
+    growth = jnp.where((token < kv_len) & (token % 7 > 0), 2.0 ** (token % 11 - 8) * (1 + 3 * token / kv_len), 0.0)
+    c, k_rope, scales = cache
+    cache = c, k_rope, jnp.where(token < kv_len, scales * growth, jnp.nan)
+    fused, unfused = functions(WORDS, local_gpu().num_sms)
+    args = weights, h, cos, sin, length, cache
+    out, (c, k_rope, scales), _ = fused(*args, mosaic_layer.init_workspace(WORDS))
+    numbers = [np.asarray(x[0, : kv_len + 1], np.float64) for x in (c, k_rope)]
+    numbers = [x * np.asarray(y[: kv_len + 1], np.float64)[:, None] for x, y in zip(numbers, scales[0], strict=True)]
+    h, cos, sin = (np.asarray(x, np.float64) for x in (h, cos, sin))
+    expected = exact_layer(WORDS, weights, h, cos, sin, *numbers)
+
+    def error(out):
+        return np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected - h)
+
+    assert error(out) < 1.5 * error(unfused(*args)[0]) + 1e-3 < 0.1
+
+
+def exact_layer(shape, weights, h, cos, sin, c, k_rope):
+    """The layer in float64 over latents and rotary keys of which the last are the new token's."""
+    _, _, _, R, N, V, H, _ = shape
+    attn, mlp = weights["self_attn"], weights["mlp"]
+    rows = {
+        name: np.asarray(w.rows, np.float64) for part in (attn, mlp) for name, w in part.items() if "norm" not in name
+    }
+
+    def norm(x, gamma):
+        return x / np.sqrt(np.mean(x * x) + EPS) * np.asarray(gamma, np.float64)
+
+    c_q = norm(rows["q_a_proj"] @ norm(h, weights["input_layernorm"]), attn["q_a_layernorm"])
+    q = (rows["q_b_proj"] @ c_q).reshape(H, N + R)
+    even, odd = q[:, N::2], q[:, N + 1 :: 2]
+    q_rope = np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(H, R)
+    kv_b = rows["kv_b_proj"].reshape(H, N + V, -1)
+    scores = SCALE * (np.einsum("hn,hnc->hc", q[:, :N], kv_b[:, :N]) @ c.T + q_rope @ k_rope.T)
+    p = np.exp(scores - scores.max(1, keepdims=True))
+    values = np.einsum("hc,hvc->hv", p / p.sum(1, keepdims=True) @ c, kv_b[:, N:])
+    h = h + rows["o_proj"] @ values.reshape(-1)
+    x = norm(h, weights["post_attention_layernorm"])
+    gate = rows["gate_proj"] @ x
+    return h + rows["down_proj"] @ (gate / (1 + np.exp(-gate)) * (rows["up_proj"] @ x))
+
+
+@pytest.mark.parametrize("int8_cache", [False, True])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("kv_len", [1000, 20_000])
-def test_with_fewer_ctas_each_has_several_units(kv_len, int8):
+def test_with_fewer_ctas_each_has_several_units(kv_len, int8, int8_cache):
     gpu = local_gpu()
-    check("bfloat16", INFINITE_1B, 32768, kv_len, gpu and gpu._replace(num_sms=78), int8)
+    check("bfloat16", INFINITE_1B, 32768, kv_len, gpu and gpu._replace(num_sms=78), int8, int8_cache)
 
 
+@pytest.mark.parametrize("int8_cache", [False, True])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("place", [0, -1])
-def test_nan_in_the_hidden_state_reaches_all_of_the_output(place, int8):
+def test_nan_in_the_hidden_state_reaches_all_of_the_output(place, int8, int8_cache):
     gpu = local_gpu()
-    weights, h, *others = inputs("bfloat16", WORDS, 1024, 1000, gpu, int8)
+    weights, h, *others = inputs("bfloat16", WORDS, 1024, 1000, gpu, int8, int8_cache)
     fused, unfused = functions(WORDS, gpu.num_sms)
     args = weights, h.at[place].set(jnp.nan), *others
     for out, *_ in (fused(*args, mosaic_layer.init_workspace(WORDS)), unfused(*args)):
         assert np.isnan(np.asarray(out, np.float32)).all()
 
 
-def inputs(dtype, shape, capacity, kv_len, gpu, int8):
+def inputs(dtype, shape, capacity, kv_len, gpu, int8=False, int8_cache=False):
     """Arguments of `functions`; skips the test where the kernels do not run."""
-    reason = mosaic_layer.why_not(shape, dtype, dtype, capacity, gpu, int8) or jax_triton_loader.why_not()
+    cache_dtype = "int8" if int8_cache else dtype
+    reason = mosaic_layer.why_not(shape, dtype, cache_dtype, capacity, gpu, int8) or jax_triton_loader.why_not()
     if reason:
         pytest.skip(reason)
     weights = random_weights(shape, dtype, KEYS[0], int8)
     h = jax.random.normal(KEYS[1], (shape.D,)).astype(dtype)
     angles = jax.random.normal(KEYS[2], (shape.R // 2,))
     empty = jnp.arange(capacity)[:, None] >= kv_len  # these may hold anything, even NaN
-    cache = tuple(
-        jnp.where(empty, jnp.nan, jax.random.normal(key, (1, capacity, width))).astype(dtype)
-        for key, width in zip(KEYS[3:], (shape.C, shape.R), strict=True)
-    )
+    normal = [
+        jax.random.normal(key, (1, capacity, width)) for key, width in zip(KEYS[3:], (shape.C, shape.R), strict=True)
+    ]
+    cache = *(jnp.where(empty, jnp.nan, x).astype(dtype) for x in normal), None
+    if int8_cache:  # there, scales may be NaN, and numbers anything
+        c, k_rope, scales = latent_attention.quantize_cache(*normal)
+        cache = *(jnp.where(empty, -128, x) for x in (c, k_rope)), jnp.where(empty[:, 0], jnp.nan, scales)
     return weights, h, jnp.cos(angles), jnp.sin(angles), jnp.full(1, kv_len, jnp.int32), cache
 
 
-def check(dtype, shape, capacity, kv_len, gpu, int8=False):
-    args = inputs(dtype, shape, capacity, kv_len, gpu, int8)
+def check(dtype, shape, capacity, kv_len, gpu, int8=False, int8_cache=False):
+    args = inputs(dtype, shape, capacity, kv_len, gpu, int8, int8_cache)
     h = args[1]
     fused, unfused = functions(shape, gpu.num_sms)
     out, after, workspace = fused(*args, mosaic_layer.init_workspace(shape))
@@ -120,11 +187,15 @@ def check(dtype, shape, capacity, kv_len, gpu, int8=False):
     # Both round at the same places, except for the attention's output; sums are in another order.
     exact, change = np.asarray(expected, np.float64), np.asarray(expected, np.float64) - np.asarray(h, np.float64)
     assert np.linalg.norm(np.asarray(out, np.float64) - exact) < 0.01 * np.linalg.norm(change)
-    for x, y in zip(after, expected_after, strict=True):
-        x, y = (np.asarray(z, np.float32)[0] for z in (x, y))
-        np.testing.assert_array_equal(x[:kv_len], y[:kv_len])
-        np.testing.assert_allclose(x[kv_len : kv_len + 1], y[kv_len : kv_len + 1], atol=0.02)
-        assert np.isnan(x[kv_len + 1 :]).all()
+    before = args[-1]
+    for x, y, old in zip(*map(jax.tree.leaves, (after, expected_after, before)), strict=True):
+        is_scales = x.shape[1] == 2
+        x, y, old = (np.asarray(z, np.float32)[0].T if is_scales else np.asarray(z, np.float32)[0] for z in (x, y, old))
+        others = np.arange(capacity) != kv_len
+        np.testing.assert_array_equal(x[others], old[others])
+        # Of int8, numbers may be rounded to the next one: sums before them are in another order.
+        atol = (0 if is_scales else 2) if int8_cache else 0.02
+        np.testing.assert_allclose(x[kv_len : kv_len + 1], y[kv_len : kv_len + 1], atol=atol, rtol=0.01)
     assert workspace[0] == 4 * gpu.num_sms
 
 
@@ -137,7 +208,7 @@ def test_layers_that_share_a_workspace_do_not_see_earlier_epochs(shape, layers_b
         pytest.skip(reason)
     weights = random_weights(shape, "bfloat16", KEYS[0])
     hs = jax.random.normal(KEYS[1], (20, shape.D)).astype(jnp.bfloat16)
-    cache = tuple(jnp.ones((1, 1024, width), jnp.bfloat16) for width in (shape.C, shape.R))
+    cache = *(jnp.ones((1, 1024, width), jnp.bfloat16) for width in (shape.C, shape.R)), None
     rest = jnp.ones(shape.R // 2), jnp.zeros(shape.R // 2), jnp.full(1, 500, jnp.int32), cache
     layer, _ = functions(shape, local_gpu().num_sms)
     empty = mosaic_layer.init_workspace(shape)
@@ -158,24 +229,22 @@ def test_layers_that_share_a_workspace_do_not_see_earlier_epochs(shape, layers_b
 
 @pytest.mark.parametrize("num_sms", [None, 78])
 @pytest.mark.parametrize("shape", [SMALL, INFINITE_1B])
-def test_a_layer_may_start_before_the_previous_one_has_ended(shape, num_sms):
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_a_layer_may_start_before_the_previous_one_has_ended(shape, num_sms, int8_cache):
     """With fewer CTAs than SMs, the other SMs run CTAs of the next layer meanwhile (programmatic dependent launch)."""
     gpu = local_gpu()
+    cache_dtype = "int8" if int8_cache else "bfloat16"
     reason = mosaic_layer.why_not(
-        shape, "bfloat16", "bfloat16", 1024, gpu and gpu._replace(num_sms=num_sms or gpu.num_sms)
+        shape, "bfloat16", cache_dtype, 1024, gpu and gpu._replace(num_sms=num_sms or gpu.num_sms)
     )
     if reason:
         pytest.skip(reason)
     layer, _ = functions(shape, num_sms or local_gpu().num_sms)
     weights = [random_weights(shape, "bfloat16", key) for key in jax.random.split(KEYS[0], 6)]
     h = jax.random.normal(KEYS[1], (shape.D,)).astype(jnp.bfloat16)
-    caches = [
-        tuple(
-            jax.random.normal(key, (1, 1024, width)).astype(jnp.bfloat16)
-            for key, width in zip(KEYS[3:], (shape.C, shape.R), strict=True)
-        )
-        for _ in weights
-    ]
+    normal = [jax.random.normal(key, (1, 1024, n)) for key, n in zip(KEYS[3:], (shape.C, shape.R), strict=True)]
+    cache = latent_attention.quantize_cache(*normal) if int8_cache else (*(x.astype("bfloat16") for x in normal), None)
+    caches = [cache for _ in weights]
     angles, length = jax.random.normal(KEYS[2], (shape.R // 2,)), jnp.full(1, 500, jnp.int32)
 
     def all_layers(h, caches, workspace):

@@ -27,6 +27,7 @@ from latent_attention.decode_layer.tile_stream import (
     sums_per_row,
     tile_rows,
     tile_streams,
+    token_stages,
 )
 from latent_attention.hopper import grid_barrier
 
@@ -59,8 +60,9 @@ class FakeRefs:
 
     timeline = None
 
-    def __init__(self, kv_len: int = 0, steps: list | None = None, int8: bool = False):
-        self.kv_len, self.steps, self.length, self.scales = kv_len, steps, self, self if int8 else None
+    def __init__(self, kv_len: int = 0, steps: list | None = None, int8: bool = False, int8_cache: bool = False):
+        self.kv_len, self.steps, self.length = kv_len, steps, self
+        self.scales, self.cache_scales = self if int8 else None, FakeRef("cache_scales") if int8_cache else None
 
     def __getitem__(self, index):
         assert self.steps is not None
@@ -73,8 +75,9 @@ class FakeRefs:
 
 @pytest.mark.parametrize("num_ctas", [132, 114, 78])
 @pytest.mark.parametrize("kv_len", [0, 1, 1000, 131_072])
-def test_each_tile_goes_to_one_cta_and_stages_follow_each_other(num_ctas, kv_len):
-    streams = tile_streams(INFINITE_1B, num_ctas, FakeRefs(), jnp.int32(kv_len))
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_each_tile_goes_to_one_cta_and_stages_follow_each_other(num_ctas, kv_len, int8_cache):
+    streams = tile_streams(INFINITE_1B, num_ctas, FakeRefs(int8_cache=int8_cache), jnp.int32(kv_len))
 
     @jax.vmap
     def parts_of(cta):
@@ -103,8 +106,9 @@ class Step(NamedTuple):
 
 
 def run_producer(
-    shape: LayerShape, kv_len: int, cta: int, monkeypatch, num_ctas: int = NUM_CTAS, int8: bool = False
-) -> list[Step]:
+    shape: LayerShape, kv_len: int, cta: int, monkeypatch, num_ctas: int = NUM_CTAS, int8: bool = False,
+    int8_cache: bool = False,
+) -> list[Step]:  # fmt: skip
     """The producer's steps, run without a GPU: waits for mbarriers and the previous kernel, and starts of copies."""
     steps = []
 
@@ -116,7 +120,8 @@ def run_producer(
         patch.setattr(producer.plgpu, "barrier_wait", lambda ref: steps.append(Step("wait", ref.mbarrier())))
         patch.setattr(producer.plgpu, "griddepcontrol_wait", lambda: steps.append(PREVIOUS_KERNEL))
         patch.setattr(producer, "fence_proxy_async", lambda: None)
-        producer.Producer(shape, num_ctas, jnp.int32(cta), FakeRefs(kv_len, steps, int8), FakeRefs()).run()
+        refs, smem = FakeRefs(kv_len, steps, int8, int8_cache), FakeRefs(int8_cache=int8_cache)
+        producer.Producer(shape, num_ctas, jnp.int32(cta), refs, smem).run()
     return steps
 
 
@@ -140,8 +145,8 @@ def consumer_steps(streams: dict, cta: int, num_ctas: int) -> list[list[Step]]:
             for i in range(first, first + NUM_CONSUMERS * count, NUM_CONSUMERS):
                 at = int(part.first_index) + i * stages
                 assert owner(at // stages) == wg
-                barrier = ("tokens_produced", at % NUM_STAGES // 2) if stages == 2 else ("produced", at % NUM_STAGES)
-                steps[wg].append(Step("wait", barrier, n + i))
+                name = "tokens_produced" if part.stream.is_tokens else "produced"
+                steps[wg].append(Step("wait", (name, at % NUM_STAGES // stages), n + i))
                 steps[wg] += [Step("arrive", ("consumed", (at + j) % NUM_STAGES)) for j in range(stages)]
         n += int(part.num_tiles)
     return steps
@@ -150,20 +155,19 @@ def consumer_steps(streams: dict, cta: int, num_ctas: int) -> list[list[Step]]:
 class Pipeline:
     """A simulation of producer, consumers and mbarriers: a wait tells odd from even phases only, as in hardware."""
 
-    def __init__(self, agents: list[list[Step]], arrivals: dict[str, int]):
-        self.agents, self.needed = [deque(agent) for agent in agents], arrivals
+    def __init__(self, agents: list[list[Step]], arrivals: dict[str, int], token_stages: int):
+        self.agents, self.needed, self.token_stages = [deque(agent) for agent in agents], arrivals, token_stages
         self.arrivals, self.phases, self.waits = Counter(), Counter(), [Counter() for _ in agents]
-        self.in_flight, self.content, self.copies = deque(), {}, 0
+        self.in_flight, self.content, self.tile, self.parts = deque(), {}, 0, 0
 
     def _arrive(self, barrier) -> None:
         self.arrivals[barrier] += 1
         if self.arrivals[barrier] % self.needed[barrier[0]] == 0:
             self.phases[barrier] += 1
 
-    @staticmethod
-    def _stages(barrier) -> list[int]:
+    def _stages(self, barrier) -> list[int]:
         name, index = barrier
-        return [index] if name == "produced" else [2 * index, 2 * index + 1]
+        return [index] if name == "produced" or self.token_stages == 1 else [2 * index, 2 * index + 1]
 
     def complete_copy(self) -> bool:
         """The oldest copy completes, if there is one."""
@@ -187,10 +191,12 @@ class Pipeline:
                 stages = self._stages(barrier)
                 assert [self.content[stage] for stage in stages] == [what] * len(stages)
         elif kind == "copy":
-            tile = self.copies // 2
+            tile = self.tile
             assert all(self.content.get(stage, tile) == tile for stage in self._stages(barrier))
-            self.copies += 1
             self.in_flight.append((barrier, tile))
+            self.parts += 1
+            if self.parts == self.needed[barrier[0]]:  # all copies of the tile
+                self.tile, self.parts = tile + 1, 0
             assert len({tile for (name, _), tile in self.in_flight if name == "produced"}) <= MAX_TILES_IN_FLIGHT
         else:
             self.content.pop(barrier[1], None)
@@ -222,18 +228,20 @@ CASES = [(INFINITE_1B, 0), (INFINITE_1B, 1000), (INFINITE_1B, 60_000), (SMALL, 1
 )
 @pytest.mark.parametrize(("shape", "kv_len"), CASES)
 @pytest.mark.parametrize("int8", [False, True])
-def test_the_pipeline_never_deadlocks_nor_loses_a_phase(shape, kv_len, num_ctas, cta, int8, monkeypatch):
-    streams = tile_streams(shape, num_ctas, FakeRefs(int8=int8), jnp.int32(kv_len))
-    types = Smem.types(shape, num_ctas, jnp.bfloat16, int8)
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_the_pipeline_never_deadlocks_nor_loses_a_phase(shape, kv_len, num_ctas, cta, int8, int8_cache, monkeypatch):
+    streams = tile_streams(shape, num_ctas, FakeRefs(int8=int8, int8_cache=int8_cache), jnp.int32(kv_len))
+    types = Smem.types(shape, num_ctas, jnp.bfloat16, int8, int8_cache)
     arrivals = {name: getattr(types, name).num_arrivals for name in ("produced", "tokens_produced", "consumed")}
-    agents = [pipeline_steps(shape, kv_len, cta, monkeypatch, num_ctas, int8), *consumer_steps(streams, cta, num_ctas)]
+    produced = pipeline_steps(shape, kv_len, cta, monkeypatch, num_ctas, int8, int8_cache)
+    agents = [produced, *consumer_steps(streams, cta, num_ctas)]
     for name, order in ORDERS.items():
-        pipeline, random = Pipeline(agents, arrivals), np.random.default_rng(cta)
+        pipeline = Pipeline(agents, arrivals, token_stages(int8_cache))
+        random = np.random.default_rng(cta)
         while any(pipeline.agents):
             assert any(move() for move in order(moves_of(pipeline), random)), f"{name}: deadlock"
-        assert pipeline.copies == 2 * sum(
-            int(part.num_tiles) for _, part in partition(streams, jnp.int32(cta), num_ctas)
-        )
+        parts = [part for _, part in partition(streams, jnp.int32(cta), num_ctas)]
+        assert (pipeline.tile, pipeline.parts) == (sum(int(part.num_tiles) for part in parts), 0)
         assert not pipeline.content
 
 
@@ -242,7 +250,7 @@ def test_the_pipeline_never_deadlocks_nor_loses_a_phase(shape, kv_len, num_ctas,
 @pytest.mark.parametrize("int8", [False, True])
 def test_consumers_always_have_more_tiles_than_they_prefetch(shape, num_ctas, int8):
     streams = tile_streams(shape, num_ctas, FakeRefs(int8=int8), jnp.int32(1000))
-    matrices = {name: stream for name, stream in streams.items() if stream.stages == 1}
+    matrices = {name: stream for name, stream in streams.items() if not stream.is_tokens}
 
     @jax.vmap
     def fewest(cta):
@@ -261,23 +269,29 @@ def test_consumers_always_have_more_tiles_than_they_prefetch(shape, num_ctas, in
 @pytest.mark.parametrize(("shape", "kv_len"), CASES)
 @pytest.mark.parametrize("cta", [0, 131])
 @pytest.mark.parametrize("int8", [False, True])
-def test_each_tile_is_copied_from_its_place_to_its_stage(shape, kv_len, cta, int8, monkeypatch):
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_each_tile_is_copied_from_its_place_to_its_stage(shape, kv_len, cta, int8, int8_cache, monkeypatch):
     C, R = shape.C, shape.R
-    streams = tile_streams(shape, NUM_CTAS, FakeRefs(int8=int8), jnp.int32(kv_len))
-    steps = pipeline_steps(shape, kv_len, cta, monkeypatch, NUM_CTAS, int8)
+    streams = tile_streams(shape, NUM_CTAS, FakeRefs(int8=int8, int8_cache=int8_cache), jnp.int32(kv_len))
+    steps = pipeline_steps(shape, kv_len, cta, monkeypatch, NUM_CTAS, int8, int8_cache)
     copies = iter([step for step in steps if step.kind == "copy"])
     for name, (stream, first, count, index) in partition(streams, jnp.int32(cta), NUM_CTAS):
         for i in range(int(count)):
             tile, stage = int(first) + i * NUM_CTAS, (int(index) + i * stream.stages) % NUM_STAGES
             rows, size = tile * stream.rows, stream.rows * stream.width // 2
-            for half, step in enumerate((next(copies), next(copies))):
+            for half, step in enumerate([next(copies) for _ in range(4 if stream.is_tokens and int8_cache else 2)]):
                 source, target = step.what
                 if name == "tokens":
-                    assert step.barrier == ("tokens_produced", stage // 2)
+                    place, tokens = stage // stream.stages, (tile * TILE_TOKENS, TILE_TOKENS)
+                    assert step.barrier == ("tokens_produced", place)
+                    if half >= 2:
+                        assert (source.name, target.name) == ("cache_scales", "cache_scales")
+                        assert source.indices() == [0, half - 2, tokens] and target.indices() == [place, half - 2]
+                        continue
                     assert (source.name, target.name) == (("c", "c_tiles"), ("rope", "rope_tiles"))[half]
-                    assert source.indices() == [0, (tile * TILE_TOKENS, TILE_TOKENS)]
-                    # Rotary keys are behind the latents in the pair of stages.
-                    assert target.indices() == [stage // 2, ((0, TILE_TOKENS * C // R)[half], TILE_TOKENS)]
+                    assert source.indices() == [0, tokens]
+                    # Rotary keys are behind the latents in the pair of stages, or the stage.
+                    assert target.indices() == [place, ((0, TILE_TOKENS * C // R)[half], TILE_TOKENS)]
                     continue
                 assert step.barrier == ("produced", stage)
                 assert (target.name, target.indices()) == ("stages", [stage, (half * size, size)])
@@ -291,8 +305,9 @@ def test_each_tile_is_copied_from_its_place_to_its_stage(shape, kv_len, cta, int
 
 @pytest.mark.parametrize(("shape", "kv_len"), CASES)
 @pytest.mark.parametrize("cta", [0, 131])
-def test_the_producer_reads_only_weights_until_the_previous_kernel_is_done(shape, kv_len, cta, monkeypatch):
-    steps = run_producer(shape, kv_len, cta, monkeypatch)
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_the_producer_reads_only_weights_until_the_previous_kernel_is_done(shape, kv_len, cta, int8_cache, monkeypatch):
+    steps = run_producer(shape, kv_len, cta, monkeypatch, int8_cache=int8_cache)
     end = steps.index(PREVIOUS_KERNEL)
     assert {step.what[0].name for step in steps[:end] if step.kind == "copy"} <= {"q_a", "kv_a", "q_b"}
     assert "q_b" in {step.what[0].name for step in steps[:end] if step.kind == "copy"}
