@@ -115,11 +115,12 @@ class Producer:
         targets, produced = token_tile(self.shape, self.smem, place), self.smem.tokens_produced.at[place]
         for ref, target in zip((self.refs.c, self.refs.rope), targets, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[0, tokens], target, produced)
-        for i in range(2 if self.refs.cache_scales is not None else 0):
-            plgpu.copy_gmem_to_smem(
-                self.refs.cache_scales.at[0, i, tokens], self.smem.cache_scales.at[place, i], produced,
-                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-            )  # fmt: skip
+        if self.refs.cache_scales is not None:
+            for i in range(2):
+                plgpu.copy_gmem_to_smem(
+                    self.refs.cache_scales.at[0, i, tokens], self.smem.cache_scales.at[place, i], produced,
+                    oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+                )  # fmt: skip
 
     def _copy_rows(self, stream: TileStream, tile, stage) -> None:
         half = stream.rows * stream.width // 2

@@ -155,7 +155,7 @@ def store_restored(ref, x) -> None:
             words = [mgpu.utils.bitcast(register, i32()) for register in registers]
             for column in range(2):  # the lower halves of the words, then the upper ones
                 selector = (0x5410, 0x7632)[column]
-                halves = [
+                halves: list[Any] = [
                     llvm.inline_asm(i32(), [one, other], f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r")
                     for one, other in zip(words[::2], words[1::2], strict=True)
                 ]

@@ -92,7 +92,7 @@ def any_above(x, limit: float):
         barrier = add(mgpu.utils.warpgroup_idx(sync=False), constant(1))  # as `mgpu.utils.warpgroup_barrier`
         code = "{ .reg .pred p, q; setp.ne.u32 p, $2, 0; bar.red.or.pred q, $1, 128, p; selp.u32 $0, 1, 0, q; }"
         operands = [barrier, arith.extui(i32(), above)]
-        result = llvm.inline_asm(i32(), operands, code, "=r,r,r", has_side_effects=True)
+        result: Any = llvm.inline_asm(i32(), operands, code, "=r,r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(result, (), is_signed=True)
 
     return vote(x)  # pyright: ignore[reportCallIssue]
