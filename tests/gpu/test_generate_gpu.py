@@ -30,7 +30,7 @@ MODELS = {
     ),
     "a layer in one kernel": dataclasses.replace(
         MODEL, dtype="bfloat16",
-        vocab_size=1024, hidden_size=1280, num_hidden_layers=3, num_attention_heads=16, qk_nope_head_dim=64,
+        vocab_size=1024, hidden_size=1536, num_hidden_layers=3, num_attention_heads=16, qk_nope_head_dim=64,
         qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=256, q_lora_rank=512, intermediate_size=1536,
         tie_word_embeddings=False,
     ),

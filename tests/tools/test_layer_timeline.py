@@ -4,12 +4,13 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer.timeline import CLOCKS, PHASES
 from tools.bench import layer_timeline
 
-SMALL = LayerShape(D=1280, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
+SMALL = LayerShape(D=1536, Q=512, C=256, R=64, N=32, V=128, H=16, F=1536)
 
 
 def made_stamps(steps=3, layers=4, ctas=5):
@@ -72,8 +73,9 @@ def test_every_phase_has_a_bar():
     )
 
 
-def test_the_layers_lower_for_an_h200():
-    inputs = jax.eval_shape(lambda: layer_timeline.make_inputs(SMALL, 1024))
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_layers_lower_for_an_h200(int8):
+    inputs = jax.eval_shape(lambda: layer_timeline.make_inputs(SMALL, 1024, int8))
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
         traced = jax.jit(layer_timeline.step, static_argnums=0).trace(SMALL, *inputs)

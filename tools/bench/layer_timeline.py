@@ -1,8 +1,8 @@
-"""Times the phases of the fused decoder layer: `python -m tools.bench.layer_timeline --out FOLDER [--from FILE.json]`.
+"""Times the phases of the fused decoder layer: `python -m tools.bench.layer_timeline --out FOLDER [--int8]`.
 
 Layers of random weights run one behind the other, as in a decode step, in the variant of the kernel that records
-timestamps (latent_attention/decode_layer/timeline.py). It writes decode_layer_timeline.json and .png. Drawing needs no
-GPU.
+timestamps (latent_attention/decode_layer/timeline.py). It writes decode_layer_timeline.json and .png. Drawing, with
+`--from FILE.json`, needs no GPU.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from latent_attention import quantize, quantize_cache
 from latent_attention.call_shapes import LayerShape
 from latent_attention.decode_layer import mosaic
 from latent_attention.decode_layer.timeline import PHASES
@@ -40,8 +41,8 @@ _WEIGHTS = ("q_a, kv_a", "q_b", "o", "gate, up", "down")
 _ATTENTION = ("absorb, RoPE, append", "attention", "combine, values")
 
 
-def random_weights(shape: LayerShape, key: jax.Array) -> dict:
-    """A layer of bfloat16 weights, as in `decoder.inference_weights`."""
+def random_weights(shape: LayerShape, key: jax.Array, int8: bool) -> dict:
+    """A layer of bfloat16 or 8-bit weights, as in `decoder.inference_weights`."""
     D, Q, C, R, N, V, H, F = shape
     attn = {
         "q_a_proj": (Q, D), "q_b_proj": (H * (N + R), Q), "kv_a_proj_with_mqa": (C + R, D),
@@ -51,10 +52,8 @@ def random_weights(shape: LayerShape, key: jax.Array) -> dict:
     keys = iter(jax.random.split(key, len(attn) + len(mlp)))
 
     def matrices(shapes: dict) -> dict:
-        return {
-            name: InferenceWeight(jax.random.normal(next(keys), of, jnp.bfloat16) * of[1] ** -0.5, None)
-            for name, of in shapes.items()
-        }
+        rows = {name: jax.random.normal(next(keys), of, jnp.bfloat16) * of[1] ** -0.5 for name, of in shapes.items()}
+        return {name: InferenceWeight(*(quantize(x) if int8 else (x, None))) for name, x in rows.items()}
 
     return {
         "input_layernorm": jnp.ones(D),
@@ -64,10 +63,10 @@ def random_weights(shape: LayerShape, key: jax.Array) -> dict:
     }
 
 
-def make_inputs(shape: LayerShape, tokens: int) -> tuple:
+def make_inputs(shape: LayerShape, tokens: int, int8: bool = False) -> tuple:
     """Arguments of `step`: caches, workspace, weights, hidden state, cosines and sines, length.
 
-    A cache has `tokens` tokens, of which the last is the new one.
+    A cache has `tokens` tokens, of which the last is the new one. Weights and caches are in bfloat16 or in 8 bits.
     """
 
     @jax.jit
@@ -77,7 +76,7 @@ def make_inputs(shape: LayerShape, tokens: int) -> tuple:
             jax.random.normal(key, (1, tokens, width), jnp.bfloat16)
             for key, width in zip(keys[:2], (shape.C, shape.R), strict=True)
         )
-        return (c, k_rope, None), random_weights(shape, keys[2])
+        return quantize_cache(c, k_rope) if int8 else (c, k_rope, None), random_weights(shape, keys[2], int8)
 
     caches, weights = zip(*(make_layer(jax.random.key(i)) for i in range(LAYERS)), strict=True)
     h_D, angles = jax.random.normal(jax.random.key(0), (shape.D,), jnp.bfloat16), jnp.linspace(0, 1, shape.R // 2)
@@ -102,17 +101,17 @@ def step(shape: LayerShape, caches, workspace, weights, h_D, cos_sin, length) ->
     return tuple(new_caches), workspace, timelines
 
 
-def measure(shape: LayerShape, tokens: int) -> np.ndarray:
-    """Timestamps uint32 [steps, layers, CTAs, consumers, phases, clocks], with `tokens` tokens in each cache.
+def measure(shape: LayerShape, tokens: int, int8: bool) -> np.ndarray:
+    """Timestamps uint32 [steps, layers, CTAs, consumers, phases, clocks], of layers of `make_inputs`.
 
     Raises:
         InputError: the kernel cannot run here.
     """
-    reason = mosaic.why_not(shape, "bfloat16", "bfloat16", tokens, local_gpu())
+    reason = mosaic.why_not(shape, "bfloat16", "int8" if int8 else "bfloat16", tokens, local_gpu(), int8)
     if reason:
         raise InputError(f"the fused decoder layer cannot run here: {reason}")
     run = jax.jit(step, static_argnums=0, donate_argnums=(1, 2), compiler_options=NO_CUDA_GRAPHS)
-    (caches, workspace, *rest), found = make_inputs(shape, tokens), []
+    (caches, workspace, *rest), found = make_inputs(shape, tokens, int8), []
     for _ in range(WARM_UP + STEPS):
         caches, workspace, timelines = run(shape, caches, workspace, *rest)
         found.append(timelines)
@@ -183,13 +182,14 @@ def main() -> None:
         prog="python -m tools.bench.layer_timeline", description="Times the phases of the fused decoder layer."
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=f"for {NAME}.json and {NAME}.png")
+    parser.add_argument("--int8", action="store_true", help="weights and caches in 8 bits")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE.json", help="only draw these results")
     args = parser.parse_args()
     with one_line_errors():
         if args.source:
             results = read_results(args.source)
         else:
-            contexts = {format_length(n): summarise(measure(INFINITE_1B, n)) for n in TOKENS}
+            contexts = {format_length(n): summarise(measure(INFINITE_1B, n, args.int8)) for n in TOKENS}
             results = {"provenance": report.origin(), "contexts": contexts}
             write_json(args.out / f"{NAME}.json", results)
         with atomic_file(args.out / f"{NAME}.png") as path:
