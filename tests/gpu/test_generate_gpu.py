@@ -134,7 +134,9 @@ def test_greedy_tokens_are_those_of_the_largest_logits(config, cache_dtype):
     )
     logits = np.asarray(decoder.logits(config, weights, h[0]))[len(prompt) - 1 :]
     chosen = logits[np.arange(new), tokens[len(prompt) :]]
-    np.testing.assert_allclose(chosen, logits.max(-1), atol=0.05 * logits.std())
+    # In 8 bits, what differs in the last of 16 bits here and there may be rounded to neighbouring units of int8.
+    atol = (0.05 if cache_dtype is None else 0.1) * logits.std()
+    np.testing.assert_allclose(chosen, logits.max(-1), atol=atol)
 
 
 @pytest.mark.parametrize("options", [[], ["--int8-cache", "--int8-weights"]], ids=["16 bits", "8 bits"])
