@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from mla_jax.data.tokenizer import Tokenizer
 from mla_jax.evals.answers import Answer
 from mla_jax.evals.task import Params, Prompt, Task
-from mla_jax.inference.generator import Generator
+from mla_jax.inference.generator import PREFILL_CHUNK, Generator
 from mla_jax.inference.score import score
+from mla_jax.inference.session import Session
 from mla_jax.inference.shared_prefix import generate_sharing_prefix
 
 Place = tuple[int, int]
@@ -63,18 +64,25 @@ def _in_batches(
 ) -> Iterator[tuple[list[Place], list[Prompt], list[list[int]]]]:
     """Prompts in batches of one size, so that one shape is compiled, and the new tokens of each.
 
-    The last batch is filled up by repeating its last prompt.
+    The last batch is filled up by repeating its last prompt. Of prompts longer than a chunk of the prefill, what one
+    begins with that the one before it in its row began with too is not read again. Those that differ from the needle
+    on, as in repeated noise, share the more the deeper it is; so the deepest come first.
     """
     places = _places(task, cells)
+    long = cells[0]["length"] > PREFILL_CHUNK  # else every length that is left would be compiled
+    if long:
+        places.sort(key=lambda place: -cells[place[0]].get("depth", 0))
     batches = -(-len(places) // task.batch_size)
     size = -(-len(places) // batches)  # evenly filled: little is computed twice
+    session = Session.empty(size)
     for start in range(0, len(places), size):
         batch = places[start : start + size]
         batch += batch[-1:] * (size - len(batch))
         prompts = [task.prompt(cells[cell], sample) for cell, sample in batch]
         new = generator.generate(
-            [prompt.ids for prompt in prompts], max_new_tokens=task.max_new_tokens(cells[0]), eos_id=eos_id
-        )
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=task.max_new_tokens(cells[0]), eos_id=eos_id, session=session if long else None,
+        )  # fmt: skip
         yield batch, prompts, new
 
 

@@ -73,7 +73,7 @@ def _of_one_length(
 ) -> Iterator[tuple[Cell, list[Failure]]]:
     """Scores and wrong answers of cells whose prompts have the same length, and so may share batches or haystacks.
 
-    Cells come in the order in which they are finished, which is theirs where prompts share no haystack.
+    Cells come in the order in which they are finished.
     """
     outcomes: list[dict[int, Outcome]] = [{} for _ in cells]
     tokens, prompts = _tokens_to_read(task, cells), len(cells) * task.samples

@@ -13,11 +13,12 @@ from mla_jax.config import PasskeyConfig
 from mla_jax.data.needle.generator import passkey_prompt
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.errors import InputError
-from mla_jax.evals import runner
+from mla_jax.evals import asking, runner
 from mla_jax.evals.cells import totals_by_length
 from mla_jax.evals.passkey import first_integer, passkey_task
 from mla_jax.evals.results import read_results
 from mla_jax.evals.runner import FAILURES_KEPT, evaluate, measure
+from mla_jax.inference import generator as model_generator
 from mla_jax.model.transformer import init_params
 from results_schema import SCHEMA
 from tiny import MODEL
@@ -77,7 +78,8 @@ def test_a_model_that_reads_the_key_scores_one():
     assert failures == []
     assert {answer.question for cell in cells for answer in cell.answers} == {"What is the pass key? The pass key is"}
     assert all(a.generated == f" {a.expected}. 999" and a.near == () for cell in cells for a in cell.answers)
-    assert all(o == {"max_new_tokens": 10, "eos_id": TOKENIZER.eos_id} for o in generator.options)
+    expected = {"max_new_tokens": 10, "eos_id": TOKENIZER.eos_id, "session": None}
+    assert all(options == expected for options in generator.options)
 
 
 def test_prompts_have_their_length_and_batches_one_size():
@@ -319,3 +321,36 @@ def test_an_interrupted_evaluation_goes_on_only_with_the_same_model_and_version(
     monkeypatch.setattr(runner, "Generator", generator)
     evaluate(run, passkey_task(MODEL, TOKENIZER, GRID), tmp_path / "eval")
     assert {len(batch[0]) for batch in generator.batches} == ({192} if changed == "nothing" else {128, 192})
+
+
+class Reading(model_generator.Generator):
+    """A `generator.Generator` that counts the tokens of prompts that it reads."""
+
+    read_tokens = 0
+
+    def generate(self, prompts, *, session=None, **options):
+        if session is not None:
+            session.keep_common_prefix(prompts)
+        read = session.tokens if session is not None else [[]] * len(prompts)
+        self.read_tokens += sum(map(len, prompts)) - sum(map(len, read))
+        return super().generate(prompts, session=session, **options)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_of_long_prompts_the_noise_before_the_needle_is_read_once(monkeypatch, batch_size):
+    """The answers are those of prompts that are read whole, up to the order of sums."""
+    grid = PasskeyConfig(lengths=[512], depths=[0.0, 0.5, 1.0], samples=4, batch_size=batch_size, seed=11)
+    config = dataclasses.replace(MODEL, max_position_embeddings=1024, dtype="float32")
+    task, params = passkey_task(config, TOKENIZER, grid), init_params(config, 0)
+    whole, sharing = (Reading(config, params, prefill_chunk=64) for _ in range(2))
+    expected = dict(_answers(measure(task, whole, TOKENIZER)))
+    monkeypatch.setattr(asking, "PREFILL_CHUNK", 64)
+    assert dict(_answers(measure(task, sharing, TOKENIZER))) == expected
+    # Each row reads 512 tokens first, next to nothing again at depth 1, half at 0.5 and all but the introduction at 0.
+    assert whole.read_tokens == 12 * 512
+    assert sharing.read_tokens < batch_size * 512 + (0.1 + 0.6 + 1.0) * 4 * 512
+
+
+def _answers(measured):
+    for cell, _ in measured:
+        yield cell.params["depth"], [answer.generated for answer in cell.answers]

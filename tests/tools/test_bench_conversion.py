@@ -22,7 +22,8 @@ def test_ways_of_converting_and_runs_are_compared(call, tmp_path):
     ways = "--calibration-tokens", 2048, "--shapes", "24+16", "64+16", "--methods", "plain", "all"
     code, out, err = call(conversion, tmp_path / "llama", *texts, "--calibration", calibration, *ways)
     assert code == 0, err
-    _, plain, whole, _, exact = rows(out)
+    _, (source, *_), plain, whole, _, exact = rows(out)
+    assert source == "source"
     assert plain[:3] == ["24 + 16", "62.5%", "plain"] and whole[2] == "all"
     assert plain[3] != whole[3] and plain[4] != whole[4]
 

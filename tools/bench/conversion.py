@@ -52,7 +52,7 @@ def main() -> None:
             for i, path in enumerate(args.runs):
                 run = load_run(path)
                 if i == 0:
-                    _print_row(args.dir, *(f"{source_perplexity(args.dir, run.model, text):.2f}" for text in texts))
+                    _print_row(args.dir, *source_perplexities(args.dir, run.model, texts))
                 _print_row(path, *(f"{converted_perplexity(run.model, run.params, text):.2f}" for text in texts))
             return
         _print_row("latent + rotary", "of the source's cache", "parts", *args.texts, "seconds")
@@ -67,6 +67,8 @@ def main() -> None:
                     tokens=args.calibration_tokens, length=args.length, method=method,
                 )  # fmt: skip
                 seconds = time.perf_counter() - start
+                if (shape, name) == (args.shapes[0], args.methods[0]):
+                    _print_row("source", "", "", *source_perplexities(args.dir, config, texts), "")
                 perplexities = (f"{converted_perplexity(config, params, text):.2f}" for text in texts)
                 share = (latent + rotary) / source.config.cache_width
                 _print_row(f"{latent} + {rotary}", f"{share:.1%}", name, *perplexities, f"{seconds:.0f}")
@@ -76,13 +78,17 @@ def _print_row(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def source_perplexity(hf_dir: Path, model: ModelConfig, rows_BT: np.ndarray) -> float:
-    """Perplexity of the checkpoint, computed in the type of the model."""
+def source_perplexities(hf_dir: Path, model: ModelConfig, texts: list[np.ndarray]) -> list[str]:
+    """Perplexities of the checkpoint on texts [B, T], computed in the type of the model."""
     teacher = load_teacher(hf_dir, model)
     params = jax.device_put(teacher.params)
     run = jax.jit(lambda params, rows: teacher.hidden_states(params, rows, jnp.arange(rows.shape[1])[None], None))
-    h_BTD = in_batches(lambda rows: run(params, rows), rows_BT)
-    return perplexity(h_BTD, np.asarray(teacher.head(teacher.params)), rows_BT)
+
+    def of(rows_BT: np.ndarray) -> float:
+        h_BTD = in_batches(lambda rows: run(params, rows), rows_BT)
+        return perplexity(h_BTD, np.asarray(teacher.head(teacher.params)), rows_BT)
+
+    return [f"{of(rows_BT):.2f}" for rows_BT in texts]
 
 
 if __name__ == "__main__":
