@@ -11,6 +11,7 @@ import pytest
 from mla_jax.bridge.hf.export import export
 from mla_jax.data.tokenizer import load_tokenizer
 from tiny_llama import convert_exactly
+from tools import compare_engines
 from vllm_server import (
     BLOCK,
     MARKS,
@@ -48,6 +49,13 @@ def served(request, tmp_path_factory):
 def test_tokens_and_logprobs_of_requests_at_once(served):
     config, params, folder, server = served
     check_answers(server, config, params, folder, (1, BLOCK, 300))
+
+
+def test_questions_about_needles_are_answered_alike(served, call):
+    *_, server = served
+    url, few = f"http://127.0.0.1:{server.port}", ("--length", 300, "--questions", 1, "--keys", 2)
+    code, out, err = call(compare_engines, server.log.with_suffix(""), *few, "--server", url)
+    assert code == 0 and "2 of 2 alike" in out, err
 
 
 def test_the_log_says_what_was_chosen(served):
