@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import http.client
 import itertools
 import json
 import urllib.request
@@ -40,6 +41,8 @@ def main() -> None:
     with one_line_errors():
         if not (args.folder / "config.json").exists():
             raise UsageError(f"{args.folder} has no config.json; export the run with tools.export_hf")
+        if args.no_transformers and not args.server:
+            raise UsageError("nothing to compare with: leave out --no-transformers, or name a --server")
         export = load_run_or_hf(args.folder)
         asked = prompts(export, args.length, args.questions, args.keys)
         answers = {"JAX": in_jax(export, asked)}
@@ -84,8 +87,11 @@ def in_jax(export: Run, asked: list[Prompt]) -> list[str]:
 
 def in_transformers(folder: Path, export: Run, asked: list[Prompt]) -> list[str]:
     """Texts of transformers' `generate`."""
-    import torch  # both are optional
-    from transformers import AutoModelForCausalLM
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as e:
+        raise InputError("transformers is not installed: pip install -e '.[hf]', or --no-transformers") from e
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     texts = []
@@ -114,7 +120,7 @@ def in_server(url: str, export: Run, asked: list[Prompt]) -> list[str]:
         how = {"model": name, "max_tokens": NEW, "temperature": 0, "return_token_ids": True}
         replies = (call("/v1/completions", how | {"prompt": prompt.ids}) for prompt in asked)
         return [_text(export, reply["choices"][0]["token_ids"]) for reply in replies]
-    except OSError as e:
+    except (OSError, LookupError, ValueError, TypeError, http.client.HTTPException) as e:
         raise InputError(f"{url} does not answer as vLLM would ({e})") from e
 
 

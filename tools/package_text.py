@@ -37,7 +37,10 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--megabytes", type=float, default=20, help="of texts.jsonl, at most; default %(default)s")
     parser.add_argument(
-        "--characters", type=int, default=3000, help="of the longest text in texts.jsonl; default 3000, some 800 tokens"
+        "--characters",
+        type=int,
+        default=3000,
+        help="of the longest text in texts.jsonl; default 3000, some 800 tokens",
     )
     args = parser.parse_args()
     with one_line_errors():
@@ -46,9 +49,8 @@ def main() -> None:
         folders = args.documents or [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
         endings = tuple(end + gz for end in DOCUMENTS for gz in ("", ".gz")) if args.documents else (".py",)
         found = {path for folder in folders for path in folder.rglob("*") if path.name.endswith(endings)}
-        paths = sorted(
-            path for path in found if "_sources" not in path.parts
-        )  # Sphinx's copies of what it made HTML of
+        # In `_sources` are Sphinx's copies of what it made HTML of.
+        paths = sorted(path for path in found if "_sources" not in path.parts)
         if not paths:
             raise InputError(f"no {' '.join(endings)} in {' '.join(map(str, folders))}")
         random.Random(0).shuffle(paths)
@@ -59,15 +61,16 @@ def main() -> None:
             limit -= len(text)
             if limit <= 0:
                 break
+        if not texts:
+            raise InputError(
+                f"{' '.join(map(str, folders))} has too little text: {len(held_out)} with {SHORTEST} characters"
+            )
         args.folder.mkdir(parents=True)
         (args.folder / "held_out.txt").write_text("\n\n".join(held_out), encoding="utf-8")
         (args.folder / "calibration.txt").write_text("\n\n".join(texts)[:4_000_000], encoding="utf-8")
-        lines = (
-            json.dumps({"prompt": "", "completion": piece})
-            for text in texts
-            for piece in _pieces(text, args.characters)
-        )
-        (args.folder / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        pieces = (piece for text in texts for piece in _pieces(text, args.characters))
+        lines = (json.dumps({"prompt": "", "completion": piece}) + "\n" for piece in pieces)
+        (args.folder / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
         characters = (sum(map(len, kind)) for kind in (texts, held_out))
         print("characters: {:,} to learn from, {:,} held out".format(*characters))
 
@@ -121,6 +124,8 @@ class _Html(html.parser.HTMLParser):
         self._literal = 0
 
     def handle_starttag(self, tag, attrs):
+        if tag == "body":  # a head need not be closed
+            self._unread = 0
         self._unread += tag in self.UNREAD
         self._literal += tag == "pre"
         if tag in self.BLOCKS:

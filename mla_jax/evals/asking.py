@@ -12,6 +12,9 @@ from mla_jax.inference.score import score
 from mla_jax.inference.session import Session
 from mla_jax.inference.shared_prefix import generate_sharing_prefix
 
+LONG = 8 * PREFILL_CHUNK
+"""Tokens of a prompt above which it pays to read only what it does not share with the one before it."""
+
 Place = tuple[int, int]
 """Numbers of a cell and of a sample in it."""
 
@@ -64,12 +67,12 @@ def _in_batches(
 ) -> Iterator[tuple[list[Place], list[Prompt], list[list[int]]]]:
     """Prompts in batches of one size, so that one shape is compiled, and the new tokens of each.
 
-    The last batch is filled up by repeating its last prompt. Of prompts longer than a chunk of the prefill, what one
-    begins with that the one before it in its row began with too is not read again. Those that differ from the needle
+    The last batch is filled up by repeating its last prompt. Of long prompts, what one begins with as the one before it
+    in its row did is not read again. Those that differ from the needle
     on, as in repeated noise, share the more the deeper it is; so the deepest come first.
     """
     places = _places(task, cells)
-    long = cells[0]["length"] > PREFILL_CHUNK  # else every length that is left would be compiled
+    long = cells[0]["length"] > LONG  # else many lengths that are left, shorter than a chunk, would be compiled
     if long:
         places.sort(key=lambda place: -cells[place[0]].get("depth", 0))
     batches = -(-len(places) // task.batch_size)

@@ -136,7 +136,9 @@ def evaluate(run: Run, task: Task, out_dir: Path) -> Results:
         )
         write_json(unfinished, results.to_json())
     in_order = sorted(results.cells, key=lambda cell: task.cells.index(cell.params))
-    results = dataclasses.replace(results, cells=tuple(in_order))
+    places = {json.dumps(cell): place for place, cell in enumerate(task.cells)}
+    failures = sorted(results.failures, key=lambda failure: places[json.dumps(failure.params)])
+    results = dataclasses.replace(results, cells=tuple(in_order), failures=tuple(failures))
     write_json(path, results.to_json())
     unfinished.unlink(missing_ok=True)
     (plot_heatmap if task.likelihood is None else plot_curves)(

@@ -344,7 +344,7 @@ def test_of_long_prompts_the_noise_before_the_needle_is_read_once(monkeypatch, b
     task, params = passkey_task(config, TOKENIZER, grid), init_params(config, 0)
     whole, sharing = (Reading(config, params, prefill_chunk=64) for _ in range(2))
     expected = dict(_answers(measure(task, whole, TOKENIZER)))
-    monkeypatch.setattr(asking, "PREFILL_CHUNK", 64)
+    monkeypatch.setattr(asking, "LONG", 64)
     assert dict(_answers(measure(task, sharing, TOKENIZER))) == expected
     # Each row reads 512 tokens first, next to nothing again at depth 1, half at 0.5 and all but the introduction at 0.
     assert whole.read_tokens == 12 * 512

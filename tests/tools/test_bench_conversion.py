@@ -22,7 +22,7 @@ def test_ways_of_converting_and_runs_are_compared(call, tmp_path):
     ways = "--calibration-tokens", 2048, "--shapes", "24+16", "64+16", "--methods", "plain", "all"
     code, out, err = call(conversion, tmp_path / "llama", *texts, "--calibration", calibration, *ways)
     assert code == 0, err
-    _, (source, *_), plain, whole, _, exact = rows(out)
+    _, _, (source, *_), plain, whole, _, exact = rows(out)
     assert source == "source"
     assert plain[:3] == ["24 + 16", "62.5%", "plain"] and whole[2] == "all"
     assert plain[3] != whole[3] and plain[4] != whole[4]
@@ -32,7 +32,7 @@ def test_ways_of_converting_and_runs_are_compared(call, tmp_path):
     assert code == 0, err
     code, out, err = call(conversion, tmp_path / "llama", *texts, "--runs", tmp_path / "run")
     assert code == 0, err
-    _, (source, *perplexities), (run, *converted) = rows(out)
+    _, _, (source, *perplexities), (run, *converted) = rows(out)
     assert (source, run) == (str(tmp_path / "llama"), str(tmp_path / "run"))
     assert [float(x) for x in converted] == pytest.approx([float(x) for x in perplexities], rel=0.02)
     assert converted == exact[3:5]  # the same conversion, measured the same way

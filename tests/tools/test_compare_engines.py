@@ -68,7 +68,7 @@ def test_transformers_and_a_server_answer_alike(call, server):
 
 
 @pytest.mark.integration
-def test_one_wrong_digit_is_a_difference(call, server):
+def test_one_wrong_character_is_a_difference(call, server):
     code, out, err = call(compare_engines, NANO, *ASKED, "--no-transformers", "--server", server(lambda t: t[:-1]))
     assert code == 1 and "the engines differ" in err and "0 of 4 alike" in out
 
@@ -76,6 +76,8 @@ def test_one_wrong_digit_is_a_difference(call, server):
 def test_no_export_or_no_server(call, tmp_path):
     code, _, err = call(compare_engines, tmp_path)
     assert code == 2 and "has no config.json" in err
+    code, _, err = call(compare_engines, NANO, "--no-transformers")
+    assert code == 2 and "nothing to compare with" in err
     few = "--length", 128, "--questions", 1, "--keys", 2
     code, _, err = call(compare_engines, NANO, *few, "--no-transformers", "--server", "http://127.0.0.1:9")
     assert code == 1 and "does not answer" in err and "Traceback" not in err

@@ -36,7 +36,7 @@ def test_documents_are_read_as_text(call, tmp_path):
     folder = tmp_path / "documents"
     (folder / "_sources").mkdir(parents=True)
     said = " ".join(["What the page says, in words that go on for a while."] * 5)
-    head = "<html><head><title>no</title></head><body><script>no()</script>"
+    head = "<html><head><title>no</title><body><script>no()</script>"
     body = f"<h1>Title &amp; more</h1><p>{said}\nand\n <b>on</b></p><pre>two\n  lines</pre></body></html>"
     (folder / "a.html").write_text(head + body)
     (folder / "b.rst.gz").write_bytes(gzip.compress(f"Plain. {said}".encode()))

@@ -48,14 +48,14 @@ def main() -> None:
         source = LlamaCheckpoint(args.dir)
         texts = [read_calibration(path, source.tokenizer, args.tokens, args.length).tokens_BT for path in args.texts]
         if args.runs:
-            _print_row("model", *args.texts)
+            _print_header("model", *args.texts)
             for i, path in enumerate(args.runs):
                 run = load_run(path)
                 if i == 0:
                     _print_row(args.dir, *source_perplexities(args.dir, run.model, texts))
                 _print_row(path, *(f"{converted_perplexity(run.model, run.params, text):.2f}" for text in texts))
             return
-        _print_row("latent + rotary", "of the source's cache", "parts", *args.texts, "seconds")
+        _print_header("latent + rotary", "of the source's cache", "parts", *args.texts, "seconds")
         for shape in args.shapes:
             latent, rotary = map(int, shape.split("+"))
             for name in args.methods:
@@ -72,6 +72,11 @@ def main() -> None:
                 perplexities = (f"{converted_perplexity(config, params, text):.2f}" for text in texts)
                 share = (latent + rotary) / source.config.cache_width
                 _print_row(f"{latent} + {rotary}", f"{share:.1%}", name, *perplexities, f"{seconds:.0f}")
+
+
+def _print_header(*cells: object) -> None:
+    _print_row(*cells)
+    _print_row(*("---" for _ in cells))
 
 
 def _print_row(*cells: object) -> None:

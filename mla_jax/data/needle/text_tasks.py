@@ -1,7 +1,7 @@
 """Training tasks in the formats of two evaluations that follow chains: HashHop, and RULER's variable tracking.
 
-    hashhop     1 to 4 hops through shuffled lines of random hashes, then questions about some of the chains; every
-                other text wants all hashes of a chain (CoT=True), the rest its last one
+    hashhop     1 to 4 hops through shuffled lines of random hashes, then questions about some of the chains; of
+                the kinds that fit, one half wants all hashes of a chain (CoT=True), the other its last one
     ruler_vt    RULER's prompt, with its solved example where that fits, then the answer
 
 Both are made as texts: where one is shorter than the example, <eos> is repeated.
