@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import latent_attention
+from decode_layer_oracle import ExactLayer
 from decode_layer_weights import random_weights
 from latent_attention import jax_triton_loader
 from latent_attention.call_shapes import LayerShape
@@ -105,37 +106,12 @@ def test_attention_over_an_8_bit_cache_is_that_over_its_numbers(kv_len):
     numbers = [np.asarray(x[0, : kv_len + 1], np.float64) for x in (c, k_rope)]
     numbers = [x * np.asarray(y[: kv_len + 1], np.float64)[:, None] for x, y in zip(numbers, scales[0], strict=True)]
     h, cos, sin = (np.asarray(x, np.float64) for x in (h, cos, sin))
-    expected = exact_layer(WORDS, weights, h, cos, sin, *numbers)
+    expected = ExactLayer(WORDS, weights, EPS, SCALE).output(h, cos, sin, *numbers)
 
     def error(out):
         return np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected - h)
 
     assert error(out) < 1.5 * error(unfused(*args)[0]) + 1e-3 < 0.1
-
-
-def exact_layer(shape, weights, h, cos, sin, c, k_rope):
-    """The layer in float64 over latents and rotary keys of which the last are the new token's."""
-    _, _, _, R, N, V, H, _ = shape
-    attn, mlp = weights["self_attn"], weights["mlp"]
-    rows = {
-        name: np.asarray(w.rows, np.float64) for part in (attn, mlp) for name, w in part.items() if "norm" not in name
-    }
-
-    def norm(x, gamma):
-        return x / np.sqrt(np.mean(x * x) + EPS) * np.asarray(gamma, np.float64)
-
-    c_q = norm(rows["q_a_proj"] @ norm(h, weights["input_layernorm"]), attn["q_a_layernorm"])
-    q = (rows["q_b_proj"] @ c_q).reshape(H, N + R)
-    even, odd = q[:, N::2], q[:, N + 1 :: 2]
-    q_rope = np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(H, R)
-    kv_b = rows["kv_b_proj"].reshape(H, N + V, -1)
-    scores = SCALE * (np.einsum("hn,hnc->hc", q[:, :N], kv_b[:, :N]) @ c.T + q_rope @ k_rope.T)
-    p = np.exp(scores - scores.max(1, keepdims=True))
-    values = np.einsum("hc,hvc->hv", p / p.sum(1, keepdims=True) @ c, kv_b[:, N:])
-    h = h + rows["o_proj"] @ values.reshape(-1)
-    x = norm(h, weights["post_attention_layernorm"])
-    gate = rows["gate_proj"] @ x
-    return h + rows["down_proj"] @ (gate / (1 + np.exp(-gate)) * (rows["up_proj"] @ x))
 
 
 @pytest.mark.parametrize("int8_cache", [False, True])
