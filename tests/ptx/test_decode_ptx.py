@@ -1,0 +1,33 @@
+"""Split-KV decode for Hopper, the PTX of both its kernels interpreted, against float64."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_oracle import DecodeCase
+from latent_attention.decode import mosaic
+from latent_attention.gpu import make_gpu
+from ptx.pallas import interpreted
+
+pytestmark = pytest.mark.ptx
+
+NUM_SMS = 4
+# Norm of the error over the norm, of each row [C] of the output; probabilities are rounded to these types.
+TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
+LENGTHS = DecodeCase((0, 1, 63, 64, 65, 300), heads=8, c_width=128, rope_width=64, page_size=64, pages_per_row=5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lengths_around_tiles(monkeypatch, dtype, int8):
+    monkeypatch.setattr(mosaic, "local_gpu", lambda: make_gpu((9, 0), NUM_SMS))
+    monkeypatch.setattr(plgpu, "kernel", interpreted(plgpu.kernel, NUM_SMS))
+    case = dataclasses.replace(LENGTHS, dtype=dtype, int8=int8)
+    arrays, keywords = case.draw()
+    out, lse = mosaic.decode(*arrays, **{"scales_P2S": None} | keywords)
+    expected, expected_lse = case.expected()
+    errors = np.linalg.norm(np.asarray(out, np.float64) - expected, axis=-1)
+    assert (errors <= TOLERANCE[dtype] * np.linalg.norm(expected, axis=-1)).all()
+    np.testing.assert_allclose(lse, expected_lse, atol=0.02)
