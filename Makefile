@@ -10,6 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 KUBERNETES_VENV := .venv-kubernetes
+PTX_WHEELS := .venv-ptx
 
 # constraints.txt pins every package, so that what is installed today is what was tested.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -22,12 +23,12 @@ VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-vers
 KUBERNETES_INSTALL = $(KUBERNETES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-kubernetes.txt
 
 # Marks of the tests that have targets of their own.
-SUITES := ansible or docker or kubernetes or llamacpp or monitoring or slurm or vllm
+SUITES := ansible or docker or kubernetes or llamacpp or monitoring or ptx or slurm or vllm
 
 RUN ?= runs/nano-needle
 EXPORT ?= exports/nano-needle
 
-.PHONY: help try quickstart verify test test-fast integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible docker test-docker llamacpp test-llamacpp judge-example convert-example dpo-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring docs lint format release-files clean
+.PHONY: help try quickstart verify test test-fast integration test-both chromium slurm slurm-stop test-slurm debootstrap test-ansible docker test-docker llamacpp test-llamacpp judge-example convert-example dpo-example vllm test-vllm kubernetes test-kubernetes prometheus test-monitoring test-ptx docs lint format release-files clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -126,6 +127,9 @@ prometheus: $(VENV)/prometheus ## Debian's Prometheus, Alertmanager and node-exp
 test-monitoring: $(VENV)/.installed-dev $(VENV)/prometheus $(VLLM_VENV)/.installed ## rules, dashboards, and alerts of a vLLM server under load
 	$(BIN)/python -m pytest -m monitoring -rs tests/monitoring $(ARGS)
 
+test-ptx: $(VENV)/.installed-dev $(PTX_WHEELS)/.installed ## kernels for Hopper without a GPU: their PTX in an interpreter (x86-64 Linux with cc)
+	$(BIN)/python -m pytest -rs tests/ptx -n 2 --dist worksteal $(ARGS)
+
 docs: $(VENV)/.installed-dev ## the documentation as a site, in site/; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "site/index.html; to read it while writing: $(BIN)/mkdocs serve"
@@ -155,7 +159,7 @@ release-files: $(RELEASE_VENV)/.installed ## what a release carries, in dist/ (T
 	cd dist && sha256sum *.whl *.tar.gz *.cdx.json > SHA256SUMS
 
 clean: ## remove the environment and all caches; runs/ and exports/ stay
-	rm -rf $(VENV) $(VLLM_VENV) $(RELEASE_VENV) $(KUBERNETES_VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(RELEASE_VENV) $(KUBERNETES_VENV) $(PTX_WHEELS) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -223,6 +227,13 @@ $(KUBERNETES_VENV)/.installed: constraints-kubernetes.txt
 		--prefix $(KUBERNETES_VENV)/crds @kubernetes-models/keda@2.0.0 @kubernetes-models/gateway-api@2.0.0 \
 		@kubernetes-models/prometheus-operator@6.0.0 @kubernetes-models/apimachinery@3.0.2 @kubernetes-models/base@6.0.1 \
 		@kubernetes-models/validate@5.0.2 kubernetes-models@5.1.0
+	@touch $@
+
+# Files of Mosaic's compiler and ptxas; nothing is imported. The plugin's wheel is for Python 3.12, whichever runs the tests.
+$(PTX_WHEELS)/.installed: constraints-cuda.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cuda.txt --no-deps --upgrade \
+		--only-binary=:all: --python-version 3.12 --ignore-requires-python --target $(PTX_WHEELS) \
+		jax-cuda13-pjrt jax-cuda13-plugin nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-nvvm
 	@touch $@
 
 $(RELEASE_VENV)/.installed: .github/requirements-release.txt
