@@ -1,5 +1,7 @@
 """The real exporters that rules and dashboards are held against."""
 
+import dataclasses
+
 import pytest
 
 from mla_jax.bridge.hf.export import export
@@ -14,10 +16,15 @@ from vllm_server import PYTHON, WIDTH_576, random_params, serve
 
 @pytest.fixture(scope="session")
 def vllm(tmp_path_factory):
-    """HOST:PORT of a server that answers one request at a time, so that others queue."""
+    """HOST:PORT of a server that answers one request at a time, so that others queue.
+
+    Its model has so many layers that a step takes longer than vLLM's front end needs to pass a token on. Of one that is
+    faster, nothing else is answered, /metrics neither, until all requests are.
+    """
     if not PYTHON.exists():
         pytest.skip(f"{PYTHON} is missing; make vllm")
-    folder = export(WIDTH_576, random_params(WIDTH_576), load_tokenizer("bytes"), tmp_path_factory.mktemp("e") / "tiny")
+    slow = dataclasses.replace(WIDTH_576, num_hidden_layers=12)
+    folder = export(slow, random_params(slow), load_tokenizer("bytes"), tmp_path_factory.mktemp("e") / "tiny")
     with serve(folder, "--max-num-seqs", "1", seconds=900) as server:  # for a machine that does other things too
         yield f"127.0.0.1:{server.port}"
 
