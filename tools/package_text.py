@@ -15,7 +15,7 @@ from pathlib import Path
 from mla_jax.errors import InputError, one_line_errors
 
 SHORTEST = 200
-"""Characters of the shortest docstring that is taken."""
+"""Characters of the shortest docstring or document that is taken."""
 HELD_OUT = 50
 """One in this many modules or documents is held out, the first one too."""
 DOCUMENTS = (".txt", ".rst", ".md", ".html")
@@ -62,9 +62,8 @@ def main() -> None:
             if limit <= 0:
                 break
         if not texts:
-            raise InputError(
-                f"{' '.join(map(str, folders))} has too little text: {len(held_out)} with {SHORTEST} characters"
-            )
+            where = " ".join(map(str, folders))
+            raise InputError(f"{where}: {len(held_out)} texts of {SHORTEST} characters or more; at least 2 are needed")
         args.folder.mkdir(parents=True)
         (args.folder / "held_out.txt").write_text("\n\n".join(held_out), encoding="utf-8")
         (args.folder / "calibration.txt").write_text("\n\n".join(texts)[:4_000_000], encoding="utf-8")

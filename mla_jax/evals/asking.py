@@ -68,8 +68,8 @@ def _in_batches(
     """Prompts in batches of one size, so that one shape is compiled, and the new tokens of each.
 
     The last batch is filled up by repeating its last prompt. Of long prompts, what one begins with as the one before it
-    in its row did is not read again. Those that differ from the needle
-    on, as in repeated noise, share the more the deeper it is; so the deepest come first.
+    in its row did is not read again. Those that differ from the needle on, as in repeated noise, share the more the
+    deeper it is; so the deepest come first.
     """
     places = _places(task, cells)
     long = cells[0]["length"] > LONG  # else many lengths that are left, shorter than a chunk, would be compiled

@@ -52,3 +52,7 @@ def test_documents_are_read_as_text(call, tmp_path):
     assert {held_out, calibration} == {f"Plain. {said}", page}
     code, _, err = call(package_text, tmp_path / "none", "--documents", tmp_path / "texts" / "no")
     assert code == 1 and "no .txt" in err and not (tmp_path / "none").exists()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.txt").write_text(said)
+    code, _, err = call(package_text, tmp_path / "none", "--documents", tmp_path / "one")
+    assert code == 1 and "at least 2 are needed" in err and not (tmp_path / "none").exists()
