@@ -36,8 +36,14 @@ import sys
 sys.path.insert(0, "tests")
 import conftest
 from pathlib import Path
+from mla_jax.data import pipeline
 from mla_jax.errors import one_line_errors
 from tiny import make_config, train
+make_pipeline = pipeline.make_pipeline
+def make_when_told(*args, **kwargs):  # called by the one that holds the lock
+    sys.stdin.readline()
+    return make_pipeline(*args, **kwargs)
+pipeline.make_pipeline = make_when_told
 with one_line_errors():
     print("Finished at", train(make_config(Path(sys.argv[1]), [{"seq_len": 96, "steps": 30}])).step)
 """
@@ -77,11 +83,15 @@ def test_the_second_process_says_who_trains_and_leaves_everything_as_it_is(tmp_p
 
 def test_of_two_that_start_together_one_trains_and_one_is_refused(tmp_path):
     both = [start(TRAIN, tmp_path / "run") for _ in range(2)]
-    output = printed_by(both, timeout=300)
+    deadline = time.monotonic() + 300
+    while all(process.poll() is None for process in both) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running = [process for process in both if process.poll() is None]
+    output = printed_by(both, timeout=300)  # closes their inputs, for which the one that trains has waited
     assert sorted(process.returncode for process in both) == [0, 1], output
     (out, _), (_, error) = sorted(output, key=lambda texts: "Finished" not in texts[0])
-    winner = next(process for process in both if process.returncode == 0)
-    assert "Finished at 30" in out
+    (winner,) = running
+    assert winner.returncode == 0 and "Finished at 30" in out
     assert error.strip().splitlines()[-1].startswith(f"error: {tmp_path}/run is being trained by process {winner.pid} ")
     assert load_run(tmp_path / "run").step == 30
 
