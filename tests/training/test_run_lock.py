@@ -96,13 +96,12 @@ def test_of_two_that_start_together_one_trains_and_one_is_refused(tmp_path):
     assert load_run(tmp_path / "run").step == 30
 
 
-def test_the_lock_of_a_process_that_was_killed_here_is_taken_over_at_once(tmp_path):
+def test_the_lock_of_a_process_that_was_killed_here_is_taken_over_at_once(tmp_path, capsys):
     holder = start_holder(tmp_path / "run")
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    start = time.monotonic()
     assert train(make_config(tmp_path / "run", ONE_STEP)).finished
-    assert time.monotonic() - start < run_lock.LEASE_S
+    assert "Waiting" not in capsys.readouterr().err
     assert not (tmp_path / "run" / "train.lock").exists() and not (tmp_path / "run" / "trainer.json").exists()
 
 
