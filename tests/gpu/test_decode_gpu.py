@@ -278,6 +278,28 @@ def test_tuning_of_mosaic_changes_no_result(int8, consumers):
     check((np.asarray(out.astype(jnp.float32)), np.asarray(lse)), expected(case), case.dtype)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        contiguous((700, 64, 1), 704, queries=2, heads=128, c_width=512, rope_width=64, dtype="bfloat16"),
+        DecodeCase(
+            (8000, 0, 1, 129), heads=128, c_width=512, rope_width=64, page_size=64, pages_per_row=128, dtype="float16"
+        ),
+        DecodeCase((500, 33, 16, 15), 4, heads=16, c_width=256, page_size=16, pages_per_row=32, dtype="bfloat16"),
+    ],
+    ids=["2 queries", "512+64", "pages of 16"],
+)
+def test_rows_on_m(case):
+    arrays, keywords = case.draw()
+    shape, gpu = DecodeShape.of(*arrays[:3], keywords["block_table_BN"]), local_gpu()
+    if reason := mosaic.why_not_rows_on_m(shape, gpu):
+        pytest.skip(reason)
+    config = mosaic.configure_rows_on_m(shape, gpu)
+    step = jax.jit(functools.partial(mosaic.decode, **{"scales_P2S": None} | keywords, config=config))
+    results = [[np.asarray(x.astype(jnp.float32)) for x in step(*arrays)] for _ in range(2)]
+    check(_same(*results), expected(case), case.dtype)
+
+
 @pytest.mark.parametrize(("c_width", "heads"), [(256, 32), (512, 16)])
 def test_auto_takes_the_fastest(c_width, heads):
     gpu = local_gpu()

@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_attention import IMPLEMENTATIONS, decode, quantize_cache
+from latent_attention import IMPLEMENTATIONS, UnavailableError, decode, quantize_cache
+from latent_attention.call_shapes import DecodeShape
+from latent_attention.decode import mosaic
+from latent_attention.gpu import local_gpu
 from mla_jax.errors import UsageError, one_line_errors
 from mla_jax.lengths import LENGTH_PATTERN, format_length, parse_length
 from tools.bench import ceilings, float64, peers, report
@@ -113,18 +117,24 @@ class Run(NamedTuple):
     """Returns (result, timing), and the splits if they were chosen."""
 
 
-def ours(problem: Problem, implementation: str, cache, scales_P2S=None):
-    """(out, timing) of one of our implementations through JAX."""
+def ours(problem: Problem, op: Callable[..., tuple], cache, scales_P2S=None):
+    """(out, timing) of `decode` with one of our implementations through JAX."""
 
     def step(q, c, k_rope, lengths, scales, table):
-        return decode(
-            q, c, k_rope, lengths, scale=problem.scale, block_table_BN=table, scales_P2S=scales,
-            implementation=implementation,
-        )  # fmt: skip
+        return op(q, c, k_rope, lengths, scale=problem.scale, block_table_BN=table, scales_P2S=scales)
 
     arrays = problem.q_BTHW, *cache, problem.lengths_B, scales_P2S
     (out, _), timing = time_jax(step, arrays, [(table,) for table in problem.turns(cache[0].dtype)])
     return out, timing
+
+
+def ours_with_rows_on_m(problem: Problem, cache):
+    """(out, timing) of `mosaic` in its layout for many heads, which it does not choose by itself."""
+    shape, gpu = DecodeShape.of(problem.q_BTHW, cache[0], cache[1], problem.tables_BN[0]), local_gpu()
+    reason = mosaic.why_not_rows_on_m(shape, gpu)
+    if gpu is None or reason:
+        raise UnavailableError(reason)
+    return ours(problem, partial(mosaic.decode, config=mosaic.configure_rows_on_m(shape, gpu)), cache)
 
 
 def ours_in_torch(problem: Problem, cache, scales_P2S=None):
@@ -197,9 +207,15 @@ def runs(problem: Problem, int8: tuple[jax.Array, ...], folder: Path | None) -> 
         label = "" if cache == "bfloat16" else " int8"
         for name in IMPLEMENTATIONS["decode"]:
             if name != "reference":
-                yield Run(f"{name}{label}", False, cache, lambda n=name, a=arrays: ours(problem, n, *a))
+                yield Run(
+                    f"{name}{label}",
+                    False,
+                    cache,
+                    lambda n=name, a=arrays: ours(problem, partial(decode, implementation=n), *a),
+                )
         if has_torch_gpu():
             yield Run(f"triton in PyTorch{label}", False, cache, lambda a=arrays: ours_in_torch(problem, *a))
+    yield Run("mosaic, rows on M", False, "bfloat16", lambda: ours_with_rows_on_m(problem, caches["bfloat16"][0]))
     if has_torch_gpu():
         for name in peers.FILES:
             yield Run(name, True, "bfloat16", lambda n=name: peer(problem, n, folder))

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from latent_attention.call_shapes import DecodeShape
 from latent_attention.decode.mosaic_combine import combine
+from latent_attention.decode.mosaic_many_heads_smem import PAIR, ROWS_ON_M
 from latent_attention.decode.mosaic_smem import TILE, Config
 from latent_attention.decode.mosaic_split_kv import partials
 from latent_attention.decode.tile_scheduler import schedule
@@ -37,6 +38,13 @@ def why_not_decode(shape: DecodeShape, gpu: Gpu | None) -> str | None:
     return None
 
 
+def why_not_rows_on_m(shape: DecodeShape, gpu: Gpu | None) -> str | None:
+    """Why `configure_rows_on_m` has no configuration for calls of this shape, or None if it has."""
+    if shape.cache_dtype == "int8" or shape.c_width % (PAIR * CHUNK):
+        return f"it takes a 16-bit cache and C of 128, 256, .. 512, not {shape.cache_dtype} and {shape.c_width}"
+    return why_not_decode(shape, gpu)
+
+
 def row_blocks(rows: int, c_width: int, int8: bool) -> tuple[int, int]:
     """(rows of a block, blocks): the fewest blocks whose accumulators fit in the registers of a warpgroup."""
     most = min(_ACCUMULATOR // c_width, 64 if int8 else 128) // 8 * 8
@@ -60,6 +68,12 @@ def configure(shape: DecodeShape, gpu: Gpu) -> Config:
     return Config(stages(q_stages, consumers), max(gpu.num_sms // blocks, 1), consumers, q_stages)
 
 
+def configure_rows_on_m(shape: DecodeShape, gpu: Gpu) -> Config:
+    """The configuration with rows on wgmma's M axis, for many heads."""
+    blocks = -(-shape.queries * shape.heads // ROWS_ON_M)
+    return Config(PAIR, max(gpu.num_sms // blocks, 1), consumers=2, q_stages=1, rows_on_m=True)
+
+
 def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scales_P2S, config: Config | None = None):
     """See `latent_attention.decode`; `config` instead of `configure`'s. Returns (out_BTHC, lse_BTH)."""
     shape, gpu = DecodeShape.of(q_BTHW, c_PSC, k_rope_PSR, block_table_BN), local_gpu()
@@ -68,8 +82,11 @@ def decode(q_BTHW, c_PSC, k_rope_PSR, lengths_B, *, scale, block_table_BN, scale
     batch, queries, heads, c_width = shape[:4]
     rows = queries * heads
     row_block, blocks = row_blocks(rows, c_width, scales_P2S is not None)
+    tile, min_tiles = TILE, _MIN_TILES
+    if config.rows_on_m:
+        row_block, blocks, tile, min_tiles = ROWS_ON_M, -(-rows // ROWS_ON_M), PAIR * TILE, _MIN_TILES // PAIR
     q_BRW = jnp.pad(q_BTHW.reshape(batch, rows, -1), ((0, 0), (0, row_block * blocks - rows), (0, 0)))
-    tiles = schedule(lengths_B, shape.pages_per_row * shape.page_size, TILE, config.num_ctas, _MIN_TILES)
+    tiles = schedule(lengths_B, shape.pages_per_row * shape.page_size, tile, config.num_ctas, min_tiles)
     partial, stats = partials(
         q_BRW, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, tiles, heads=heads, queries=queries, scale=scale,
         config=config, row_block=row_block,

@@ -100,7 +100,8 @@ class Consumer:
                 clear_rows(smem.c.at[stage], split.kv_len - base)  # it may be NaN, and 0 x NaN is NaN
             scores = self._scores(stage, q_stage)
         if masked:
-            scores = jnp.where(iota(params.s_shape, 0) + base < self._visible(split), scores, MASKED)
+            visible = visible_tokens(params, split, self.row_block, params.s_shape, 1)
+            scores = jnp.where(iota(params.s_shape, 0) + base < visible, scores, MASKED)
 
         # m_i' = max(m_i, max S), less `headroom`; O^T and the sums of P times alpha = 2^(m_i - m_i')
         new_m_i = jnp.maximum(m_i, reduce_columns("max", scores, smem.reduce_scratch.at[self.wg]) - params.headroom)
@@ -152,14 +153,6 @@ class Consumer:
         scores = multiply_int8(smem.k_rope.at[stage], smem.q_rope.at[q_stage], rope_scale)
         scores += multiply_int8(smem.c.at[stage], smem.q_c.at[q_stage], c_scale)
         return scores * broadcast_per_column(q_scale, s_shape) + broadcast_per_row(jnp.log2(c_scale), s_shape)
-
-    def _visible(self, split: Split):
-        """Tokens that each row sees, of the shape of S^T or a scalar; row r is query token r // heads."""
-        params = self.params
-        if params.queries == 1:
-            return split.kv_len
-        query = lax.div(iota(params.s_shape, 1) + self.row_block * params.row_block, params.heads)
-        return jnp.minimum(query + (split.length - params.queries + 1), split.kv_len)
 
     def _multiply_values(self, stage, acc, p):
         """O^T + V^T P: P is written to shared memory as [rows, tokens] and read from there, transposed, by wgmma."""
@@ -227,3 +220,14 @@ class Consumer:
                 self._rendezvous()  # both are read, and may be written again
             if own is not None:
                 self.refs.partial[self.row_block, split_index, pl.ds((first + wg) * CHUNK, CHUNK)] = own
+
+
+def visible_tokens(params: Params, split: Split, row_block, shape: tuple[int, int], row_axis: int):
+    """Tokens that each row of a block sees, of this shape with rows along `row_axis`, or a scalar.
+
+    Row r is query token r // heads.
+    """
+    if params.queries == 1:
+        return split.kv_len
+    query = lax.div(iota(shape, row_axis) + row_block * params.row_block, params.heads)
+    return jnp.minimum(query + (split.length - params.queries + 1), split.kv_len)

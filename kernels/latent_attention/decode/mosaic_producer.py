@@ -1,5 +1,7 @@
 """The producer warpgroup of the split-KV kernel for Hopper: TMA loads of queries and KV tiles into the pipeline."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -53,15 +55,21 @@ class Producer:
     def _load_tokens(self, split: Split, token, stage, to) -> None:
         """Loads `copy_tokens` tokens of a page to the tokens `to` of a stage, whose `produced` the loads complete."""
         params, refs, smem = self.params, self.refs, self.smem
-        page, offset = split.b, token
-        if params.paged:
-            # Tokens beyond kv_len come from page 0: their entries of the block table may be anything.
-            valid = token < split.kv_len
-            page_number = jnp.where(valid, lax.div(token, params.page_size), 0)
-            page = jnp.where(valid, refs.block_table[split.b, page_number], 0)
-            offset = lax.rem(token, params.page_size)
+        page, offset = locate(params, refs, split, token)
         tokens, produced = pl.ds(offset, params.copy_tokens), smem.produced.at[stage]
         plgpu.copy_gmem_to_smem(refs.c.at[page, tokens], smem.c.at[stage, to], produced)
         plgpu.copy_gmem_to_smem(refs.k_rope.at[page, tokens], smem.k_rope.at[stage, to], produced)
         for i in range(2 if params.int8 else 0):
             plgpu.copy_gmem_to_smem(refs.scales.at[page, i, tokens], smem.scales.at[stage, i, to], produced)
+
+
+def locate(params: Params, refs: Refs, split: Split, token) -> tuple[Any, Any]:
+    """(page, offset in it) of a token of the split's sequence.
+
+    Tokens beyond kv_len are in page 0: their entries of the block table may be anything.
+    """
+    if not params.paged:
+        return split.b, token
+    valid = token < split.kv_len
+    page_number = jnp.where(valid, lax.div(token, params.page_size), 0)
+    return jnp.where(valid, refs.block_table[split.b, page_number], 0), lax.rem(token, params.page_size)

@@ -24,6 +24,8 @@ class Config(NamedTuple):
     """Consumer warpgroups, 1 or 2: with 2, one has its softmax while the other's wgmma run."""
     q_stages: int = 2
     """Sequences whose queries are in shared memory at a time, 1 or 2."""
+    rows_on_m: bool = False
+    """Whether rows are on wgmma's M axis and not tokens, for many heads; see `mosaic_many_heads_consumer`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Smem(NamedTuple):
 
 def smem_types(params: Params, q_dtype, kv_dtype) -> list:
     """Allocations in the order of `Smem`, of which `p` and `inbox` are one; None where a call has no such array."""
-    stages, _, consumers, q_stages = params.config
+    stages, consumers, q_stages = params.config.stages, params.config.consumers, params.config.q_stages
     c_width, rope_width, row_block = params.c_width, params.rope_width, params.row_block
     loads = (4 if params.int8 else 2) * (TILE // params.copy_tokens)
     return [

@@ -19,9 +19,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from latent_attention.decode.mosaic_consumer import Consumer
-from latent_attention.decode.mosaic_producer import Producer
-from latent_attention.decode.mosaic_smem import Config, Params, Refs, Smem, smem_types
+from latent_attention.decode import (
+    mosaic_consumer,
+    mosaic_many_heads_consumer,
+    mosaic_many_heads_producer,
+    mosaic_many_heads_smem,
+    mosaic_producer,
+    mosaic_smem,
+)
+from latent_attention.decode.mosaic_smem import Config, Params, Refs
 from latent_attention.decode.tile_scheduler import CtaSplits, Schedule
 from latent_attention.hopper.smem_tiles import CHUNK
 from latent_attention.int8 import split_queries
@@ -71,19 +77,24 @@ def partials(
     if width % CHUNK:  # TMA's swizzled boxes do not divide these rows: the rotary part comes as an array of its own
         q_c, q_rope = q_BRW[..., : params.c_width], q_BRW[..., params.c_width :]
 
-    def kernel(refs: Refs, smem: Smem) -> None:
+    smem_module, producer, consumer = mosaic_smem, mosaic_producer.Producer, mosaic_consumer.Consumer
+    if config.rows_on_m:
+        smem_module, producer = mosaic_many_heads_smem, mosaic_many_heads_producer.Producer
+        consumer = mosaic_many_heads_consumer.Consumer
+
+    def kernel(refs: Refs, smem) -> None:
         cta, block, wg = lax.axis_index("cta"), lax.axis_index("row_block"), lax.axis_index("wg")
         splits = CtaSplits(refs.ctas, refs.sequences, cta, batch)
 
         @pl.when(wg == config.consumers)
         def _():
             plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            splits.for_each(Producer(params, refs, smem, block).run)
+            splits.for_each(producer(params, refs, smem, block).run)
 
         @pl.when(wg < config.consumers)
         def _():
             plgpu.set_max_registers(_CONSUMER_REGISTERS[config.consumers], action="increase")
-            splits.for_each(Consumer(params, refs, smem, cta, block, wg).run)
+            splits.for_each(consumer(params, refs, smem, cta, block, wg).run)
 
     inputs = [
         q_c, q_rope, q_scale_BR, c_PSC, k_rope_PSR, scales_P2S, block_table_BN, schedule.ctas_P7, schedule.sequences_B4,
@@ -92,14 +103,14 @@ def partials(
         jax.ShapeDtypeStruct((rows // row_block, params.num_splits, params.c_width, row_block), jnp.float32),
         jax.ShapeDtypeStruct((rows // row_block, params.num_splits, 2, row_block), jnp.float32),
     ]
-    scratch = smem_types(params, q_c.dtype, c_PSC.dtype)
+    scratch = smem_module.smem_types(params, q_c.dtype, c_PSC.dtype)
     present = [x is not None for x in (*inputs, *outputs, *scratch)]
 
     def entry(*refs):
         """Calls the kernel with None for optional arrays that the call does not have."""
         rest = iter(refs)
         all_refs = [next(rest) if is_present else None for is_present in present]
-        kernel(Refs(*all_refs[: len(Refs._fields)]), Smem.of(all_refs[len(Refs._fields) :]))
+        kernel(Refs(*all_refs[: len(Refs._fields)]), smem_module.Smem.of(all_refs[len(Refs._fields) :]))
 
     return plgpu.kernel(
         entry,

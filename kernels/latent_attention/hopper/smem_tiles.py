@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from latent_attention.hopper.mlir import add, constant, i32
+from latent_attention.hopper.mlir import add, constant, divmod_unsigned, i32, mul, thread_index
 
 LOWEST = -1e30
 """A finite stand-in for minus infinity: the difference of two of them is 0, not NaN."""
@@ -69,6 +69,43 @@ def broadcast_per_row(x, shape):
 def broadcast_per_column(x, shape):
     """Broadcasts x [N], one element per column, to [M, N]."""
     return lax.broadcast_in_dim(x, shape, [1])
+
+
+def opaque_zero():
+    """0, int32, of which LLVM does not know that it is, so that what depends on it is computed where it is used.
+
+    The wgmma descriptors of constant addresses would be computed before a loop, and take two registers each in it.
+    """
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+    def move(_):
+        zero: Any = llvm.inline_asm(i32(), [], "mov.u32 $0, 0;", "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(zero, (), is_signed=True)
+
+    return move()  # pyright: ignore[reportCallIssue]
+
+
+def store_transposed(ref, x) -> None:
+    """Writes a wgmma accumulator [64, N] of float32 to contiguous global memory [N, 64].
+
+    A warp writes whole sectors of 32 bytes: 8 rows of a column.
+    """
+    rows = x.shape[0]
+    assert rows == 64
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def write(_, ref, x):
+        warp, lane = divmod_unsigned(thread_index(), 32)
+        row, quad = divmod_unsigned(lane, 4)
+        own = add(mul(quad, 2 * rows), mul(warp, 16), row)
+        f32 = ir.F32Type.get()
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [own], f32)
+        for i, register in enumerate(x.registers.flat):  # two columns of one of the thread's two rows
+            for j in range(2):
+                offset = constant((i // 2 * 8 + j) * rows + i % 2 * 8)
+                llvm.store(vector.extract(register, [], [j]), mgpu.utils.getelementptr(pointer, [offset], f32))
+
+    write(ref, x)  # pyright: ignore[reportCallIssue]
 
 
 def any_above(x, limit: float):

@@ -13,7 +13,8 @@ import pytest
 import latent_attention
 from latent_attention import UnavailableError
 from latent_attention.call_shapes import DecodeShape
-from latent_attention.decode.mosaic import configure, row_blocks, why_not_decode
+from latent_attention.decode import mosaic
+from latent_attention.decode.mosaic import configure, configure_rows_on_m, row_blocks, why_not_decode, why_not_rows_on_m
 from latent_attention.gpu import make_gpu
 from latent_attention.hopper.int8_tiles import restore_order
 from latent_attention.int8 import RADIX, split_queries
@@ -26,8 +27,11 @@ SHAPE = DecodeShape(
 )  # fmt: skip
 
 
-def lower(implementation, *, batch=1, queries=1, heads=32, c=256, r=64, tokens=1000, pages=None, dtype="bfloat16"):
-    """Lowers `decode` for CUDA with an H200 in mind; `pages` a row if there is a block table."""
+def lower(op, *, batch=1, queries=1, heads=32, c=256, r=64, tokens=1000, pages=None, dtype="bfloat16"):
+    """Lowers `decode`, or an implementation of it, for CUDA with an H200 in mind.
+
+    `pages` a row if there is a block table.
+    """
     pool = batch * (pages or 1)
     arrays = {
         "q_BTHW": jax.ShapeDtypeStruct((batch, queries, heads, c + r), "bfloat16" if dtype == "int8" else dtype),
@@ -37,9 +41,8 @@ def lower(implementation, *, batch=1, queries=1, heads=32, c=256, r=64, tokens=1
         "block_table_BN": jax.ShapeDtypeStruct((batch, pages), jnp.int32) if pages else None,
         "scales_P2S": jax.ShapeDtypeStruct((pool, 2, tokens), jnp.float32) if dtype == "int8" else None,
     }
-    op = functools.partial(latent_attention.decode, scale=0.1, implementation=implementation)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H200)):
-        return jax.jit(lambda x: op(**x)).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(lambda x: op(**x, scale=0.1)).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -54,11 +57,22 @@ def lower(implementation, *, batch=1, queries=1, heads=32, c=256, r=64, tokens=1
     ids=str,
 )
 def test_it_lowers_for_cuda(call):
-    assert lower("mosaic", **call).count("mosaic_gpu") >= 2
+    assert lower(functools.partial(latent_attention.decode, implementation="mosaic"), **call).count("mosaic_gpu") >= 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [{"c": 512, "heads": 128}, {"c": 384, "r": 32, "heads": 50, "queries": 2, "tokens": 16, "pages": 9}],
+    ids=str,
+)
+def test_it_lowers_with_rows_on_m(call):
+    shape = SHAPE._replace(heads=call["heads"], queries=call.get("queries", 1))
+    op = functools.partial(mosaic.decode, config=configure_rows_on_m(shape, HOPPER))
+    assert lower(op, **call).count("mosaic_gpu") >= 2
 
 
 def test_it_is_chosen_on_hopper():
-    assert "mosaic_gpu" in lower("auto", c=64, heads=8)
+    assert "mosaic_gpu" in lower(functools.partial(latent_attention.decode, implementation="auto"), c=64, heads=8)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +91,12 @@ def test_it_is_chosen_on_hopper():
 def test_it_says_why_it_cannot_run(change, reason):
     assert why_not_decode(SHAPE, HOPPER) is None
     assert reason in (why_not_decode(SHAPE._replace(**change), HOPPER) or "")
+
+
+@pytest.mark.parametrize("change", [{"cache_dtype": "int8"}, {"c_width": 192}])
+def test_rows_on_m_are_for_some_shapes_only(change):
+    assert why_not_rows_on_m(SHAPE, HOPPER) is None
+    assert "16-bit cache and C of 128, 256" in (why_not_rows_on_m(SHAPE._replace(**change), HOPPER) or "")
 
 
 @pytest.mark.parametrize(
