@@ -60,12 +60,13 @@ def format_table(cells: Sequence[Cell]) -> str:
     lengths, name, values, by_place = grid(cells)
     rows = [[name, *(f"{format_length(length)} tokens" for length in lengths)]]
     for value in values:
-        rows.append([format_value(name, value), *(_entry(by_place[length, value]) for length in lengths)])
+        rows.append([format_value(name, value), *(format_cell(by_place[length, value]) for length in lengths)])
     *above, totals = _aligned(rows).splitlines()
     return "\n".join([*above, above[1], totals])
 
 
-def _entry(cell: Cell) -> str:
+def format_cell(cell: Cell) -> str:
+    """Correct/n [95 % interval in %], or the means where something else was measured, the perplexity for instance."""
     if cell.measures:
         return ", ".join(format_mean(name, mean) for name, mean in cell.means.items())
     correct = f"{cell.correct}" if isinstance(cell.correct, int) else f"{cell.correct:.2f}"
@@ -77,11 +78,12 @@ def format_rates(cells: Sequence[Cell]) -> str:
     totals = totals_by_length(cells)
     names = dict.fromkeys(name for cell in totals for name in cell.rates)
     rows = [["", *(f"{format_length(cell.length)} tokens" for cell in totals)]]
-    rows += [[name.replace("_", " "), *(_format_rate(cell.rates.get(name)) for cell in totals)] for name in names]
+    rows += [[name.replace("_", " "), *(format_rate(cell.rates.get(name)) for cell in totals)] for name in names]
     return _aligned(rows) if names else ""
 
 
-def _format_rate(rate: Rate | None) -> str:
+def format_rate(rate: Rate | None) -> str:
+    """A rate in %, its n and its interval; `-` without one."""
     if rate is None:
         return "-"
     low, high = rate.interval

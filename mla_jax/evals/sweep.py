@@ -15,6 +15,7 @@ from mla_jax.config import flatten
 from mla_jax.errors import InputError
 from mla_jax.evals.report import COLORS
 from mla_jax.evals.results import results_of_run
+from mla_jax.evals.results_table import format_markdown
 from mla_jax.files import atomic_file
 from mla_jax.training.summary import SUMMARY
 
@@ -95,8 +96,7 @@ def markdown_table(runs: Sequence[SweptRun]) -> str:
             numbers = f"{s['loss']:.4f}", f"{run.accuracy[1]:.1%}", f"{s['tokens_per_second']:,.0f}"
             row += [str(s["step"]), *numbers]
         rows.append([*row, *("{}/{}".format(*run.evaluations[t]) if t in run.evaluations else "" for t in tasks)])
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return format_markdown(rows)
 
 
 def _by_loss(run: SweptRun) -> tuple[bool, bool, float]:
