@@ -56,8 +56,11 @@ class Proof:
         return found if found.get("command") == step.run else {}
 
     def finished(self, step: Step) -> bool:
-        """Whether the step need not be run again."""
-        return "seconds" in self.record(step)
+        """Whether the step need not be run again: it finished after all that it needs began for the last time."""
+        record, needed = self.record(step), [each for each in self.steps if each.name in step.needs]
+        return "seconds" in record and all(
+            self.finished(each) and self.record(each)["date"] <= record["date"] for each in needed
+        )
 
     def run(self, only: list[str] | None = None) -> None:
         """Runs the steps that have not finished.
@@ -95,7 +98,7 @@ class Proof:
         record = {
             "command": step.run,
             "git_revision": git_revision(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(),
             "calls": self.record(step).get("calls", 0) + 1,
         }
         write_json(self._path(step, "json"), record)
@@ -122,7 +125,7 @@ class Proof:
         rows = [["step", "seconds", "calls"]]
         for step in self.steps:
             record = self.record(step)
-            values = (record.get(key, "") for key in ("seconds", "calls"))
+            values = (record.get(key, "") if self.finished(step) else "" for key in ("seconds", "calls"))
             rows.append([step.name, *map(str, values)])
         runs = read_runs([self.folder])
         return (results_table(runs) + "\n" if runs else "") + format_markdown(rows)
@@ -198,7 +201,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps, beside other calls for instance")
     parser.add_argument("--list", action="store_true", help="print the steps and run nothing")
     parser.add_argument("--tiny", action="store_true", help="all of it on a model that knows nothing, in FOLDER-tiny")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with one_line_errors():
         proof = read_proof(args.proof, args.overrides, tiny=args.tiny)
         if args.list:

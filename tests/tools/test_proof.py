@@ -125,6 +125,22 @@ def test_another_command_is_another_step(tmp_path):
     assert (tmp_path / "one").read_text() == "one " and (tmp_path / "two").read_text() == "two "
 
 
+def test_what_needs_a_step_is_run_after_it_again(tmp_path):
+    def proof(first: str) -> Proof:
+        steps = [step("a", appending(tmp_path / first)), step("b", appending(tmp_path / "b"), "a")]
+        return Proof(tmp_path / "proof", [*steps, step("c", appending(tmp_path / "c"))])
+
+    proof("one").run()
+    changed = proof("two")
+    assert not changed.finished(changed.steps[1]), "a has not run with this command"
+    record = tmp_path / "proof/steps/a.json"
+    record.write_text(json.dumps(json.loads(record.read_bytes()) | {"date": "2999-01-01T00:00:00+00:00"}))
+    again = proof("one")
+    assert [again.finished(each) for each in again.steps] == [True, False, True]
+    changed.run()
+    assert (tmp_path / "b").read_text() == "b b " and (tmp_path / "c").read_text() == "c "
+
+
 def test_only_some_steps(tmp_path):
     steps = [step(name, appending(tmp_path / name), *needs) for name, needs in (("a", ()), ("b", "a"), ("c", ()))]
     proof = Proof(tmp_path / "proof", steps)
@@ -195,5 +211,5 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert f"run_dir={tmp_path}/seed-0 " in out and not any(tmp_path.iterdir())
     code, out, err = call("--only", "passkey-0")
     assert code == 1 and err == "error: step passkey-0 needs seed-0, which has not finished; run that first\n"
-    code, out, err = call("nothing=1")
+    code, out, err = call("--list", "nothing=1")
     assert code == 2 and err.startswith("error: ") and "nothing" in err and err.count("\n") == 1
