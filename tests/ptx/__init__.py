@@ -14,8 +14,8 @@ Not modelled:
 
 - Time, the number of registers, clusters, programmatic dependent launch.
 - The memory model: every write is visible to all at once and in order, so a missing fence is not found.
-- That wgmma is asynchronous: it is complete once issued, so a missing wait for it is not found. A missing wait for a
-  copy is found only if in this order it has not arrived by then.
+- How long what is asynchronous takes: a missing wait for a copy is found only if in this order it has not arrived by
+  then. A wgmma is done as late as it may be, when it is waited for, with what shared memory holds by then.
 - Rounding of approximate instructions (ex2, rcp, ...), which are NumPy's in float32, and the order of sums in tensor
   cores, which are in float64.
 

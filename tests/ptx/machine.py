@@ -16,8 +16,6 @@ _ORDER_ONLY = (
     "prefetch.",
     "setmaxnreg.",
     "wgmma.fence.",
-    "wgmma.commit_group.",
-    "wgmma.wait_group.",
 )
 """Beginnings of opcodes that do nothing here, see the package's docstring."""
 _HANDLERS = arithmetic.HANDLERS | transfers.HANDLERS | tensor_cores.HANDLERS
@@ -159,6 +157,10 @@ class Warpgroup:
         self.registers: dict[str, np.ndarray] = {}
         self.counter = np.zeros(THREADS, np.int64)
         self.blocked, self.exited = np.zeros(THREADS, bool), np.zeros(THREADS, bool)
+        self.products: list[list[Callable[[], None]]] = [[]]
+        """What completes each wgmma that has been issued, by groups; the last one has not been committed."""
+        self.accumulators: dict[str, tuple[np.ndarray, int]] = {}
+        """By name of a register of which wgmma are under way: what it will hold, and the number of these."""
         self.polled = False
         """Whether something that may have to change was looked at since the last jump back."""
 

@@ -18,6 +18,10 @@ _SWIZZLE_OF_DESCRIPTOR = {1: SWIZZLES[3], 2: SWIZZLES[2], 3: SWIZZLES[1]}
 """Bytes by bits 62 and 63 of a matrix descriptor, which count the other way round."""
 
 
+_UNKNOWN = np.full(THREADS, 0xFFFFFFFF, np.uint32)
+"""An accumulator, float32 or int32, that must not be read."""
+
+
 def _numbers(raw: np.ndarray, kind: str) -> np.ndarray:
     """float64 of contiguous bytes, along the last axis."""
     if kind == "bf16":
@@ -104,7 +108,14 @@ def warp_product(instruction: Instruction, operands: Operands):
 
 
 def warpgroup_product(instruction: Instruction, operands: Operands):
-    """wgmma.mma_async of 16 bits and int8, done at once: A in registers or shared memory, B in shared memory."""
+    """wgmma.mma_async of 16 bits and int8, A in registers or shared memory, B in shared memory; and waiting for it.
+
+    It is done when it is waited for, with what shared memory holds by then; until then its accumulator holds NaN.
+    """
+    if instruction.opcode == "wgmma.commit_group.sync.aligned":
+        return lambda wg, mask: wg.products.append([])
+    if instruction.opcode == "wgmma.wait_group.sync.aligned":
+        return _wait(int(instruction.operands[0]))
     found = re.fullmatch(
         r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(16|32)\.(f32|s32)\.(bf16|f16|s8)\.\4", instruction.opcode
     )
@@ -125,15 +136,39 @@ def warpgroup_product(instruction: Instruction, operands: Operands):
     def step(wg, mask):
         if not mask.all():
             raise UnsupportedError(f"{instruction}: threads of the warpgroup are not together")
-        if in_registers:
-            matrix_a = np.concatenate(_fragments([read(wg) for read in reads_a], kind, 16))
-        else:
-            matrix_a = _described(wg.cta.shared, int(reads_a[0](wg)[0]), 64, k, kind, transposed_a)
-        product = matrix_a @ _described(wg.cta.shared, int(descriptor_b(wg)[0]), n, k, kind, transposed_b).T
-        for i, (read, write) in enumerate(zip(reads, writes, strict=True)):
-            part = product[thread_row + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (LANE % 4) + i % 2]
-            before = np.where(keep(wg), read(wg), np.uint32(0))
-            write(wg, mask, _add(before, part, kind == "s8"))
+        values_a, start_b, kept = [read(wg) for read in reads_a], int(descriptor_b(wg)[0]), keep(wg)
+        for name, read, write in zip(names, reads, writes, strict=True):
+            sums, products = wg.accumulators.get(name, (read(wg), 0))
+            wg.accumulators[name] = sums, products + 1
+            write(wg, mask, _UNKNOWN)
+
+        def complete():
+            if in_registers:
+                matrix_a = np.concatenate(_fragments(values_a, kind, 16))
+            else:
+                matrix_a = _described(wg.cta.shared, int(values_a[0][0]), 64, k, kind, transposed_a)
+            product = matrix_a @ _described(wg.cta.shared, start_b, n, k, kind, transposed_b).T
+            for i, (name, write) in enumerate(zip(names, writes, strict=True)):
+                part = product[thread_row + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (LANE % 4) + i % 2]
+                sums, products = wg.accumulators.pop(name)
+                sums = _add(np.where(kept, sums, np.uint32(0)), part, kind == "s8").view(np.uint32)
+                if products > 1:
+                    wg.accumulators[name] = sums, products - 1
+                else:
+                    write(wg, mask, sums)
+
+        wg.products[-1].append(complete)
+
+    return step
+
+
+def _wait(groups: int):
+    """wgmma.wait_group: completes the products of all committed groups but the last ones, of this number."""
+
+    def step(wg, mask):
+        while len(wg.products) > groups + 1:  # the last list is of no group yet
+            for complete in wg.products.pop(0):
+                complete()
 
     return step
 

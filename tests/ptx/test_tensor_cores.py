@@ -125,3 +125,19 @@ def test_a_product_of_a_warpgroup(kind, transposed_a, transposed_b, n, swizzle_b
     i = np.arange(accumulators)
     row = (16 * WARP + LANE // 4)[:, None] + 8 * (i // 2 % 2)
     np.testing.assert_array_equal(got, expected[row, 8 * (i // 4) + 2 * (LANE % 4)[:, None] + i % 2])
+
+
+@pytest.mark.parametrize(("statement", "before", "after"), [("", np.nan, 23), ("st.shared.b64 [%r5], 0;", np.nan, 7)])
+def test_a_product_of_a_warpgroup_is_done_when_it_is_waited_for(statement, before, after):
+    """The accumulator before and after the wait, of 7 + 16 if no thread clears B, all ones as A is, in between."""
+    body = f"""mov.b64 %rd30, {1 << 62 | 64 << 32 | (DYNAMIC_SHARED + 4096) >> 4}; setp.eq.u32 %p1, %r0, %r0;
+        mov.b64 %rd31, {1 << 62 | 64 << 32 | (DYNAMIC_SHARED + 1024) >> 4}; mov.u32 %r1, 0f40E00000; mov.u32 %r2, %r1;
+        mov.u32 %r3, %r1; mov.u32 %r4, %r1; shl.b32 %r5, %r0, 3; add.s32 %r5, %r5, {DYNAMIC_SHARED + 1024};
+        wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+            {{%r1, %r2, %r3, %r4}}, %rd30, %rd31, %p1, 1, 1, 0, 0;
+        wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; st.global.b32 [%rd11], %r1; {statement}
+        wgmma.wait_group.sync.aligned 0; st.global.b32 [%rd11+512], %r1;"""
+    machine, memory = launch(body, np.zeros((2, 128), np.float32))
+    machine.warpgroups[0].cta.shared.view(ml_dtypes.bfloat16)[:] = 1
+    machine.run()
+    np.testing.assert_array_equal(memory.view(np.float32)[:256].reshape(2, 128), [[before] * 128, [after] * 128])
