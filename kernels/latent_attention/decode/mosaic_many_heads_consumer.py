@@ -49,43 +49,59 @@ class Consumer:
 
     def run(self, split: Split) -> None:
         """The main loop over the pairs of tiles of a split, and the epilogue."""
-        for own, attend in enumerate((self._attend_first, self._attend_second)):
+        # Wait for the producer's loads of the queries of this sequence.
+        plgpu.barrier_wait(self.smem.q_produced)
+        for own, main_loop in enumerate((self._first_loop, self._second_loop)):
 
             @pl.when(self.wg == own)
-            def _(own=own, attend=attend):
-                self._run(split, own, attend)
+            def _(own=own, main_loop=main_loop):
+                accumulator = plgpu.WGMMAAccumulatorRef(self.o_shape, jnp.float32)
+                self._epilogue(split, own, *pl.run_scoped(functools.partial(main_loop, split), accumulator))
 
-    def _run(self, split: Split, own: int, attend) -> None:
-        params, smem = self.params, self.smem
-        # Wait for the producer's loads of the queries of this sequence.
-        plgpu.barrier_wait(smem.q_produced)
-        # The first pairs, which all queries see in full, need no mask.
-        unmasked = lax.div(jnp.maximum(jnp.minimum(split.length - params.queries + 1, split.kv_len), 0), PAIR * TILE)
-        unmasked = jnp.clip(unmasked, split.begin, split.end)
+    def _first_loop(self, split: Split, acc_ref):
+        """Consumer 0's (O_0, m_i, l_i) of a split."""
+        last = split.end - 1
+        unmasked = jnp.minimum(self._unmasked(split), last)
+        carry = *self._start(), self._first_scores(split, split.begin)
+        for begin, end, masked in ((split.begin, unmasked, False), (unmasked, last, True)):
+            carry = lax.fori_loop(begin, end, functools.partial(self._attend_first, split, acc_ref, masked), carry)
+        plgpu.barrier_arrive(self.smem.q_consumed)
+        return self._attend_first(split, acc_ref, True, last, carry, is_last=True)
 
-        def main_loop(acc_ref):
-            carry = self._per_row(LOWEST), self._per_row(0)
-            for begin, end, masked in ((split.begin, unmasked, False), (unmasked, split.end, True)):
-                carry = lax.fori_loop(begin, end, functools.partial(attend, split, acc_ref, masked), carry)
-            # When both consumers have arrived, the producer may load the queries of another sequence there.
-            plgpu.barrier_arrive(smem.q_consumed)
-            return acc_ref[...], *carry
+    def _second_loop(self, split: Split, acc_ref):
+        """Consumer 1's (O_1, m_i, l_i) of a split."""
+        unmasked, carry = self._unmasked(split), self._start()
+        for begin, end, masked in ((split.begin, unmasked, False), (unmasked, split.end, True)):
+            carry = lax.fori_loop(begin, end, functools.partial(self._attend_second, split, acc_ref, masked), carry)
+        plgpu.barrier_arrive(self.smem.q_consumed)
+        return acc_ref[...], *carry
 
-        acc, m_i, l_i = pl.run_scoped(main_loop, plgpu.WGMMAAccumulatorRef(self.o_shape, jnp.float32))
-        self._epilogue(split, own, acc, m_i, l_i)
+    def _unmasked(self, split: Split):
+        """One past the split's last pair that needs no mask: all queries see it, and those before, in full."""
+        tokens = jnp.maximum(jnp.minimum(split.length - self.params.queries + 1, split.kv_len), 0)
+        return jnp.clip(lax.div(tokens, PAIR * TILE), split.begin, split.end)
 
-    def _attend_first(self, split: Split, acc_ref, masked: bool, i, carry):
-        """Consumer 0's part of pair i of the split: (m_i, l_i) with it."""
-        tiles, base, (m_i, l_i) = self.smem.tiles(), i * PAIR * TILE, carry
-        valid = split.kv_len - base if masked else None
+    def _start(self):
+        """(m_i, l_i) of no tokens."""
+        rows = (self.params.row_block,)
+        return tuple(plgpu.layout_cast(jnp.full(rows, value, jnp.float32), PER_ROW) for value in (LOWEST, 0))
+
+    def _first_scores(self, split: Split, i, after=lambda: None):
+        """S of consumer 0's tile of pair i; after() is called when the first of its wgmma have been issued."""
+        tiles, valid = self.smem.tiles(), split.kv_len - i * PAIR * TILE
 
         def multiply(s_ref):
             self._multiply_half(s_ref, tiles, 0, 0, valid)
+            after()
             self._multiply_half(s_ref, tiles, 0, 1, valid)
             return s_ref[...]
 
-        scores = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(self.s_shape, jnp.float32))
-        m_0, p, p_sum = self._softmax(split, scores, tiles, 0, base, m_i, masked)
+        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(self.s_shape, jnp.float32))
+
+    def _attend_first(self, split: Split, acc_ref, masked: bool, i, carry, is_last: bool = False):
+        """Consumer 0's part of pair i: (m_i, l_i, S of the next pair) with it, or if it is the last (O_0, m_i, l_i)."""
+        tiles, (m_i, l_i, scores) = self.smem.tiles(), carry
+        m_0, p, p_sum = self._softmax(split, scores, tiles, 0, i * PAIR * TILE, m_i, masked)
         l_i = self._rescale(acc_ref, l_i, m_i, m_0) + p_sum
         plgpu.wgmma(acc_ref, p, tiles.c[0][0])
         self._release(0, 0)
@@ -93,14 +109,16 @@ class Consumer:
         l_i = self._rescale(acc_ref, l_i, m_0, m_1)
         plgpu.barrier_wait(self.smem.p_ready.at[1])
         plgpu.wgmma(acc_ref, tiles.p[1], tiles.c[1][0])
-        # Not left under way into the next step, where ptxas would serialise all wgmma.
-        self._release(1, 0)
-        return m_1, l_i
+        if is_last:
+            self._release(1, 0)
+            return acc_ref[...], m_1, l_i
+        # S of the next pair follows without a gap. ptxas would serialise all wgmma if one were under way between steps.
+        return m_1, l_i, self._first_scores(split, i + 1, lambda: self._release(1, 0, under_way=1))
 
     def _attend_second(self, split: Split, acc_ref, masked: bool, i, carry):
         """Consumer 1's part of pair i of the split: (m_i, l_i) with it."""
         tiles, base, (m_i, l_i) = self.smem.tiles(), (i * PAIR + 1) * TILE, carry
-        valid = split.kv_len - base if masked else None
+        valid = split.kv_len - base
 
         def multiply(s_ref):
             self._multiply_half(s_ref, tiles, 1, 1, valid)
@@ -122,14 +140,17 @@ class Consumer:
     def _multiply_half(self, s_ref, tiles: Tiles, tile: int, half: int, valid) -> None:
         """S += Q C^T over a half of the width, and with the half that is not the tile's own the rotary part.
 
-        Tokens from `valid` on, if it is not None, may be NaN: they are cleared, because 0 x NaN is NaN.
+        Tokens from `valid` on may be NaN: they are cleared, because 0 x NaN is NaN.
         """
         is_own = half == tile
         # Wait for the producer's loads of the half.
         plgpu.barrier_wait((self.smem.own_produced if is_own else self.smem.other_produced).at[tile])
         c_ref = tiles.c[tile][half]
-        if valid is not None:
+
+        @pl.when(valid < TILE)
+        def _():
             clear_rows(c_ref, valid)
+
         plgpu.wgmma(s_ref, tiles.q_c[half], c_ref.transpose((1, 0)))
         if not is_own:
             plgpu.wgmma(s_ref, tiles.q_rope, tiles.k_rope[tile].transpose((1, 0)))
@@ -166,13 +187,10 @@ class Consumer:
         plgpu.barrier_wait(self.smem.m_ready.at[tile])
         return load_as(self.smem.m_i.at[tile], PER_ROW)
 
-    def _release(self, tile: int, half: int) -> None:
-        """Waits for all wgmma, and lets the producer load the next values there."""
-        plgpu.wgmma_wait(0)
+    def _release(self, tile: int, half: int, under_way: int = 0) -> None:
+        """Waits for all wgmma but the last ones, of this number, and lets the producer load the next values there."""
+        plgpu.wgmma_wait(under_way)
         plgpu.barrier_arrive(self.smem.consumed.at[PAIR * tile + half])
-
-    def _per_row(self, value: float):
-        return plgpu.layout_cast(jnp.full((self.params.row_block,), value, jnp.float32), PER_ROW)
 
     def _epilogue(self, split: Split, own: int, acc, m_i, l_i) -> None:
         """Writes a half of O^T (not divided by l_i), m_i and l_i at the split index."""
