@@ -87,8 +87,15 @@ def to_shared(matrix, swizzle_bytes, transposed):
     return out.reshape(-1), 8 * swizzle_bytes, 8 * width
 
 
+def held_by_threads(accumulator):
+    """[threads, N / 2] of the accumulator [64, N] of a wgmma."""
+    i = np.arange(accumulator.shape[1] // 2)
+    row = (16 * WARP + LANE // 4)[:, None] + 8 * (i // 2 % 2)
+    return accumulator[row, 8 * (i // 4) + 2 * (LANE % 4)[:, None] + i % 2]
+
+
 @pytest.mark.parametrize("swizzle_bytes", [32, 64, 128])
-@pytest.mark.parametrize("n", [16, 64])
+@pytest.mark.parametrize("n", [16, 64, 256])
 @pytest.mark.parametrize(
     ("kind", "transposed_a", "transposed_b"),
     [("s8", 0, 0), *((kind, a, b) for kind in ("bf16", "f16") for a in (0, 1) for b in (0, 1))],
@@ -122,9 +129,31 @@ def test_a_product_of_a_warpgroup(kind, transposed_a, transposed_b, n, swizzle_b
     machine.run()
     got = memory[: 128 * 4 * accumulators].view(np.int32 if kind == "s8" else np.float32).reshape(128, -1)
     expected = 2 * (a[:, last:].astype(int) @ b[:, last:].astype(int).T)  # the first of the two products starts at 0
-    i = np.arange(accumulators)
-    row = (16 * WARP + LANE // 4)[:, None] + 8 * (i // 2 % 2)
-    np.testing.assert_array_equal(got, expected[row, 8 * (i // 4) + 2 * (LANE % 4)[:, None] + i % 2])
+    np.testing.assert_array_equal(got, held_by_threads(expected))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_a_product_of_a_warpgroup_with_registers(kind):
+    """A in registers: each warp has 16 rows, as in mma.m16n8k16. B is transposed."""
+    n, a, b = 64, draw(kind, 64, 16), draw(kind, 64, 16)
+    places = [(16 * WARP + LANE // 4 + down, 2 * (LANE % 4) + right) for right in (0, 8) for down in (0, 8)]
+    fragments = np.stack([np.stack([a[row, column + i] for i in range(2)], 1) for row, column in places], 1)
+    names = [f"%r{100 + i}" for i in range(n // 2)]
+    raw, leading, stride = to_shared(b, 128, True)
+    descriptor = (DYNAMIC_SHARED + 1024) >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 62
+    body = f"""mul.wide.u32 %rd20, %r0, 16; add.s64 %rd21, %rd2, %rd20; mov.b64 %rd30, {descriptor};
+        ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%rd21]; setp.ne.u32 %p1, %r0, %r0;
+        {"".join(f"mov.u32 {name}, 7;" for name in names)} wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{", ".join(names)}}}, {{%r1, %r2, %r3, %r4}}, %rd30,
+            %p1, 1, 1, 1;
+        wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+        mul.wide.u32 %rd20, %r0, {2 * n}; add.s64 %rd21, %rd1, %rd20;
+        {"".join(f"st.global.b32 [%rd21+{4 * i}], {name};" for i, name in enumerate(names))}"""
+    machine, memory = launch(body, np.zeros((128, n // 2), np.float32), np.ascontiguousarray(fragments))
+    machine.warpgroups[0].cta.shared[DYNAMIC_SHARED + 1024 :][: raw.size] = raw
+    machine.run()
+    got = memory[: 128 * 2 * n].view(np.float32).reshape(128, -1)
+    np.testing.assert_array_equal(got, held_by_threads(a.astype(int) @ b.astype(int).T))
 
 
 @pytest.mark.parametrize(("statement", "before", "after"), [("", np.nan, 23), ("st.shared.b64 [%r5], 0;", np.nan, 7)])

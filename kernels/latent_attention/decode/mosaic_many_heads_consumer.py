@@ -166,6 +166,7 @@ class Consumer:
             visible = visible_tokens(params, split, self.row_block, shape, 0)
             scores = jnp.where(iota(shape, 1) + base < visible, scores, MASKED)
         m_i = jnp.maximum(m_i, jnp.max(scores, axis=1) - params.headroom)
+        # m_i of the pair before has been read: its reader then released the half that was loaded for these scores.
         smem.m_i[tile] = m_i
         plgpu.barrier_arrive(smem.m_ready.at[tile])
         p = jnp.exp2(scores - broadcast_per_row(m_i, shape))
