@@ -124,6 +124,15 @@ def compile_module(module: bytes, addresses: tuple[int, ...]) -> tuple[str, Simp
         return (Path(folder) / "kernel.ptx").read_text(), launch
 
 
+def ptxas(ptx: str) -> str:
+    """What ptxas says of PTX for Hopper: registers that it spills, wgmma that it serialises."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [WHEELS / "nvidia" / "cu13" / "bin" / "ptxas", "-v", "-arch=sm_90a", "-o", "/dev/null", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 @functools.cache
 def _driver() -> Path:
     """fake_cuda.c as the library that others know as libcuda.so.1."""
