@@ -41,26 +41,34 @@ class Proof:
     """Steps that run one after another, each once.
 
     FOLDER/steps has of each NAME.log, all its output, and NAME.json: command, git_revision and date of the last call,
-    calls, and seconds, the wall time of the last call, if the step finished.
+    calls, and seconds, the wall time of the last call, if the step finished. A step that was called keeps its command,
+    since a training goes on, or has ended, where another one left it.
     """
 
     def __init__(self, folder: Path, steps: list[Step]):
         self.folder, self.steps = folder, steps
 
     def record(self, step: Step) -> dict[str, Any]:
-        """What NAME.json says of a step; empty if it was not called yet, or with another command."""
+        """What NAME.json says of a step, empty if it was not called yet.
+
+        Raises:
+            InputError: it was called with another command.
+        """
+        path = self._path(step, "json")
         try:
-            found = json.loads(self._path(step, "json").read_bytes())
+            found = json.loads(path.read_bytes())
         except (OSError, ValueError):
             return {}
-        return found if found.get("command") == step.run else {}
+        if found["command"] != step.run:
+            raise InputError(
+                f"step {step.name} was called with another command, which {path} has; choose another folder=FOLDER, or "
+                "delete that file and, if the step trained, its run"
+            )
+        return found
 
     def finished(self, step: Step) -> bool:
-        """Whether the step need not be run again: it finished after all that it needs began for the last time."""
-        record, needed = self.record(step), [each for each in self.steps if each.name in step.needs]
-        return "seconds" in record and all(
-            self.finished(each) and self.record(each)["date"] <= record["date"] for each in needed
-        )
+        """Whether the step need not be run again."""
+        return "seconds" in self.record(step)
 
     def run(self, only: list[str] | None = None) -> None:
         """Runs the steps that have not finished.
@@ -70,7 +78,7 @@ class Proof:
 
         Raises:
             UsageError: there is no step of such a name.
-            InputError: a step failed, runs already, or needs one that has not finished.
+            InputError: a step failed, needs one that has not finished, or was called with another command.
             SystemExit: Ctrl-C or SIGTERM, which the step gets too; its code is INTERRUPTED.
         """
         if unknown := set(only or ()) - {step.name for step in self.steps}:
@@ -85,14 +93,17 @@ class Proof:
         if lacking:
             raise InputError(f"step {step.name} needs {', '.join(lacking)}, which has not finished; run that first")
         self._path(step, "log").parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._path(step, "lock"))
         try:
-            with FileLock(self._path(step, "lock"), timeout=0):
-                if self.finished(step):
-                    print(f"== {step.name}: finished before, in {self.record(step)['seconds']:.0f} s", flush=True)
-                else:
-                    self._call(step)
-        except Timeout as e:
-            raise InputError(f"step {step.name} is running already, in another call of this proof") from e
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            print(f"== {step.name}: waiting for another call, which runs it", flush=True)
+            held = lock.acquire()
+        with held:
+            if self.finished(step):
+                print(f"== {step.name}: finished before, in {self.record(step)['seconds']:.0f} s", flush=True)
+            else:
+                self._call(step)
 
     def _call(self, step: Step) -> None:
         record = {
@@ -106,27 +117,27 @@ class Proof:
         start = time.perf_counter()
         code, stopped = _tee(step.run, self._path(step, "log"))
         seconds = round(time.perf_counter() - start, 1)
-        if stopped and code:
-            print(f"Stopped in step {step.name}; the same command goes on from there", flush=True)
-            sys.exit(INTERRUPTED)
-        if code:
+        if code and not stopped:
             log = self._path(step, "log")
             raise InputError(
                 f"step {step.name} failed with exit code {code}, see {log}; the same command tries it again"
             )
-        write_json(self._path(step, "json"), record | {"seconds": seconds})
-        print(f"== {step.name}: {seconds:.0f} s", flush=True)
+        if code == 0:
+            write_json(self._path(step, "json"), record | {"seconds": seconds})
+            print(f"== {step.name}: {seconds:.0f} s", flush=True)
+        if stopped:
+            print(f"Stopped in step {step.name}; the same command goes on from there", flush=True)
+            sys.exit(INTERRUPTED)
 
     def _path(self, step: Step, suffix: str) -> Path:
         return self.folder / "steps" / f"{step.name}.{suffix}"
 
     def tables(self) -> str:
         """The results in the folder, if there are any, and what each step took, in Markdown."""
-        rows = [["step", "seconds", "calls"]]
+        rows = [["step", "seconds", "calls", "commit"]]
         for step in self.steps:
-            record = self.record(step)
-            values = (record.get(key, "") if self.finished(step) else "" for key in ("seconds", "calls"))
-            rows.append([step.name, *map(str, values)])
+            record = self.record(step) if self.finished(step) else {}
+            rows.append([step.name, *(str(record.get(key) or "") for key in ("seconds", "calls", "git_revision"))])
         runs = read_runs([self.folder])
         return (results_table(runs) + "\n" if runs else "") + format_markdown(rows)
 
@@ -138,35 +149,33 @@ def _tee(command: str, log: Path) -> tuple[int, bool]:
         Its exit code, and whether it was told to stop.
     """
     arguments = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    told = []
-    with (
-        log.open("a", encoding="utf-8") as file,
-        subprocess.Popen(
-            arguments,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            process_group=0,
-        ) as process,
-    ):
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    told, too_early, process = False, [], None
 
-        def stop(number: int, _: object) -> None:
-            told.append(number)
-            process.send_signal(number)
+    def stop(number: int, _: object) -> None:
+        nonlocal told
+        told = True
+        too_early.append(number) if process is None else process.send_signal(number)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with log.open("a", encoding="utf-8") as file:
             print(f"$ {command}", file=file, flush=True)
+            process = subprocess.Popen(
+                arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                env=environment, process_group=0,
+            )  # fmt: skip
+            for number in too_early:
+                process.send_signal(number)
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
                 print(line, end="", file=file, flush=True)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    return process.returncode, bool(told)
+            process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return process.returncode, told
 
 
 def read_proof(name: str, overrides: list[str], *, tiny: bool = False) -> Proof:
@@ -197,7 +206,7 @@ def main() -> None:
         "times as Markdown tables. Interrupted, the same command goes on. Output and times of each step: FOLDER/steps.",
     )
     parser.add_argument("proof", choices=PROOFS)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the file, folder=FOLDER for instance")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the file; before --only")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps, beside other calls for instance")
     parser.add_argument("--list", action="store_true", help="print the steps and run nothing")
     parser.add_argument("--tiny", action="store_true", help="all of it on a model that knows nothing, in FOLDER-tiny")

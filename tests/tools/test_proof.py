@@ -119,26 +119,13 @@ def test_it_says_which_step_failed_and_goes_on_there(tmp_path, capsys):
     assert table == ["| step", "| ---", "| a", "| b", "| c"]
 
 
-def test_another_command_is_another_step(tmp_path):
-    for run in ("one", "two", "two"):
-        Proof(tmp_path / "proof", [step("a", appending(tmp_path / run))]).run()
+def test_a_step_keeps_its_command(tmp_path):
+    Proof(tmp_path / "proof", [step("a", appending(tmp_path / "one"))]).run()
+    with pytest.raises(InputError, match=r"step a was called with another command, which .*/steps/a\.json has; choose"):
+        Proof(tmp_path / "proof", [step("a", appending(tmp_path / "two"))]).run()
+    (tmp_path / "proof/steps/a.json").unlink()
+    Proof(tmp_path / "proof", [step("a", appending(tmp_path / "two"))]).run()
     assert (tmp_path / "one").read_text() == "one " and (tmp_path / "two").read_text() == "two "
-
-
-def test_what_needs_a_step_is_run_after_it_again(tmp_path):
-    def proof(first: str) -> Proof:
-        steps = [step("a", appending(tmp_path / first)), step("b", appending(tmp_path / "b"), "a")]
-        return Proof(tmp_path / "proof", [*steps, step("c", appending(tmp_path / "c"))])
-
-    proof("one").run()
-    changed = proof("two")
-    assert not changed.finished(changed.steps[1]), "a has not run with this command"
-    record = tmp_path / "proof/steps/a.json"
-    record.write_text(json.dumps(json.loads(record.read_bytes()) | {"date": "2999-01-01T00:00:00+00:00"}))
-    again = proof("one")
-    assert [again.finished(each) for each in again.steps] == [True, False, True]
-    changed.run()
-    assert (tmp_path / "b").read_text() == "b b " and (tmp_path / "c").read_text() == "c "
 
 
 def test_only_some_steps(tmp_path):
@@ -154,37 +141,45 @@ def test_only_some_steps(tmp_path):
     assert all(proof.finished(each) for each in steps)
 
 
-def test_a_step_runs_once_at_a_time(tmp_path):
-    proof = Proof(tmp_path / "proof", [step("a", appending(tmp_path / "a"))])
+def start(proof: Path, step: Step) -> subprocess.Popen:
+    """A process, in a group of its own, that runs a proof of one step."""
+    code = (
+        f"from pathlib import Path; from tools.proof import Proof, Step; Proof(Path({str(proof)!r}), [{step!r}]).run()"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def test_a_step_that_another_call_runs_is_waited_for(tmp_path):
     (tmp_path / "proof" / "steps").mkdir(parents=True)
-    with FileLock(tmp_path / "proof/steps/a.lock"), pytest.raises(InputError, match="step a is running already"):
-        proof.run()
-    proof.run()
+    with FileLock(tmp_path / "proof/steps/a.lock"):
+        process = start(tmp_path / "proof", step("a", appending(tmp_path / "a")))
+        assert process.stdout is not None
+        assert process.stdout.readline() == "== a: waiting for another call, which runs it\n"
+        assert not (tmp_path / "a").exists()
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and (tmp_path / "a").read_text() == "a "
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_step_once_and_ends_the_call(number, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("code", [130, 0])
+def test_a_signal_reaches_the_step_once_and_ends_the_call(number, code, tmp_path):
     (tmp_path / "step.py").write_text(
         "import signal, sys, time\n"
         "told = []\n"
-        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n"
         "    signal.signal(number, lambda number, _: told.append(number))\n"
         "print('ready')\n"
         "while not told:\n"
         "    time.sleep(0.01)\n"
         "time.sleep(0.3)\n"
         "print('told', *map(int, told))\n"
-        "sys.exit(130)\n"
+        f"sys.exit({code})\n"
     )
     step = Step("a", f"python {tmp_path / 'step.py'}")
-    code = (
-        "from pathlib import Path; from tools.proof import Proof, Step\n"
-        f"Proof(Path({str(tmp_path / 'proof')!r}), [{step!r}]).run()"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    process = start(tmp_path / "proof", step)
     assert process.stdout is not None
     for line in process.stdout:
         if line == "ready\n":
@@ -192,24 +187,38 @@ def test_a_signal_reaches_the_step_once_and_ends_the_call(number, tmp_path):
             break
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert out == f"told {int(number)}\nStopped in step a; the same command goes on from there\n"
-    assert not Proof(tmp_path / "proof", [step]).finished(step)
+    assert out.startswith(f"told {int(number)}\n")
+    assert out.endswith("Stopped in step a; the same command goes on from there\n")
+    assert Proof(tmp_path / "proof", [step]).finished(step) == (code == 0)
+
+
+def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command line."""
+    monkeypatch.setattr(sys, "argv", ["proof", *arguments])
+    code: Any = 0
+    try:
+        tool.main()
+    except SystemExit as e:
+        code = e.code
+    return code, *capsys.readouterr()
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["proof", "small_128k", f"folder={tmp_path}", *arguments])
-        code: Any = 0
-        try:
-            tool.main()
-        except SystemExit as e:
-            code = e.code
-        return code, *capsys.readouterr()
-
-    code, out, _ = call("--list")
+    here = functools.partial(call, monkeypatch, capsys, "small_128k", f"folder={tmp_path}")
+    code, out, _ = here("--list")
     assert code == 0 and out.count("    python -m ") == len(read_proof("small_128k", []).steps)
     assert f"run_dir={tmp_path}/seed-0 " in out and not any(tmp_path.iterdir())
-    code, out, err = call("--only", "passkey-0")
+    code, out, err = here("--only", "passkey-0")
     assert code == 1 and err == "error: step passkey-0 needs seed-0, which has not finished; run that first\n"
-    code, out, err = call("--list", "nothing=1")
+    code, out, err = here("--list", "nothing=1")
     assert code == 2 and err.startswith("error: ") and "nothing" in err and err.count("\n") == 1
+
+
+@pytest.mark.integration
+def test_a_whole_proof_with_a_model_that_learns_nothing(tmp_path, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "passkey_1m", f"folder={tmp_path / 'proof'}", "--tiny")
+    assert code == 0
+    results, steps = out.split("\n\n")[-3:-1], out.split("\n\n")[-1].splitlines()
+    assert any(line.startswith("| ") and "/" in line for line in results[0].splitlines())
+    assert [line.split(" | ")[2] for line in steps[2:]] == ["1"] * 8
+    assert (tmp_path / "proof-tiny" / "attention.json").exists()
