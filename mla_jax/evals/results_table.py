@@ -61,7 +61,7 @@ def _rows(results: Results) -> Iterator[tuple[str, dict[int, str]]]:
 
 
 def _sources(results: Sequence[Results]) -> Iterator[str]:
-    """What results have in common of hardware, JAX and commit, and the days of their dates."""
+    """Lines that name what results have in common: hardware, JAX and commit, and the days of their dates."""
     days: dict[tuple[Any, ...], list[str]] = {}
     for each in results:
         source = tuple(each.provenance.get(key) for key in ("hardware", "jax", "git_revision"))

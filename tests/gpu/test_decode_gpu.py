@@ -300,24 +300,6 @@ def test_rows_on_m(case):
     check(_same(*results), expected(case), case.dtype)
 
 
-@pytest.mark.parametrize("lengths", [(5000,), (700, 64, 1)])
-def test_calls_in_a_row_may_start_before_the_previous_one_has_ended(lengths):
-    """Of both kernels of a call, by programmatic dependent launch; each call's queries are the output before."""
-    case = contiguous(lengths, 5000, heads=32, c_width=256, rope_width=64)
-    (q_BTHW, *cache, lengths_B), keywords = case.draw()
-    step = functools.partial(latent_attention.decode, **keywords, implementation="mosaic")
-    apart = jax.jit(step)
-
-    def calls(call, q_BTHW):
-        for _ in range(8):
-            out, lse = call(q_BTHW, *cache, lengths_B)
-            q_BTHW = jnp.concatenate([out, q_BTHW[..., out.shape[-1] :]], axis=-1)
-        return out, lse
-
-    for one, other in zip(calls(apart, q_BTHW), jax.jit(functools.partial(calls, step))(q_BTHW), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 @pytest.mark.parametrize(("c_width", "heads"), [(256, 32), (512, 16)])
 def test_auto_takes_the_fastest(c_width, heads):
     gpu = local_gpu()

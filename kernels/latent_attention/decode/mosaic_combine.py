@@ -172,7 +172,6 @@ def combine(partial_KPCR, stats_KP2R, splits_B2, *, dtype, num_sms: int):
     rows, columns, row_tiles = tile.rows, tile.columns, row_block // tile.rows
 
     def kernel(partial_ref, stats_ref, splits_ref, out_ref, lse_ref, *scratch):
-        plgpu.griddepcontrol_wait()  # for the first kernel, while whose last CTAs run this one may start
         chunk, b, row_tile, wg = (lax.axis_index(name) for name in ("chunk", "batch", "row_tile", "wg"))
         k, row = lax.div(row_tile, row_tiles), pl.ds(lax.rem(row_tile, row_tiles) * rows, rows)
         column, out_row = pl.ds(chunk * columns, columns), pl.ds(row_tile * rows, rows)

@@ -83,9 +83,6 @@ def partials(
         consumer = mosaic_many_heads_consumer.Consumer
 
     def kernel(refs: Refs, smem) -> None:
-        # By programmatic dependent launch, CTAs of `combine` take the SMs that become free while the last of these end.
-        plgpu.griddepcontrol_launch_dependents()
-        plgpu.griddepcontrol_wait()
         cta, block, wg = lax.axis_index("cta"), lax.axis_index("row_block"), lax.axis_index("wg")
         splits = CtaSplits(refs.ctas, refs.sequences, cta, batch)
 
