@@ -5,6 +5,7 @@ when preStop has ended, and SIGKILL would follow after the grace period. The ser
 and a tiny model.
 """
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -53,6 +54,19 @@ class Pod:
     def metric(self, name: str) -> float:
         """The sum over labels."""
         return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", self.metrics(), re.M))
+
+    @contextlib.contextmanager
+    def engine_held(self) -> Iterator[None]:
+        """Inside it the server takes requests and its engine, a process of its own, does nothing."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = [int(child) for task in tasks for child in task.read_text().split()]
+        for child in children:
+            os.kill(child, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGCONT)
 
     def kill(self) -> None:
         if alive(self.process.pid):
@@ -220,21 +234,28 @@ def test_a_server_that_cannot_start_ends_and_says_why_last(pods, manifests, tmp_
 
 
 def test_an_overload_is_answered_with_503_and_counted(pods, manifests):
-    """80 prompts of 100 tokens at once, where 4,096 may queue."""
-    assert settings(manifests)["max-num-queued-tokens"] == 4096
-    outcomes, queued = [], []
+    """80 prompts of 100 tokens, where the prompt that reaches 4,096 is the last to be let in.
+
+    They come while the engine is held, so that however fast it reads, none leaves the queue.
+    """
+    limit = settings(manifests)["max-num-queued-tokens"]
+    assert limit == 4096
+    taken = limit // 100 + 1
+    one, outcomes = pods[0], []
     clients = [
-        threading.Thread(target=lambda: outcomes.append(ask(pods[0].port, "x", False, prompt=100))) for _ in range(80)
+        threading.Thread(target=lambda: outcomes.append(ask(one.port, "x", False, prompt=100))) for _ in range(80)
     ]
+    with one.engine_held():
+        for client in clients:
+            client.start()
+        wait_until(lambda: len(outcomes) == 80 - taken, 120)
+        assert {outcome.status for outcome in outcomes} == {503}
+        assert one.metric("vllm:admission_rejections_total") == 80 - taken
+        assert one.metric("infinitecontext_queued_prompt_tokens") == 100 * taken
     for client in clients:
-        client.start()
-    while any(client.is_alive() for client in clients):
-        queued.append(pods[0].metric("infinitecontext_queued_prompt_tokens"))
-    statuses = [outcome.status for outcome in outcomes]
-    refused = statuses.count(503)
-    assert 0 < refused < 80 and statuses.count(200) == 80 - refused
-    assert pods[0].metric("vllm:admission_rejections_total") == refused
-    assert 100 <= max(queued) <= 4096 + 100 and pods[0].metric("infinitecontext_queued_prompt_tokens") == 0
+        client.join()
+    assert [outcome.status for outcome in outcomes].count(200) == taken
+    assert one.metric("infinitecontext_queued_prompt_tokens") == 0
 
 
 def test_a_rollout_loses_no_request(pods, manifests, tmp_path):
