@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from mla_jax.errors import InputError
 
 _NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
@@ -70,6 +72,21 @@ def atomic_folder(path: Path, *, replace: bool) -> Iterator[Path]:
         raise _could_not_write(path, e) from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The file at `path` is this block's alone: others on this machine that name it wait. Leaves a hidden file.
+
+    Raises:
+        InputError: the folder of `path` cannot be written to.
+    """
+    try:
+        held = FileLock(path.with_name(f".{path.name}.lock")).acquire()
+    except OSError as e:
+        raise _could_not_write(path, e) from e
+    with held:
+        yield
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2, parents: bool = True) -> None:

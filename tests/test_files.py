@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mla_jax.errors import InputError
-from mla_jax.files import atomic_file, atomic_folder, write_json
+from mla_jax.files import atomic_file, atomic_folder, locked, write_json
 from mla_jax.observability.goodput import Goodput
 
 REPLACING = functools.partial(atomic_folder, replace=True)
@@ -96,3 +96,9 @@ def test_a_folder_replaces_one_with_content_and_what_a_killed_process_left(tmp_p
         assert names(partial) == []
         (partial / "x").write_text("")
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["x"]
+
+
+def test_a_lock_that_cannot_be_taken_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="could not write"), locked(tmp_path / "file" / "report.html"):
+        pass

@@ -207,8 +207,9 @@ def main() -> None:
     )
     parser.add_argument("proof", choices=PROOFS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the file; before --only")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="only these steps, beside other calls for instance")
-    parser.add_argument("--list", action="store_true", help="print the steps and run nothing")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", metavar="STEP", help="only these steps, beside other calls for instance")
+    which.add_argument("--list", action="store_true", help="print the steps and run nothing")
     parser.add_argument("--tiny", action="store_true", help="all of it on a model that knows nothing, in FOLDER-tiny")
     args = parser.parse_intermixed_args()
     with one_line_errors():

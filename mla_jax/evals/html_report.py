@@ -21,7 +21,7 @@ from mla_jax.evals.report import (
     measured,
 )
 from mla_jax.evals.results import Results, results_in
-from mla_jax.files import atomic_file
+from mla_jax.files import atomic_file, locked
 from mla_jax.lengths import format_length
 
 REPORT = "report.html"
@@ -75,11 +75,15 @@ class Heatmap:
 def report_on(folder: Path) -> Path:
     """Writes FOLDER/report.html about all results in the folder, of which there is one at least; returns its path.
 
+    Of evaluations that end together the last to write has the results of all.
+
     Raises:
         InputError: results that cannot be read, or a file that cannot be written.
     """
-    write_report(results_in(folder), folder / REPORT)
-    return folder / REPORT
+    path = folder / REPORT
+    with locked(path):
+        write_report(results_in(folder), path)
+    return path
 
 
 def write_report(results: Sequence[Results], path: Path) -> None:

@@ -1,6 +1,7 @@
 """What holds for every task: interrupted it goes on, it notices what changed, and the report has all of its scores."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jsonschema
@@ -135,6 +136,14 @@ def test_results_fit_the_schema_and_the_report_has_every_score_of_every_cell(nam
     assert page.count("<td style=") == sum(len(cell.all_rates) + len(cell.means) for cell in cells)
     params = sorted({format_value(key, cell.params[key]) for cell in cells for key in cell.params if key != "length"})
     assert all(f'<th scope="row">{value}</th>' in page for value in params)
+
+
+def test_evaluations_that_end_together_write_one_report(ask, tmp_path):
+    ask(CONFIGS["passkey"], Generator(), "out")
+    alone = report_on(tmp_path / "out").read_bytes()
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(report_on, [tmp_path / "out"] * 24))
+    assert all(path.read_bytes() == alone for path in paths)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
