@@ -93,7 +93,7 @@ def test_wandb_shows_them_under_the_run_by_the_step_of_the_checkpoint(tmp_path):
     run_dir = trained(tmp_path / "run", "wandb")
     track(run_dir, RESULTS)
     wandb.teardown()  # `finish` returns before the file is whole
-    first, second = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    first, second = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
     assert wandb_file.run(first).run_id == wandb_file.run(second).run_id
     (row,) = wandb_file.history(second)
     assert {name: value for name, value in row.items() if name.startswith("eval/")} == {"eval/step": 6, **EXPECTED}

@@ -59,7 +59,7 @@ def config(folder, url: str, **settings) -> JudgeConfig:
     if not path.exists():
         path.write_text("".join(json.dumps(line(i)) + "\n" for i in range(len(GOLDS))))
     endpoint = EndpointConfig(base_url=url, model="one", input_price=3.0, output_price=6.0)
-    few = {"planted": 3, "pairs": 4, "retest": 5, "max_retries": 0, "timeout": 20}
+    few = {"planted": 3, "pairs": 4, "retest": 5, "max_retries": 0, "timeout": 300}
     return JudgeConfig(**{"answers": str(path), "judge": endpoint} | few | settings)
 
 
@@ -309,7 +309,7 @@ def test_an_endpoint_that_fails_is_named_in_one_line(tmp_path, answer, said):
 
 def test_an_endpoint_that_is_down_or_slow(tmp_path):
     asked = threading.Event()
-    with judge_server(lambda *_: asked.wait(20) or "GRADE: correct") as server:
+    with judge_server(lambda *_: asked.wait(300) or "GRADE: correct") as server:
         with pytest.raises(InputError, match=r"no reply within 1 s \(timeout\)"):
             judge(config(tmp_path, server.url, answers=one_answer(tmp_path), timeout=1, **NOTHING_ELSE))
         asked.set()
