@@ -23,7 +23,7 @@ class LlamaCpp:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=600) as response:
             return json.load(response)
 
     def tokenize(self, text: str, **options: Any) -> list[int]:
@@ -62,7 +62,7 @@ def serve(gguf: Path, context: int = CONTEXT, port: int = 0, threads: int = 2) -
             yield LlamaCpp(url.split()[1])
         finally:
             server.stdin.close()
-            server.wait(30)
+            server.wait(300)
 
 
 def main(gguf: str, context: str, port: str, threads: str) -> None:
