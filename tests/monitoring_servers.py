@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_server import free_port
+from processes import held_port
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy" / "monitoring"
@@ -38,8 +38,11 @@ MARKS = [
 ]
 
 
-def free_address() -> str:
-    return f"127.0.0.1:{free_port()}"
+@contextlib.contextmanager
+def free_address() -> Iterator[str]:
+    """HOST:PORT that nobody else is given."""
+    with held_port() as port:
+        yield f"127.0.0.1:{port}"
 
 
 def run(tool: str, *args: str | Path) -> str:
@@ -72,7 +75,7 @@ def start(tool: str, ready: str, log: Path, *args: str | Path) -> Iterator[subpr
         yield process
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 def answers(url: str) -> bool:
@@ -82,7 +85,7 @@ def answers(url: str) -> bool:
 
 
 def get(url: str, **headers: str) -> str:
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
         return response.read().decode()
 
 

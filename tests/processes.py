@@ -1,8 +1,10 @@
-"""What several processes print that wait for each other."""
+"""Processes that wait for each other: what they print, and a port for them."""
 
+import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 
 def printed_by(processes: Sequence[subprocess.Popen], timeout: float) -> list[tuple[str, str]]:
@@ -17,3 +19,12 @@ def printed_by(processes: Sequence[subprocess.Popen], timeout: float) -> list[tu
         for process in processes:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port of this machine that nobody else is given in the block, where one that sets SO_REUSEADDR can listen."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("", 0))
+        yield held.getsockname()[1]

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -25,6 +24,7 @@ import transformers
 from mla_jax.config import ModelConfig, YarnConfig
 from mla_jax.inference.generator import generate
 from mla_jax.model.transformer import abstract_params, bind
+from processes import held_port
 from tiny import MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +34,8 @@ NEW = 12
 TOLERANCE = 1e-4
 LONGEST = 512
 BLOCK = 16
+SECONDS = 900
+"""Until a server must have started: many, for a machine that does other things too."""
 YARN = YarnConfig(factor=8.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0)
 
 
@@ -113,7 +115,7 @@ class Server:
     port: int
     log: Path
 
-    def post(self, path: str, body: dict, timeout: float = 120):
+    def post(self, path: str, body: dict, timeout: float = 600):
         """The open response to a JSON request."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -125,7 +127,7 @@ class Server:
         with self.post("/v1/completions", completion_of(prompt, **options)) as response:
             return tokens_of(json.load(response)["choices"][0]["logprobs"])
 
-    def stop(self, seconds: float = 60) -> int:
+    def stop(self, seconds: float = 300) -> int:
         """Asks it to end, and gives its exit code; fails if it or a process of its does not end."""
         self.process.terminate()
         code = self.process.wait(seconds)
@@ -170,46 +172,42 @@ def tokens_of(logprobs: dict) -> tuple[list[int], list[float]]:
     return [int(token.removeprefix("token_id:")) for token in logprobs["tokens"]], logprobs["token_logprobs"]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @contextlib.contextmanager
-def serve(folder: Path, *flags: str, seconds: float = 300, **environment: str) -> Iterator[Server]:
+def serve(folder: Path, *flags: str, **environment: str) -> Iterator[Server]:
     """vLLM on a CPU, with the exported model `tiny`, ready for requests; killed afterwards if it still runs."""
     folder = folder.resolve()  # it runs in there
-    port, log = free_port(), folder.with_suffix(".log")
-    command = [
-        str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny",
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(LONGEST),
-        "--max-num-seqs", "8", "--enforce-eager", "--attention-backend", "CPU_MLA",
-        # vLLM's own rotary op for CPUs gives wrong tokens.
-        "--compilation-config", '{"custom_ops":["-rotary_embedding"]}', *flags,
-    ]  # fmt: skip
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "PYTHONPATH"))}
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            env=kept | settings | environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            start_new_session=True,  # its engine and workers are in its process group
-        )
-    try:
-        end = time.monotonic() + seconds
-        while not healthy(port):
-            assert process.poll() is None, f"vLLM ended with {process.returncode}:\n{log.read_text()[-6000:]}"
-            assert time.monotonic() < end, f"vLLM did not start within {seconds} s:\n{log.read_text()[-6000:]}"
-            time.sleep(0.5)
-        yield Server(process, port, log)
-    finally:
-        if alive(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    log = folder.with_suffix(".log")
+    with held_port() as port:
+        command = [
+            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+            "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+            "--max-model-len", str(LONGEST), "--max-num-seqs", "8", "--enforce-eager",
+            "--attention-backend", "CPU_MLA",
+            # vLLM's own rotary op for CPUs gives wrong tokens.
+            "--compilation-config", '{"custom_ops":["-rotary_embedding"]}', *flags,
+        ]  # fmt: skip
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "PYTHONPATH"))}
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                command,
+                env=kept | settings | environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                start_new_session=True,  # its engine and workers are in its process group
+            )
+        try:
+            end = time.monotonic() + SECONDS
+            while not healthy(port):
+                assert process.poll() is None, f"vLLM ended with {process.returncode}:\n{log.read_text()[-6000:]}"
+                assert time.monotonic() < end, f"vLLM did not start within {SECONDS} s:\n{log.read_text()[-6000:]}"
+                time.sleep(0.5)
+            yield Server(process, port, log)
+        finally:
+            if alive(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def healthy(port: int) -> bool:

@@ -25,7 +25,7 @@ def vllm(tmp_path_factory):
         pytest.skip(f"{PYTHON} is missing; make vllm")
     slow = dataclasses.replace(WIDTH_576, num_hidden_layers=12)
     folder = export(slow, random_params(slow), load_tokenizer("bytes"), tmp_path_factory.mktemp("e") / "tiny")
-    with serve(folder, "--max-num-seqs", "1", seconds=900) as server:  # for a machine that does other things too
+    with serve(folder, "--max-num-seqs", "1") as server:
         yield f"127.0.0.1:{server.port}"
 
 
@@ -50,7 +50,9 @@ def training(tmp_path_factory):
 @pytest.fixture(scope="session")
 def node(tmp_path_factory):
     """HOST:PORT of a node-exporter."""
-    address = free_address()
     log = tmp_path_factory.mktemp("node") / "log"
-    with start("prometheus-node-exporter", f"http://{address}/metrics", log, f"--web.listen-address={address}"):
+    with (
+        free_address() as address,
+        start("prometheus-node-exporter", f"http://{address}/metrics", log, f"--web.listen-address={address}"),
+    ):
         yield address

@@ -14,7 +14,7 @@ pytestmark = MARKS
 def selected():
     cases = [f"{gpu}:{mode}" for gpu in (75, 80, 86, 89, 90, 120) for mode in ("off", "auto", "on")]
     ran = subprocess.run(
-        [PYTHON, ROOT / "tests" / "vllm_selection.py", *cases], capture_output=True, text=True, timeout=300
+        [PYTHON, ROOT / "tests" / "vllm_selection.py", *cases], capture_output=True, text=True, timeout=900
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
     (line,) = (line for line in ran.stdout.splitlines() if line.startswith("RESULT "))

@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serve(folder, "--shutdown-timeout", "60") as running:
+    with serve(folder, "--shutdown-timeout", "300") as running:
         yield running
 
 
@@ -117,10 +117,10 @@ def test_sigterm_lets_requests_in_flight_end(server):
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert signalled.wait(60)
-    server.process.wait(60)  # so that `stop` sends no second signal
+    assert signalled.wait(300)
+    server.process.wait(300)  # so that `stop` sends no second signal
     assert server.stop() == 0
-    asking.join(60)
+    asking.join(300)
     assert result[-1] == "[DONE]"
     pieces = [json.loads(piece) for piece in result[1:-1]]
     assert pieces[-1]["choices"][0]["finish_reason"] == "length"
