@@ -7,7 +7,6 @@ gateway reads it from its controller.
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import time
 import urllib.request
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from manifests import Manifest, find, tool
+from processes import held_port
 
 CLUSTER = "vllm"
 EDS = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
@@ -133,12 +133,6 @@ def bootstrap(manifests: list[Manifest], port: int, admin: int, folder: Path, ch
     }
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 class Gateway:
     """A running Envoy."""
 
@@ -150,7 +144,7 @@ class Gateway:
         """Says which pods are ready."""
         _write_pods(self._folder, ports)
 
-    def wait_for(self, *ports: int, seconds: float = 30) -> None:
+    def wait_for(self, *ports: int, seconds: float = 120) -> None:
         """Waits until requests go to these pods and to no other."""
         end = time.monotonic() + seconds
         while self._healthy() != set(ports):
@@ -181,23 +175,23 @@ def _write_pods(folder: Path, ports: tuple[int, ...]) -> None:
 @contextlib.contextmanager
 def gateway(manifests: list[Manifest], folder: Path, *pods: int, check_every: str | None = None) -> Iterator[Gateway]:
     """Envoy on loopback before these pods' ports; ends with the block."""
-    port, admin = free_port(), free_port()
-    _write_pods(folder, pods)
-    config, log = folder / "envoy.json", folder / "envoy.log"
-    config.write_text(json.dumps(bootstrap(manifests, port, admin, folder, check_every)))
-    command = [tool("envoy"), "-c", config, "--concurrency", "1", "--disable-hot-restart", "--log-path", log]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    running = Gateway(folder, port, admin, find(manifests, "HTTPRoute")["spec"]["hostnames"][0])
-    try:
-        end = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < end, "Envoy did not start"
-            with contextlib.suppress(OSError):
-                running.wait_for(*pods)
-                break
-            time.sleep(0.1)
-        yield running
-    finally:
-        process.terminate()
-        process.wait(30)
+    with held_port() as port, held_port() as admin:
+        _write_pods(folder, pods)
+        config, log = folder / "envoy.json", folder / "envoy.log"
+        config.write_text(json.dumps(bootstrap(manifests, port, admin, folder, check_every)))
+        command = [tool("envoy"), "-c", config, "--concurrency", "1", "--disable-hot-restart", "--log-path", log]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = Gateway(folder, port, admin, find(manifests, "HTTPRoute")["spec"]["hostnames"][0])
+        try:
+            end = time.monotonic() + 240
+            while True:
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < end, "Envoy did not start"
+                with contextlib.suppress(OSError):
+                    running.wait_for(*pods)
+                    break
+                time.sleep(0.1)
+            yield running
+        finally:
+            process.terminate()
+            process.wait(30)

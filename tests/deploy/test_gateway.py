@@ -28,7 +28,7 @@ class Pod(BaseHTTPRequestHandler):
         health = self.path == "/health"
         if not health:
             self.server.seen.append(f"{self.command} {self.path}")
-            assert self.server.release.wait(30)
+            assert self.server.release.wait(300)
         body = str(self.server.server_port).encode()
         self.send_response(200 if health else self.server.status)
         self.send_header("Content-Length", str(len(body)))
@@ -59,7 +59,7 @@ def ask(running: Gateway, path: str, method: str = "POST", host: str | None = No
         f"http://127.0.0.1:{running.port}{path}", data, {"Host": host or running.host}, method=method
     )
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=300) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as e:
         return e.code, e.read().decode()
@@ -109,7 +109,7 @@ def test_a_pod_that_is_drained_ends_what_it_has_and_gets_nothing_new(manifests, 
         answers = []
         asking = threading.Thread(target=lambda: answers.append(ask(running, "/v1/completions")))
         asking.start()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 300
         while not old.seen:
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -117,7 +117,7 @@ def test_a_pod_that_is_drained_ends_what_it_has_and_gets_nothing_new(manifests, 
         running.wait_for(new.server_port)
         assert [ask(running, "/v1/completions") for _ in range(4)] == [(200, str(new.server_port))] * 4
         old.release.set()
-        asking.join(30)
+        asking.join(300)
         assert answers == [(200, str(old.server_port))] and len(old.seen) == 1
 
 

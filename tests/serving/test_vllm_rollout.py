@@ -7,91 +7,36 @@ and a tiny model.
 
 import contextlib
 import dataclasses
+import errno
 import http.client
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from envoy_gateway import POD, Gateway, free_port, gateway
+from envoy_gateway import POD, Gateway, gateway
 from manifests import EXPORTED, FOLDER, TOOLS, Manifest, of_overlay, pod, server, settings
 from mla_jax.bridge.hf.export import export
 from mla_jax.data.tokenizer import load_tokenizer
 from mla_jax.inference.serving_plan import PRE_STOP
-from vllm_server import LONGEST, MARKS, PYTHON, WIDTH_576, alive, healthy, random_params
+from processes import held_port
+from vllm_pod import KEY, Pod, start
+from vllm_server import LONGEST, MARKS, WIDTH_576, healthy, random_params
 
 ENVOY = TOOLS / "envoy"
 pytestmark = [*MARKS, pytest.mark.skipif(not ENVOY.exists(), reason=f"{ENVOY} is missing; make kubernetes")]
 IN_FLIGHT = 100
 TOKENS = 64
-KEY = "a key for this test"
 LATE = 0.5
 """Seconds before the end of the notice when the gateway hears that the pod goes."""
-
-
-@dataclasses.dataclass
-class Pod:
-    """A vLLM server with its processes."""
-
-    port: int
-    process: subprocess.Popen
-    config: Path
-    log: Path
-
-    def metrics(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as response:
-            return response.read().decode()
-
-    def metric(self, name: str) -> float:
-        """The sum over labels."""
-        return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", self.metrics(), re.M))
-
-    @contextlib.contextmanager
-    def engine_held(self) -> Iterator[None]:
-        """Inside it the server takes requests and its engine, a process of its own, does nothing."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        children = [int(child) for task in tasks for child in task.read_text().split()]
-        for child in children:
-            os.kill(child, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for child in children:
-                os.kill(child, signal.SIGCONT)
-
-    def kill(self) -> None:
-        if alive(self.process.pid):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def start(manifests: list[Manifest], model: Path, folder: Path, length: int = LONGEST) -> Pod:
-    """The container of the Deployment, with another model, port and greatest length."""
-    port = free_port()
-    changed = {"model": str(model), "served-model-name": "tiny", "port": port, "max-model-len": length}
-    config, log = folder / f"{port}.yaml", folder / f"{port}.log"
-    config.write_text(yaml.safe_dump({**settings(manifests), **changed, "host": "127.0.0.1"}))
-    container = {e["name"]: e["value"] for e in server(manifests)["env"] if "value" in e}
-    ours = ("INFINITECONTEXT_VLLM", "TRITON_INTERPRET")  # stock vLLM knows this model's width, and is faster
-    paths = {name for name, value in container.items() if value.startswith("/")}
-    variables = {name: value for name, value in container.items() if name not in paths.union(ours)}
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "PYTHONPATH"))}
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--config", config]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, env={**kept, **variables, "VLLM_API_KEY": KEY}, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
-            start_new_session=True,
-        )  # fmt: skip
-    return Pod(port, process, config, log)
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +51,18 @@ def pods(manifests, tmp_path_factory) -> Iterator[list[Pod]]:
     """Four that are ready: two that serve and two that will replace them."""
     folder = tmp_path_factory.mktemp("pods")
     model = export(WIDTH_576, random_params(WIDTH_576), load_tokenizer("bytes"), folder / "tiny")
-    started = [start(manifests, model, folder) for _ in range(4)]
-    try:
-        end = time.monotonic() + 600
+    with contextlib.ExitStack() as ending:
+        started = []
+        for _ in range(4):
+            started.append(start(manifests, model, folder, ending.enter_context(held_port())))
+            ending.callback(started[-1].kill)
+        end = time.monotonic() + 1200
         for one in started:
             while not healthy(one.port):
                 assert one.process.poll() is None, one.log.read_text()[-6000:]
                 assert time.monotonic() < end, one.log.read_text()[-6000:]
                 time.sleep(0.5)
         yield started
-    finally:
-        for one in started:
-            one.kill()
 
 
 @dataclasses.dataclass
@@ -144,7 +89,7 @@ def ask(
     outcome = Outcome(time.monotonic())
     if outcomes is not None:
         outcomes.append(outcome)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         response = connection.getresponse()
@@ -176,9 +121,17 @@ class Load:
         while not self._stop.is_set():
             ask(self._running.port, self._running.host, stream, outcomes=self.outcomes)
 
+    def answering(self) -> set[int | None]:
+        """Ports of pods that have begun an answer."""
+        return {outcome.pod for outcome in list(self.outcomes)}
+
     def streaming(self, pod: Pod) -> int:
         """Answers of this pod that have begun to come and have not ended."""
         return sum(outcome.pod == pod.port and not outcome.ended for outcome in list(self.outcomes))
+
+    def since(self, then: float) -> list[Outcome]:
+        """Requests that began later."""
+        return [outcome for outcome in list(self.outcomes) if outcome.begun > then]
 
     def __enter__(self) -> "Load":
         for thread in self._threads:
@@ -191,11 +144,17 @@ class Load:
             thread.join(300)
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def refuses(port: int) -> bool:
+    """Whether nobody listens there."""
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
 def replace(running: Gateway, old: Pod, new: list[Pod], manifests: list[Manifest]) -> float:
@@ -225,12 +184,13 @@ def test_the_server_takes_the_settings_and_exports_the_metrics(pods):
 
 def test_a_server_that_cannot_start_ends_and_says_why_last(pods, manifests, tmp_path):
     """`FallbackToLogsOnError` shows the last 2,048 bytes of the log in `kubectl describe pod`."""
-    failing = start(manifests, pods[0].config.parent / "tiny", tmp_path, length=1000 * LONGEST)
-    try:
-        assert failing.process.wait(240) != 0
-        assert "max_model_len" in failing.log.read_bytes()[-2048:].decode(errors="replace")
-    finally:
-        failing.kill()
+    with held_port() as port:
+        failing = start(manifests, pods[0].config.parent / "tiny", tmp_path, port, length=1000 * LONGEST)
+        try:
+            assert failing.process.wait(900) != 0
+            assert "max_model_len" in failing.log.read_bytes()[-2048:].decode(errors="replace")
+        finally:
+            failing.kill()
 
 
 def test_an_overload_is_answered_with_503_and_counted(pods, manifests):
@@ -248,7 +208,7 @@ def test_an_overload_is_answered_with_503_and_counted(pods, manifests):
     with one.engine_held():
         for client in clients:
             client.start()
-        wait_until(lambda: len(outcomes) == 80 - taken, 120)
+        wait_until(lambda: len(outcomes) == 80 - taken)
         assert {outcome.status for outcome in outcomes} == {503}
         assert one.metric("vllm:admission_rejections_total") == 80 - taken
         assert one.metric("infinitecontext_queued_prompt_tokens") == 100 * taken
@@ -269,6 +229,7 @@ def test_a_rollout_loses_no_request(pods, manifests, tmp_path):
             begun.append(replace(running, first, [second, third], manifests))
             running.pods(*ports[1:])
             begun.append(replace(running, second, [third, fourth], manifests))
+            wait_until(lambda: len(load.outcomes) > 2 * IN_FLIGHT and load.answering() >= set(ports))
         lost = [outcome for outcome in load.outcomes if not outcome.whole]
     ended = [(one.pod, one.ended) for one in load.outcomes]
     late = [
@@ -277,7 +238,7 @@ def test_a_rollout_loses_no_request(pods, manifests, tmp_path):
     print(f"{len(ended)} requests, {late} answered by those that went as they went, {len(lost)} lost")
     assert lost == []
     assert sum(late) > 0, "there was nothing to lose"
-    assert len(load.outcomes) > 2 * IN_FLIGHT and {outcome.pod for outcome in load.outcomes} == set(ports)
+    assert load.answering() == set(ports)
 
 
 def test_a_killed_server_takes_only_its_own_requests_along(pods, manifests, tmp_path):
@@ -285,16 +246,18 @@ def test_a_killed_server_takes_only_its_own_requests_along(pods, manifests, tmp_
     *_, dies, stays = pods
     with gateway(manifests, tmp_path, dies.port, stays.port) as running:
         with Load(running) as load:
-            wait_until(lambda: load.streaming(dies) > IN_FLIGHT / 20, 240)  # clients share busy cores with both servers
+            wait_until(lambda: load.streaming(dies) > IN_FLIGHT / 20)
             dies.kill()
+            wait_until(lambda: refuses(dies.port))  # its processes end one by one, within seconds
             killed = time.monotonic()
-            time.sleep(5)
+            wait_until(lambda: len(load.since(killed)) > IN_FLIGHT)
         failed = [outcome for outcome in load.outcomes if not outcome.whole]
         print(f"{len(load.outcomes)} requests, {len(failed)} failed: {sorted(str(o.status) for o in failed)}")
-        assert 0 < len(failed) <= IN_FLIGHT
+        assert failed
         for outcome in failed:
-            assert outcome.begun < killed and outcome.pod in (None, dies.port)
             # A status that clients try again, or a stream that was cut off.
             assert (outcome.status, outcome.pod) in ((503, None), (503, dies.port), (200, dies.port))
+        # Until Envoy has missed it, all six attempts of one request in 7,000 meet the dead pod.
+        assert sum(not outcome.whole for outcome in load.since(killed)) <= 2
         again = [ask(running.port, running.host, True) for _ in range(5)]
         assert all(outcome.whole and outcome.pod == stays.port for outcome in again)
