@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mla_jax.config import flatten
 from mla_jax.distributed import join
 from mla_jax.distributed.join import Process, first_node, from_environment
 from mla_jax.errors import InputError, UsageError
-from processes import printed_by
+from processes import held_port, printed_by
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEP = {
@@ -82,10 +83,8 @@ def test_a_port_that_is_taken_is_named():
 
 
 def test_a_first_process_that_never_comes_is_named():
-    port = free_port()
-    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "MLA_JOIN_TIMEOUT_S": "0"}
-    with pytest.raises(InputError, match=f"did not answer at localhost:{port} within 0 s"):
-        join.join_job(JAX | address)
+    with held_port() as port, pytest.raises(InputError, match=f"did not answer at localhost:{port} within 0 s"):
+        join.join_job(JAX | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "MLA_JOIN_TIMEOUT_S": "0"})
 
 
 def test_flatten():
@@ -93,9 +92,11 @@ def test_flatten():
     assert flatten(tree) == {"a.b": 1, "a.c": {}, "d.0.e": None, "d.1": 2, "f": []}
 
 
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Where processes meet."""
+    with held_port() as port:
+        yield port
 
 
 TINY = (
@@ -104,12 +105,12 @@ TINY = (
 ).split()
 
 
-def start_two(run_dir: Path, steps: int, *second: str, count: int = 2) -> list[subprocess.Popen]:
+def start_two(port: int, run_dir: Path, steps: int, *second: str, count: int = 2) -> list[subprocess.Popen]:
     """Two processes that train together; `second` are further overrides of the second one."""
     stages = f"train.stages=[{{seq_len: 96, batch_size: 8, steps: {steps}, learning_rate: 0.01}}]"
     environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
-    environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    environment |= {"JAX_PLATFORMS": "cpu", "MLA_JOIN_TIMEOUT_S": "60" if count == 2 else "10"}
+    environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    environment |= {"JAX_PLATFORMS": "cpu", "MLA_JOIN_TIMEOUT_S": "300" if count == 2 else "10"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "experiments.sft", *TINY, stages, f"run_dir={run_dir}", *(second if rank else ())],
@@ -125,13 +126,13 @@ def start_two(run_dir: Path, steps: int, *second: str, count: int = 2) -> list[s
 
 def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each."""
-    printed = printed_by(processes, timeout=180)
+    printed = printed_by(processes, timeout=900)
     return [(process.returncode, *texts) for process, texts in zip(processes, printed, strict=True)]
 
 
 @pytest.mark.integration
-def test_processes_that_disagree_on_the_config_say_where(tmp_path):
-    for code, _, errors in ends(start_two(tmp_path / "run", 3, "seed=7", "model.kv_lora_rank=24")):
+def test_processes_that_disagree_on_the_config_say_where(port, tmp_path):
+    for code, _, errors in ends(start_two(port, tmp_path / "run", 3, "seed=7", "model.kv_lora_rank=24")):
         assert code == 2
         expected = (
             "the processes disagree on the config: model.kv_lora_rank is 16 on process 0 and 24 on process 1; "
@@ -142,14 +143,14 @@ def test_processes_that_disagree_on_the_config_say_where(tmp_path):
 
 
 @pytest.mark.integration
-def test_processes_that_never_come_are_missed(tmp_path):
-    ((code, _, errors),) = ends(start_two(tmp_path / "run", 3, count=1))
+def test_processes_that_never_come_are_missed(port, tmp_path):
+    ((code, _, errors),) = ends(start_two(port, tmp_path / "run", 3, count=1))
     assert code == 1 and re.search(r"error: process 0 of 2 waited 10 s at localhost:\d+ for the others", errors), errors
 
 
 @pytest.mark.integration
-def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
-    processes = start_two(tmp_path / "run", 100_000)
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(port, tmp_path):
+    processes = start_two(port, tmp_path / "run", 100_000)
     output = iter(processes[0].stdout)
     assert any(line.startswith("step ") for line in output)
     processes[1].send_signal(signal.SIGTERM)

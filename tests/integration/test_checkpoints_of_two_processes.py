@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from mla_jax.checkpoint.run_folder import load_run
-from processes import printed_by
+from processes import held_port, printed_by
 
 ROOT = Path(__file__).parent.parent.parent
 PROCESS = """
@@ -35,14 +34,11 @@ with one_line_errors():
 
 def train_together(run_dir: Path, steps: int, faults: tuple[str, str] = ("", "")) -> tuple[list[int], list[str]]:
     """Exit code and stderr of both processes; `faults` are statements that they run before they train."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    arguments = ([address, str(i), str(run_dir), str(steps), faults[i]] for i in range(2))
-    commands = [[sys.executable, "-c", PROCESS, *each] for each in arguments]
     pipes = {"cwd": ROOT, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    processes = [subprocess.Popen(command, **pipes) for command in commands]
-    errors = [error for _, error in printed_by(processes, timeout=900)]
+    with held_port() as port:
+        arguments = ([f"127.0.0.1:{port}", str(i), str(run_dir), str(steps), faults[i]] for i in range(2))
+        processes = [subprocess.Popen([sys.executable, "-c", PROCESS, *each], **pipes) for each in arguments]
+        errors = [error for _, error in printed_by(processes, timeout=900)]
     return [process.returncode for process in processes], errors
 
 

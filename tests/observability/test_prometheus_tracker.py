@@ -16,6 +16,7 @@ from mla_jax.config import TrackerConfig
 from mla_jax.errors import InputError
 from mla_jax.observability.trackers import FILE, Trackers, add_metrics
 from mla_jax.observability.trackers.prometheus import PrometheusTracker
+from processes import held_port
 from tiny import make_config, train
 
 Samples = dict[str, dict[str, float]]
@@ -164,12 +165,11 @@ def test_a_port_that_is_taken_ends_a_new_run_and_not_a_resumed_one(tmp_path, cap
 
 def test_a_folder_of_targets_that_cannot_be_written_leaves_no_server(tmp_path):
     (tmp_path / "prometheus_targets").write_text("a file")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with pytest.raises(InputError, match="tracker prometheus cannot start"):
-        Trackers(config(tmp_path / "run", prometheus_port=port), tmp_path / "run", 0)
-    with socket.create_server(("127.0.0.1", port)):
-        pass
+    with held_port() as port:
+        with pytest.raises(InputError, match="tracker prometheus cannot start"):
+            Trackers(config(tmp_path / "run", prometheus_port=port), tmp_path / "run", 0)
+        with socket.create_server(("127.0.0.1", port)):
+            pass
 
 
 def test_only_the_first_process_has_a_server(tmp_path, monkeypatch):
