@@ -16,7 +16,7 @@ def records(path: Path) -> list[wandb_internal_pb2.Record]:
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        if kind == 0:
+        if kind == 0 or at + 7 + length > len(data):  # no more, or still being written
             break
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -132,8 +133,8 @@ def sampled(nvml, monkeypatch, visible: str | None) -> float | None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     busy = DeviceBusy(nvml, every=0.001)
-    if busy._thread is not None:
-        busy._end.wait(0.1)
+    while busy._thread is not None and busy._thread.is_alive() and not busy._samples:
+        time.sleep(0.001)
     busy.close()
     return busy.mean()
 

@@ -51,7 +51,7 @@ def mlflow_history(run_dir: Path, key: str) -> list[tuple[int, float]]:
 
 def wandb_files(run_dir: Path) -> list[Path]:
     wandb.teardown()  # `finish` returns before the file is whole
-    return sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime)
+    return sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
 
 
 def tensorboard_history(run_dir: Path, key: str) -> list[tuple[int, float]]:
@@ -201,6 +201,7 @@ WANDB_DIES = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests")
+import wandb_file
 from mla_jax.config import TrackerConfig
 from mla_jax.observability.trackers import Trackers
 from tiny import make_config
@@ -208,11 +209,13 @@ run_dir = Path(sys.argv[1])
 run_dir.mkdir()
 tracked = Trackers(make_config(run_dir, tracker=TrackerConfig(names=["wandb"], wandb_mode="offline")), run_dir, 0)
 tracked.log(1, {"train/loss": 1.0})
-time.sleep(3)
+while not any(map(wandb_file.history, run_dir.glob("wandb/offline-run-*/run-*.wandb"))):
+    time.sleep(0.05)
 children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
 (core,) = [line for line in children.stdout.splitlines() if "wandb-core" in line]
-os.kill(int(core.split()[0]), signal.SIGTERM)
-time.sleep(1)
+core = int(core.split()[0])
+os.kill(core, signal.SIGTERM)
+os.waitid(os.P_PID, core, os.WEXITED | os.WNOWAIT)
 for step in (2, 3):
     tracked.log(step, {"train/loss": 1.0})
 tracked.close(finished=False)
