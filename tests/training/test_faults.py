@@ -39,29 +39,28 @@ def assert_goes_on_alike(config, uninterrupted) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests")
 import conftest
 from mla_jax.checkpoint import manager
 from tiny import make_config, train
 
-def killing(function, is_eight):
-    def call(*args):
-        if sys.argv[2] == "named":
-            is_eight(*args) and os.kill(os.getpid(), signal.SIGKILL)
-            function(*args)
-        else:
-            function(*args)
-            is_eight(*args) and os.kill(os.getpid(), signal.SIGKILL)
-    return call
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
-if sys.argv[2] == "named":
-    at_eight = lambda folder, known: folder.name.startswith("8.")
-    manager.write_manifest = killing(manager.write_manifest, at_eight)
-else:
-    at_eight = lambda self, step, *rest: step == 8
-    manager.Checkpoints.save = killing(manager.Checkpoints.save, at_eight)
+def written(folder, known):  # a thread calls this
+    if folder.name.startswith("8."):
+        die() if sys.argv[2] == "named" else time.sleep(600)  # which is not named before it dies
+    write_manifest(folder, known)
+
+def started(self, step, *rest):
+    save(self, step, *rest)
+    if step == 8 and sys.argv[2] == "written":
+        die()
+
+write_manifest, manager.write_manifest = manager.write_manifest, written
+save, manager.Checkpoints.save = manager.Checkpoints.save, started
 train(make_config(Path(sys.argv[1])))
 """
 

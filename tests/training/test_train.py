@@ -271,6 +271,7 @@ from mla_jax.errors import one_line_errors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save = Checkpoints.save
 def limited(self, step, *args):
+    self.wait()
     if step > 4:  # no file may grow beyond 1,000 bytes any more: what a full disk does to a write
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     save(self, step, *args)
