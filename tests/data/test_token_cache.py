@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -159,20 +160,26 @@ def _start(path, cache, program=PROGRAM, **environ) -> subprocess.Popen:
     )
 
 
+def _start_encoding(path, cache, log: Path, until: Path) -> subprocess.Popen:
+    """A process that has begun to encode, and goes on when the file `until` exists."""
+    process = _start(path, cache, ENCODED_LOG=str(log), ENCODE_WHEN=str(until))
+    while not log.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return process
+
+
 def test_of_processes_that_start_at_once_one_encodes(chats, cache, tmp_path):
     log = tmp_path / "log"
     processes = [_start(chats, cache, ENCODED_LOG=str(log), SECONDS_A_RECORD="0.005") for _ in range(3)]
-    printed = printed_by(processes, timeout=120)
+    printed = printed_by(processes, timeout=600)
     assert {out.split()[0] for out, _ in printed} == {"300"}, printed
     assert len({out for out, _ in printed}) == 1
     assert len(log.read_text()) == 300
 
 
 def test_a_process_that_is_killed_while_it_encodes_leaves_the_work_to_the_next(chats, cache, tmp_path):
-    log = tmp_path / "log"
-    first = _start(chats, cache, ENCODED_LOG=str(log), SECONDS_A_RECORD="0.05")
-    while not log.exists():
-        assert first.poll() is None, first.communicate()
+    first = _start_encoding(chats, cache, tmp_path / "log", until=tmp_path / "never")
     first.kill()
     first.communicate()
     assert _content(_load(chats, cache, encode=count_and_encode)) == EXPECTED
@@ -245,7 +252,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, cache):
             file.writelines([line] * (megabytes * 100))
         for _ in ("made", "from the cache"):
             process = _start(tmp_path / f"{megabytes}.jsonl", cache, program=MEMORY)
-            printed, error = process.communicate(timeout=120)
+            printed, error = process.communicate(timeout=600)
             assert process.returncode == 0, error
             peaks.append(int(printed) / 1024)  # MiB
     assert max(peaks) - min(peaks) < 60, peaks
@@ -254,10 +261,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, cache):
 def test_a_long_wait_is_explained(chats, cache, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(token_cache, "PATIENCE_S", 0.05)
     monkeypatch.setattr(token_cache, "ANNOUNCED_MB", 0.01)
-    log = tmp_path / "log"
-    first = _start(chats, cache, ENCODED_LOG=str(log), SECONDS_A_RECORD="0.01")
-    while not log.exists():
-        assert first.poll() is None, first.communicate()
+    log, told = tmp_path / "log", tmp_path / "told"
+
+    def tell(*text, **options):
+        print(*text, **options)
+        told.touch()
+
+    monkeypatch.setattr(token_cache, "print", tell, raising=False)
+    first = _start_encoding(chats, cache, log, until=told)
     _load(chats, cache, encode=count_and_encode)
     assert f"Waiting for process {first.pid} on " in capfd.readouterr().err
     assert first.wait(60) == 0 and len(log.read_text()) == 300
