@@ -42,9 +42,12 @@ class Fake(BaseHTTPRequestHandler):
             server.keys.add(self.headers["Authorization"])
             server.in_flight += 1
             server.most = max(server.most, server.in_flight)
-            behaviour = server.behaviour if len(server.bodies) > 1 else "well"
+            number = len(server.bodies)
+            behaviour = server.behaviour if number > 1 else "well"
             if behaviour == "every second fails":
-                behaviour = "error 503" if len(server.bodies) % 2 else "well"
+                behaviour = "error 503" if number % 2 else "well"
+        if number in server.together:
+            server.all_there.wait(60)
         self.stream(behaviour)
 
     def stream(self, behaviour):
@@ -62,7 +65,7 @@ class Fake(BaseHTTPRequestHandler):
             if behaviour == "cut":
                 return None
             if behaviour == "silent":
-                self.server.over.wait(10)
+                self.server.over.wait()
             if behaviour == "garbage":
                 self.event("{")
             if behaviour == "says an error":
@@ -80,6 +83,7 @@ def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Fake) as fake:
         fake.behaviour, fake.bodies, fake.keys, fake.lock = "well", [], set(), threading.Lock()
         fake.in_flight, fake.most, fake.over = 0, 0, threading.Event()
+        fake.together, fake.all_there = range(0), threading.Barrier(4)  # requests that are answered when all have come
         fake.daemon_threads = False  # closing waits for them: what they print does not get into the next test
         thread = threading.Thread(target=fake.serve_forever, args=(0.01,))  # seconds until it sees that it shall end
         thread.start()
@@ -108,6 +112,7 @@ def call(server, monkeypatch, capsys, tmp_path):
 
 
 def test_levels_of_concurrency(call, server):
+    server.together = range(10, 14)  # the first of the second level
     code, printed, err, results = call("--concurrency", "1", "4", "--requests", "8", "--extra", '{"seed": 3}')
     assert (code, err) == (0, "")
     assert [level["concurrency"] for level in results["levels"]] == [1, 4]
@@ -158,7 +163,8 @@ FAILURES = {
 @pytest.mark.parametrize(("behaviour", "message"), FAILURES.items(), ids=FAILURES)
 def test_failed_requests_are_counted_and_named(call, server, behaviour, message):
     server.behaviour = behaviour
-    code, printed, err, results = call("--concurrency", "2", "--requests", "2", "--timeout", "0.5")
+    patience = "2" if behaviour == "silent" else "60"
+    code, printed, err, results = call("--concurrency", "2", "--requests", "2", "--timeout", patience)
     assert code == 1
     assert err.startswith("error: 2 of 2 requests failed") and message in err and err.count("\n") == 1
     (level,) = results["levels"]
