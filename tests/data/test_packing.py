@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
 
 @given(lengths=LENGTHS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_packing_holds_every_document_once(lengths):
     rows = list(pack(np.array(lengths), 50, "file"))
     assert sorted(document for row in rows for document in row) == list(range(len(lengths)))
@@ -25,7 +25,7 @@ def test_packing_holds_every_document_once(lengths):
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(50, 120))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_each_document_goes_where_it_leaves_least_room(lengths, seq_len):
     rooms = []  # one document at a time, the longest first
     for length in sorted(lengths, reverse=True):

@@ -96,7 +96,7 @@ def test_windows_give_the_tokens_cuts_and_sentences_of_the_whole_text(folder, mo
 
 
 @given(text=st.text(alphabet=" \n.a1é\r\t", max_size=300), window=st.integers(1, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_windows_of_any_text(tmp_path_factory, text, window):
     path = tmp_path_factory.mktemp("texts") / "a.txt"
     path.write_text(text, encoding="utf-8", newline="")

@@ -81,7 +81,7 @@ def test_saving_and_loading_keeps_everything(pair, tmp_path):
 
 @pytest.mark.parametrize("spec", BUILT_IN)
 @given(text=st.text(max_size=60).filter(lambda text: not any(token in text for token in SPECIAL_TOKENS)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_decode_inverts_encode(spec, text):
     """But for the names of special tokens, which stand for these, as in Hugging Face's tokenizers."""
     tokenizer = load_tokenizer(spec)

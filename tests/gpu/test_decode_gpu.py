@@ -24,7 +24,7 @@ IMPLEMENTATIONS_HERE = [*(name for name in IMPLEMENTATIONS["decode"] if name != 
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS_HERE)
 # Norm of the error over the norm, of each row [C] of the output; probabilities are rounded to these types.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3}
-RANDOM = functools.partial(settings, deadline=None, database=None, phases=[Phase.generate])
+RANDOM = functools.partial(settings, phases=[Phase.generate])
 
 CASES = {
     "256+64: lengths around tiles": DecodeCase(

@@ -12,7 +12,7 @@ from latent_attention import dequantize, quantize, quantize_cache
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(arrays.arrays(np.float32, (3, 16), elements=FLOATS))
 def test_the_error_is_half_a_unit_at_most(x):
     units, scale = quantize(jnp.asarray(x))

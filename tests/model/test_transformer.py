@@ -75,7 +75,7 @@ def test_expanded_and_absorbed_extension_equal_the_whole_forward(config):
         np.testing.assert_array_equal(cache.lengths_B, 24)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=3, max_size=3),
     steps=st.lists(st.tuples(st.sampled_from([5, 16]), st.booleans()), min_size=1, max_size=6),

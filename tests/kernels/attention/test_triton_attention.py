@@ -118,7 +118,7 @@ def jitted_ranges(queries, keys, by_query, offset, lengths, q_segments, kv_segme
 
 @pytest.mark.parametrize(("queries", "keys"), [(64, 64), (37, 90), (90, 19)])
 @pytest.mark.parametrize("with_segments", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.randoms(use_true_random=False))
 def test_no_block_that_counts_is_left_out_and_none_that_needs_a_mask_goes_without(queries, keys, with_segments, random):
     rng = np.random.default_rng(random.randrange(2**32))

@@ -37,7 +37,7 @@ def test_many_chunks_are_as_one(name, int8, monkeypatch):
     check(FEW_DECODE_CASES["int8: " * int8 + name], "xla")
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.data())
 def test_any_pages_and_chunks(data):
     page_size, pages, queries = (data.draw(st.integers(1, top)) for top in (40, 6, 4))

@@ -24,7 +24,7 @@ def walk(work):
             begin, end = 0, min(run_end, stop) - start
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 3000) | st.sampled_from([0, 1, 63, 64, 65, 2**31 - 1]), min_size=1, max_size=10),
     st.integers(1, 140),

@@ -109,7 +109,7 @@ def test_the_least_number_of_tiles_of_a_program_changes_nothing(min_tiles):
     check(DecodeCase((80, 0, 17, 64), heads=2), tiling=Tiling(16, 16, 4, 2, 4, min_tiles))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(st.data())
 def test_any_batch(data):
     page_size, pages, queries = (data.draw(st.integers(1, top)) for top in (40, 6, 4))
