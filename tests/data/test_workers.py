@@ -129,6 +129,6 @@ def test_workers_live_as_long_as_the_program_that_did_not_close_them(what, code,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == code, done.stderr
