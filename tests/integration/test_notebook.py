@@ -29,7 +29,7 @@ def test_the_notebook_runs_and_says_what_is_stored(tmp_path):
     path = tmp_path / "notebooks" / NAME
     stored, executed = (nbformat.read(path, as_version=4) for _ in range(2))
     NotebookClient(
-        executed, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        executed, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
     ).execute()
     assert printed(executed) == printed(stored)
     everything = "".join(printed(executed))

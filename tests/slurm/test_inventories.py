@@ -27,7 +27,7 @@ def check(tmp_path: Path, inventory: str, **variables: object) -> subprocess.Com
     extra = [f"--extra-vars={json.dumps(variables)}"]
     environment = ansible_environment() | {"ANSIBLE_CACHE_PLUGIN_CONNECTION": str(tmp_path / "facts")}
     command = ["ansible-playbook", "--inventory", tmp_path / "hosts.yml", ANSIBLE / "site.yml", *extra]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,6 @@ def test_a_bad_inventory_is_one_line(tmp_path, inventory, variables, message):
 @CI
 def test_ansible_lint_production(tmp_path):
     ran = subprocess.run(
-        ["ansible-lint"], env=ansible_environment(), capture_output=True, text=True, cwd=ANSIBLE, timeout=300
+        ["ansible-lint"], env=ansible_environment(), capture_output=True, text=True, cwd=ANSIBLE, timeout=900
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
