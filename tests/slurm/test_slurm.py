@@ -38,7 +38,7 @@ def whole_run(cluster, tmp_path_factory) -> Path:
     assert shown["NumNodes"] == "2" and shown["NumTasks"] == "2" and shown["TresPerNode"] == "gres:gpu:1", shown
     printed = log(Path(shown["StdOut"]))
     assert printed.count("Finished at step") == 1, "only the first process prints"
-    assert command.wait(60) == 0  # the command that submitted it returns with it
+    assert command.wait(300) == 0  # the command that submitted it returns with it
     return run_dir
 
 
@@ -49,7 +49,7 @@ def whole(whole_run) -> dict:
 
 
 def interrupted(slurm, run_dir: Path, *overrides: str) -> str:
-    """The id of a job of two processes that has saved its first checkpoint and is far from its end."""
+    """The id of a job of two processes that has saved its first checkpoint."""
     slurm.train(run_dir, TWO, *overrides)
     return once_saved(slurm, run_dir)
 
@@ -58,6 +58,12 @@ def once_saved(slurm, run_dir: Path) -> str:
     job = slurm.job(run_dir.name)
     until(lambda: has_checkpoint(run_dir, 20), "a first checkpoint")
     return job
+
+
+def pause(job: str) -> None:
+    """Stops the two processes of a job, so that it does not end before SLURM sends them SIGCONT and SIGTERM."""
+    for rank in range(2):
+        os.kill(process_of(job, rank), signal.SIGSTOP)
 
 
 def assert_it_resumed(slurm, job: str, run_dir: Path) -> None:
@@ -74,6 +80,7 @@ def test_a_requeued_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
     run_dir = tmp_path / "requeued"
     slurm.train_detached(run_dir, "data.workers=1")  # SLURM sends SIGTERM to workers too
     job = once_saved(slurm, run_dir)
+    pause(job)
     slurm.run("scontrol", "requeue", job)
     assert_it_resumed(slurm, job, run_dir)
     assert_equal(params_of(run_dir), whole)
@@ -83,13 +90,14 @@ def test_a_preempted_job_goes_on_where_it_stopped(slurm, whole, tmp_path):
     run_dir = tmp_path / "preempted"
     slurm.train_detached(run_dir)
     job = once_saved(slurm, run_dir)
-    preempt(slurm, tmp_path)
+    preempt(slurm, job, tmp_path)
     assert_it_resumed(slurm, job, run_dir)
     assert_equal(params_of(run_dir), whole)
 
 
-def preempt(slurm, tmp_path: Path) -> None:
-    """Takes both nodes for a moment."""
+def preempt(slurm, job: str, tmp_path: Path) -> None:
+    """Takes both nodes from a job for a moment."""
+    pause(job)
     urgent = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", f"--output={tmp_path}/urgent"]
     slurm.finish(slurm.run(*urgent, "--wrap=sleep 1"))
 
@@ -104,9 +112,9 @@ def test_preference_optimisation_goes_on_where_it_was_preempted(slurm, whole_run
     slurm.train(run_dir, TWO, start, entry="dpo")
     job = slurm.job("dpo")
     until(lambda: any(run_dir.glob("reference/*.bin")), "the reference at work")
-    preempt(slurm, tmp_path)
+    preempt(slurm, job, tmp_path)
     until(lambda: has_checkpoint(run_dir, 10), "a first checkpoint")
-    preempt(slurm, tmp_path)
+    preempt(slurm, job, tmp_path)
     shown = slurm.finish(job)
     printed = log(Path(shown["StdOut"]))
     assert shown["Restarts"] == "2" and printed.count("All processes stop at ") == 2, printed
@@ -145,6 +153,10 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on_from_the_last_che
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), params_of(run_dir), whole)
 
 
+def is_training(arguments: bytes) -> bool:
+    return b"srun" not in arguments and (b"submitit.core._submit" in arguments or b"experiments." in arguments)
+
+
 def process_of(job: str, rank: int) -> int:
     """The process id of a process of the job."""
     for entry in Path("/proc").iterdir():
@@ -155,7 +167,7 @@ def process_of(job: str, rank: int) -> int:
             except OSError:  # it ended meanwhile
                 continue
             wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_NTASKS=2"}
-            if wanted <= set(variables) and b"submitit.core._submit" in arguments and b"srun" not in arguments:
+            if wanted <= set(variables) and is_training(arguments):
                 return int(entry.name)
     raise AssertionError(f"job {job} has no process {rank}")
 
@@ -163,7 +175,7 @@ def process_of(job: str, rank: int) -> int:
 def test_a_sweep_runs_one_job_for_each_of_four_runs(slurm, tmp_path):
     stages = "train.stages=[{seq_len: 96, batch_size: 8, steps: 10, learning_rate: 0.01}]"
     command = slurm.train(tmp_path / "sweep", "seed=0,1", "optim.b2=0.9,0.98", stages, flags=["-m"])
-    assert command.wait(200) == 0, command.stderr.read()
+    assert command.wait(900) == 0, command.stderr.read()
     runs = sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/config.yaml"))
     assert runs == [f"seed={s},optim.b2={b}" for s in (0, 1) for b in ("0.9", "0.98")]
     leaves = [jax.tree.leaves(jax.device_get(load_run(tmp_path / "sweep" / run).params))[0] for run in runs]
