@@ -82,7 +82,7 @@ class Slurm:
     environment: dict[str, str]
     waiting: list[subprocess.Popen] = field(default_factory=list)
 
-    def run(self, *command: str, timeout: float = 30) -> str:
+    def run(self, *command: str, timeout: float = 120) -> str:
         """Standard output of a command; fails if it fails."""
         ran = subprocess.run(
             command,
@@ -151,8 +151,8 @@ class Slurm:
         for job in self.run("squeue", "-h", "-o", "%A").split():
             for signal in (["--signal=KILL", "--full"], []):  # no time for saving
                 # It may end by itself meanwhile, and then there is no such job.
-                subprocess.run(["scancel", *signal, job], env=self.environment, capture_output=True, timeout=30)
-        until(lambda: not self.run("squeue", "-h"), "an empty queue", 60)
+                subprocess.run(["scancel", *signal, job], env=self.environment, capture_output=True, timeout=120)
+        until(lambda: not self.run("squeue", "-h"), "an empty queue")
 
 
 def log(out: Path) -> str:

@@ -27,7 +27,7 @@ def kill(pid_file: Path, number: signal.Signals) -> None:
     """Ends a daemon and waits for its end."""
     pid = int(pid_file.read_text())
     os.kill(pid, number)
-    until(lambda: not Path(f"/proc/{pid}").exists(), f"the end of {pid_file.stem}", 60)
+    until(lambda: not Path(f"/proc/{pid}").exists(), f"the end of {pid_file.stem}")
 
 
 def restart(slurm: Slurm, daemon: str, first: str = "true", **variables: str) -> Path:
@@ -50,7 +50,7 @@ def restart(slurm: Slurm, daemon: str, first: str = "true", **variables: str) ->
     subprocess.run(command, env=environment, pass_fds=[namespace], check=True)
     os.close(namespace)
     process = Path("/proc", pid_file.read_text().strip())
-    until(lambda: (process / "cmdline").read_text().split("\0")[:-1] == arguments, f"{daemon} at work", 30)
+    until(lambda: (process / "cmdline").read_text().split("\0")[:-1] == arguments, f"{daemon} at work")
     return process
 
 
@@ -67,14 +67,14 @@ def wait_until_written(slurm: Slurm) -> None:
     written = state_dir(slurm) / "state" / "slurmctld" / "job_state"
     name = f"submitted-{time.time_ns()}"
     slurm.run("sbatch", "--hold", f"--job-name={name}", "--output=/dev/null", "--wrap=true")
-    until(lambda: written.exists() and name.encode() in written.read_bytes(), "the jobs written", 60)
+    until(lambda: written.exists() and name.encode() in written.read_bytes(), "the jobs written")
 
 
 def long_job(slurm: Slurm, folder: Path) -> str:
     """Starts a job that runs until it is ended and writes the names of its nodes to `folder`. Returns its id."""
     script = "trap 'exit 1' TERM; echo $SLURMD_NODENAME; sleep 900 & wait"
     job = slurm.run("sbatch", "--parsable", "--open-mode=append", f"--output={folder}/out", f"--wrap={script}")
-    until(lambda: nodes_of(folder), "the job on a node", 60)
+    until(lambda: nodes_of(folder), "the job on a node")
     return job
 
 

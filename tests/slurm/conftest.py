@@ -37,7 +37,7 @@ def cluster(tmp_path_factory) -> Iterator[Slurm]:
     slurm = Slurm(environment)
     yield slurm
     slurm.clear()
-    subprocess.run([LOCAL_CLUSTER, "stop"], capture_output=True, timeout=60)
+    subprocess.run([LOCAL_CLUSTER, "stop"], capture_output=True, timeout=300)
     shutil.rmtree(folder)
 
 

@@ -39,7 +39,7 @@ def test_two_nodes_run_a_step_and_sacct_knows_it(slurm):
     (n0, job), (n1, same) = (line.split() for line in sorted(said.splitlines()))
     assert (n0, n1) == ("n0", "n1") and job == same
     query = ["sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,AllocTRES"]
-    until(lambda: slurm.run(*query).startswith("COMPLETED|n[0-1]|"), "the job in the accounts", 60)
+    until(lambda: slurm.run(*query).startswith("COMPLETED|n[0-1]|"), "the job in the accounts")
     assert "gres/gpu=2" in slurm.run(*query)
 
 
@@ -49,14 +49,14 @@ def test_an_xid_drains_the_node_and_its_job_moves_and_after_the_repair_the_node_
     other = {"n0": "n1", "n1": "n0"}[first]
     log = state_dir(slurm) / f"kernel-{first}.log"
     log.write_text(XID.format(time.monotonic(), 43) + XID.format(time.monotonic(), 79))
-    until(lambda: node(slurm, first)[0].startswith("drain"), "the node drained", 60)
+    until(lambda: node(slurm, first)[0].startswith("drain"), "the node drained")
     assert node(slurm, first)[1] == "health: XID 79 at PCI:0000:3b:00"
-    until(lambda: nodes_of(tmp_path) == [first, other], "the job on the other node", 180)
+    until(lambda: nodes_of(tmp_path) == [first, other], "the job on the other node")
     assert slurm.show(job)["Restarts"] == "1" and node(slurm, other)[1] == "none"
     log.write_text("")  # the kernel's log forgets; the health check does not
     assert health(slurm, first, "--look") == (1, "XID 79 at PCI:0000:3b:00")
     assert health(slurm, first, "--repaired")[0] == 0
-    until(lambda: node(slurm, first) == ("idle", "none"), "the node back", 60)
+    until(lambda: node(slurm, first) == ("idle", "none"), "the node back")
 
 
 def test_a_node_that_somebody_drained_stays_drained(slurm):

@@ -44,7 +44,7 @@ def test_a_lost_state_is_put_back_and_jobs_run_on(slurm, tmp_path, job):
     play(slurm, "restore.yml")
     assert known[job] == "RUNNING" and jobs(slurm) == known
     # The next job gets the later one's number.
-    until(lambda: not steps(slurm, later), "the end of the later job's processes", 120)
+    until(lambda: not steps(slurm, later), "the end of the later job's processes")
     assert steps(slurm, job) and slurm.show(job)["Restarts"] == "0"
 
 
@@ -69,14 +69,14 @@ def test_a_wrong_clock_takes_a_node_away_until_it_is_set(slurm, tmp_path, job):
     fake = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
     for daemon in ("munge", "slurmd"):
         restart(slurm, f"{daemon}-{wrong}", **fake, FAKETIME_DONT_FAKE_MONOTONIC="1")
-    until(lambda: node(slurm, wrong) == ("mixed", "none"), "the node up", 60)
+    until(lambda: node(slurm, wrong) == ("mixed", "none"), "the node up")
     clock.write_text("+600\n")
-    until(lambda: node(slurm, wrong)[0].startswith("down"), "the node down", 180)
-    until(lambda: nodes_of(tmp_path) == [wrong, OTHER[wrong]], "the job on the other node", 180)
+    until(lambda: node(slurm, wrong)[0].startswith("down"), "the node down")
+    until(lambda: nodes_of(tmp_path) == [wrong, OTHER[wrong]], "the job on the other node")
     assert f"does not understand {wrong} (munge: Rewound credential (" in refusal(slurm, "site.yml")
     assert "Expired credential" in (state_dir(slurm) / f"slurmd-{wrong}.log").read_text(errors="replace")
     clock.write_text("+0\n")
-    until(lambda: node(slurm, wrong)[0] == "idle", "the node back", 120)
+    until(lambda: node(slurm, wrong)[0] == "idle", "the node back")
     for daemon in ("munge", "slurmd"):
         restart(slurm, f"{daemon}-{wrong}", LD_PRELOAD="")
 
@@ -87,11 +87,11 @@ def test_a_wrong_key_of_munge_takes_a_node_away_until_the_play_mends_it(slurm, t
     before = log.read_text(errors="replace").count("Invalid credential")
     (state_dir(slurm) / f"munge-{wrong}" / "munge.key").write_text("1" * 64)
     restart(slurm, f"munge-{wrong}")
-    until(lambda: node(slurm, wrong)[0].startswith("down"), "the node down", 180)
+    until(lambda: node(slurm, wrong)[0].startswith("down"), "the node down")
     assert log.read_text(errors="replace").count("Invalid credential") > before
-    until(lambda: nodes_of(tmp_path) == [wrong, OTHER[wrong]], "the job on the other node", 180)
+    until(lambda: nodes_of(tmp_path) == [wrong, OTHER[wrong]], "the job on the other node")
     assert play(slurm, "site.yml")[wrong] == 2
-    until(lambda: node(slurm, wrong)[0] == "idle", "the node back", 120)
+    until(lambda: node(slurm, wrong)[0] == "idle", "the node back")
 
 
 def test_a_driver_that_does_not_match_drains_the_node(slurm, tmp_path, job):
@@ -104,14 +104,14 @@ def test_a_driver_that_does_not_match_drains_the_node(slurm, tmp_path, job):
     (stand_in / "nvidia-smi").write_text(f"#!/bin/sh\nexec cat {said}\n")
     (stand_in / "nvidia-smi").chmod(0o755)
     restart(slurm, f"slurmd-{old}", f"mount -t overlay -o lowerdir={stand_in}:/usr/bin overlay /usr/bin")
-    until(lambda: node(slurm, old) == ("mixed", "none"), "the node up", 60)
+    until(lambda: node(slurm, old) == ("mixed", "none"), "the node up")
     said.write_text(MISMATCH)
-    until(lambda: node(slurm, old)[0].startswith("drain"), "the node drained", 60)
+    until(lambda: node(slurm, old)[0].startswith("drain"), "the node drained")
     why = MISMATCH.partition("\n")[0]
     assert node(slurm, old)[1] == f"health: nvidia-smi lists 0 of 4 GPUs ({why})"
-    until(lambda: nodes_of(tmp_path) == [old, OTHER[old]], "the job on the other node", 180)
+    until(lambda: nodes_of(tmp_path) == [old, OTHER[old]], "the job on the other node")
     said.write_text(GPUS)
-    until(lambda: node(slurm, old) == ("idle", "none"), "the node back", 60)
+    until(lambda: node(slurm, old) == ("idle", "none"), "the node back")
 
 
 def test_a_full_disk_drains_the_node_and_its_jobs_go_on(slurm, tmp_path, job):
@@ -125,10 +125,10 @@ def test_a_full_disk_drains_the_node_and_its_jobs_go_on(slurm, tmp_path, job):
     try:
         looked_at.write_text(configuration.replace('"/var"', f'"{disk}"'))
         file.write_bytes(bytes(2**20))
-        until(lambda: node(slurm, full)[1] == f"health: {disk} is 100 % full", "the node drained", 60)
+        until(lambda: node(slurm, full)[1] == f"health: {disk} is 100 % full", "the node drained")
         assert slurm.show(job)["JobState"] == "RUNNING"
         file.unlink()
-        until(lambda: node(slurm, full) == ("mixed", "none"), "the node back", 60)
+        until(lambda: node(slurm, full) == ("mixed", "none"), "the node back")
         assert nodes_of(tmp_path) == [full]
     finally:
         looked_at.write_text(configuration)
@@ -136,8 +136,8 @@ def test_a_full_disk_drains_the_node_and_its_jobs_go_on(slurm, tmp_path, job):
 
 def test_accounts_are_put_back_and_catch_up(slurm):
     states = ["sacct", "-X", "-n", "-P", "--name=saved,unaccounted", "-o", "JobName,State"]
-    slurm.run("srun", "--job-name=saved", "true", timeout=120)
-    until(lambda: slurm.run(*states) == "saved|COMPLETED", "the job in the accounts", 120)
+    slurm.run("srun", "--job-name=saved", "true")
+    until(lambda: slurm.run(*states) == "saved|COMPLETED", "the job in the accounts")
     slurm.run(str(state_dir(slurm) / "libexec" / "slurm-save"))
     kill(state_dir(slurm) / "slurmdbd.pid", signal.SIGKILL)
     mariadb = f"mariadb --no-defaults --socket={state_dir(slurm)}/mariadb/socket"
@@ -145,7 +145,7 @@ def test_accounts_are_put_back_and_catch_up(slurm):
     saved = max((state_dir(slurm) / "state" / "saved").glob("accounts-*.sql.gz"))
     slurm.run("sh", "-c", f"zcat {saved} | {mariadb} slurm_acct_db")
     kill(state_dir(slurm) / "mariadb.pid", signal.SIGKILL)
-    slurm.run("srun", "--job-name=unaccounted", "true", timeout=120)
+    slurm.run("srun", "--job-name=unaccounted", "true")
     play(slurm, "site.yml")
     both = ["saved|COMPLETED", "unaccounted|COMPLETED"]
-    until(lambda: slurm.run(*states).splitlines() == both, "both jobs in the accounts", 120)
+    until(lambda: slurm.run(*states).splitlines() == both, "both jobs in the accounts")

@@ -42,7 +42,7 @@ def test_nano_trains_on_two_nodes_and_sacct_has_the_account(slurm, tmp_path):
     slurm.run(sys.executable, "-m", "experiments.sft", *two, stage, "model=nano", timeout=600)
     assert (run_dir / "summary.json").exists()
     query = ["sacct", "-X", "-n", "-P", "--name=nano-two-nodes", "-o", "State,NNodes"]
-    until(lambda: slurm.run(*query) == "COMPLETED|2", "the job in the accounts", 60)
+    until(lambda: slurm.run(*query) == "COMPLETED|2", "the job in the accounts")
 
 
 def test_a_lost_node_loses_no_job(slurm, tmp_path, job):
@@ -51,10 +51,10 @@ def test_a_lost_node_loses_no_job(slurm, tmp_path, job):
     for step in (state_dir(slurm) / "state" / f"slurmd-{lost}").glob("*_*.*"):  # ends the job's processes with it
         step.unlink(missing_ok=True)
     kill(state_dir(slurm) / f"slurmd-{lost}.pid", signal.SIGKILL)
-    until(lambda: node(slurm, lost)[0].startswith("down"), "the node down", 120)
-    until(lambda: nodes_of(tmp_path) == [lost, other], "the job on the other node", 180)
+    until(lambda: node(slurm, lost)[0].startswith("down"), "the node down")
+    until(lambda: nodes_of(tmp_path) == [lost, other], "the job on the other node")
     play(slurm, "site.yml")
-    until(lambda: node(slurm, lost)[0] in ("idle", "mixed"), "the node back", 60)
+    until(lambda: node(slurm, lost)[0] in ("idle", "mixed"), "the node back")
 
 
 def test_jobs_outlive_the_controller(slurm, tmp_path, job):
@@ -69,9 +69,9 @@ def test_a_node_leaves_and_comes_back(slurm, tmp_path, job):
     other = {"n0": "n1", "n1": "n0"}[leaving]
     play(slurm, "remove_node.yml", "-e", f"node={leaving}", "-e", "requeue=true")
     assert set(slurm.run("sinfo", "-h", "-N", "-o", "%N").split()) == {other}
-    until(lambda: nodes_of(tmp_path) == [leaving, other], "the job on the other node", 180)
+    until(lambda: nodes_of(tmp_path) == [leaving, other], "the job on the other node")
     play(slurm, "site.yml")
-    until(lambda: node(slurm, leaving)[0] == "idle", "the node back", 60)
+    until(lambda: node(slurm, leaving)[0] == "idle", "the node back")
 
 
 def test_an_upgrade_empties_one_node_after_the_other(slurm, tmp_path, job):
@@ -90,7 +90,7 @@ def test_without_its_state_slurmctld_ends_the_jobs_and_their_accounts(slurm, job
     shutil.rmtree(state_dir(slurm) / "state" / "slurmctld")
     options = {"slurm_options": ["SlurmdParameters=config_overrides", "DebugFlags=NO_CONF_HASH", "FirstJobId=1000"]}
     play(slurm, "site.yml", "-e", "slurm_forget_jobs=true", "-e", json.dumps(options))
-    until(lambda: not steps(slurm, job), "the end of the job's processes", 120)
+    until(lambda: not steps(slurm, job), "the end of the job's processes")
     assert slurm.run("squeue", "-h") == ""
     assert slurm.run("sacct", "-X", "-n", "-P", "-j", job, "-o", "State") == "CANCELLED"
     assert slurm.run("sbatch", "--parsable", "--output=/dev/null", "--wrap=true") == "1000"

@@ -46,7 +46,7 @@ class Machine:
             self.container = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console
             )
-        until(self.is_up, "the machine up", 60, (self.root.parent / "console").read_text)
+        until(self.is_up, "the machine up", 300, (self.root.parent / "console").read_text)
 
     def enter(self) -> str:
         """The command that leads inside."""
@@ -113,15 +113,15 @@ def test_a_bare_machine_becomes_a_cluster_and_is_one_again_after_booting(machine
     machine.boot()
     states = machine.run("sh", "-c", f"systemctl is-active {' '.join(UNITS)} || true").split()
     assert dict(zip(UNITS, states, strict=True)) == dict.fromkeys(UNITS, "active")
-    until(lambda: machine.run("sinfo", "--noheader", "--format=%T") == "idle\n", "the node idle", 60)
+    until(lambda: machine.run("sinfo", "--noheader", "--format=%T") == "idle\n", "the node idle")
     assert machine.run("srun", "hostname") == "one\n"
     sacct = "sacct --allocations --noheader --parsable2 --starttime=today --format=JobName,State".split()
     done = ["hostname|COMPLETED"] * 2
-    until(lambda: machine.run(*sacct).splitlines() == done, "both jobs in the accounts", 60)
+    until(lambda: machine.run(*sacct).splitlines() == done, "both jobs in the accounts")
     assert machine.play("site.yml") == 0
 
     def metrics() -> str:
         address = f"http://127.0.0.1:{machine.ports['node_exporter_port']}/metrics"
         return urllib.request.urlopen(address, timeout=10).read().decode()
 
-    until(lambda: "\nslurm_nodes_idle 1\n" in metrics(), "the state of the node among the metrics", 60)
+    until(lambda: "\nslurm_nodes_idle 1\n" in metrics(), "the state of the node among the metrics")
