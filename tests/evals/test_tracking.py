@@ -19,6 +19,7 @@ from mla_jax.evals.results import Results
 from mla_jax.evals.tracking import metrics_of, track
 from mla_jax.observability.trackers import Trackers
 from mla_jax.observability.trackers.mlflow import mlflow_uri
+from mla_jax.observability.trackers.tensorboard import add_metrics
 from tiny import make_config
 
 RESULTS = Results(
@@ -101,6 +102,13 @@ def test_wandb_shows_them_under_the_run_by_the_step_of_the_checkpoint(tmp_path):
     assert [(metric.glob_name, metric.step_metric) for metric in metrics if metric.glob_name] == [
         ("eval/*", "eval/step")
     ]
+
+
+def test_tensorboard_keeps_all_evaluations_of_one_second(tmp_path):
+    for name in "abc":
+        add_metrics(tmp_path, 6, {f"eval/{name}": 1.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "eval")).Reload()
+    assert set(events.Tags()["scalars"]) == {"eval/a", "eval/b", "eval/c"}
 
 
 def test_tensorboard_shows_them_beside_training_which_goes_on(tmp_path):

@@ -1,6 +1,7 @@
 """Metrics as TensorBoard event files."""
 
 from pathlib import Path
+from uuid import uuid4
 
 import yaml
 
@@ -33,6 +34,7 @@ def add_metrics(run_dir: Path, step: int, metrics: dict[str, float]) -> None:
     """
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(str(run_dir / "tensorboard" / "eval")) as writer:
+    suffix = f".{uuid4().hex}"  # evaluations that end within a second each have a file
+    with SummaryWriter(str(run_dir / "tensorboard" / "eval"), filename_suffix=suffix) as writer:
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
