@@ -125,7 +125,8 @@ def test_preference_optimisation_goes_on_where_it_was_preempted(slurm, whole_run
 
 def test_a_job_at_its_time_limit_requeues_itself_and_goes_on(slurm, whole, tmp_path):
     run_dir = tmp_path / "limited"
-    job = interrupted(slurm, run_dir, "train.checkpoint_every=1")  # slow enough to last until SLURM looks
+    job = interrupted(slurm, run_dir)
+    pause(job)
     hours, minutes, _ = map(int, slurm.show(job)["RunTime"].split(":"))
     # One to two minutes are left, so SIGTERM, which comes 120 s before the end, comes when SLURM looks: every 30 s.
     slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
