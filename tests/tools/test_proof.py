@@ -1,5 +1,6 @@
 """Proofs: what the files in conf/proof say can be run, and steps run once, in order, and go on after any end."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -77,6 +78,27 @@ def test_the_board_of_the_speedrun_is_asked_of_three_seeds():
         passkeys, keys = steps[f"passkey-{n}"].eval, steps[f"keys-{n}"].eval
         assert 131072 in passkeys.lengths and passkeys.samples * len(passkeys.depths) == 110
         assert 131072 in keys.lengths and 16 in keys.keys and keys.samples == 40
+
+
+def test_each_ablation_changes_what_its_name_says_and_trains_on_as_many_tokens():
+    steps = {step.name: composed(step) for step in read_proof("ablations", []).steps}
+    base = steps["base"]
+
+    def tokens(config: SftConfig) -> int:
+        return sum(stage.seq_len * stage.batch_size * stage.steps for stage in config.train.stages)
+
+    unlike = {"model": "theta-1e7 theta-2.7e8 rank-64 rank-128 rank-256 rotary-32".split()}
+    unlike["train"] = "no-skips at-most-16384 no-16384-no-65536".split()
+    for part, names in unlike.items():
+        for name in names:
+            same = {"run_dir": base.run_dir, part: getattr(base, part)}
+            assert dataclasses.replace(steps[name], **same) == base and getattr(steps[name], part) != same[part]
+            assert tokens(steps[name]) == tokens(base)
+    without = [
+        dataclasses.replace(stage, position_skip_fraction=0.0, position_skip_max=0) for stage in base.train.stages
+    ]
+    assert steps["no-skips"].train.stages == without
+    assert max(stage.seq_len for stage in steps["at-most-16384"].train.stages) == 16384
 
 
 def test_a_proof_can_be_elsewhere():
