@@ -252,12 +252,14 @@ def test_a_killed_server_takes_only_its_own_requests_along(pods, manifests, tmp_
             killed = time.monotonic()
             wait_until(lambda: len(load.since(killed)) > IN_FLIGHT)
         failed = [outcome for outcome in load.outcomes if not outcome.whole]
+        later = [outcome for outcome in load.since(killed) if not outcome.whole]
         print(f"{len(load.outcomes)} requests, {len(failed)} failed: {sorted(str(o.status) for o in failed)}")
+        print(f"{len(load.since(killed))} of them began later, {len(later)} of these failed")
         assert failed
         for outcome in failed:
             # A status that clients try again, or a stream that was cut off.
             assert (outcome.status, outcome.pod) in ((503, None), (503, dies.port), (200, dies.port))
-        # Until Envoy has missed it, all six attempts of one request in 7,000 meet the dead pod.
-        assert sum(not outcome.whole for outcome in load.since(killed)) <= 2
+        # Until Envoy has missed the pod, all six attempts of a request can meet it, which is rare: none of 208 did.
+        assert len(later) <= 2
         again = [ask(running.port, running.host, True) for _ in range(5)]
         assert all(outcome.whole and outcome.pod == stays.port for outcome in again)
